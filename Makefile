@@ -1,0 +1,41 @@
+# `make pretrain` and `make test` need nothing but Python 3.11+ and git.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+ARGS ?=
+
+.PHONY: help setup pretrain test lint format types check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed  ## create the virtual environment and install the tested set
+
+# The marker is newer than every file that decides what is installed.
+$(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[recipes,dev]'
+	@touch $@
+
+pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
+	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m recipes.pretrain_bert $(ARGS)
+
+test: setup  ## run the tests
+	$(RUN) pytest $(ARGS)
+
+lint: setup  ## ruff: lint and format check
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: setup  ## ruff: mend what can be mended
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+types: setup  ## mypy --strict on hf_lamb/
+	$(RUN) mypy
+
+check: lint types test  ## all of the above
+
+clean:  ## remove the environment, caches and runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

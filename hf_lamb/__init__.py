@@ -1,0 +1,47 @@
+"""LAMB (You et al., arXiv 1904.00962) for PyTorch, the Hugging Face Trainer and Accelerate.
+
+Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments` as soon as
+transformers is imported, before or after; the names that need transformers import it when first touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_lamb._version import __version__
+from hf_lamb.lamb import Lamb, LayerStats
+from hf_lamb.param_groups import lamb_param_groups
+
+if TYPE_CHECKING:
+    from hf_lamb.callbacks import TrustRatioCallback
+    from hf_lamb.trainer import LambTrainer, LambTrainingArguments
+
+__all__ = [
+    "Lamb",
+    "LambTrainer",
+    "LambTrainingArguments",
+    "LayerStats",
+    "TrustRatioCallback",
+    "__version__",
+    "lamb_param_groups",
+]
+
+_LAZY = {
+    "LambTrainer": "hf_lamb.trainer",
+    "LambTrainingArguments": "hf_lamb.trainer",
+    "TrustRatioCallback": "hf_lamb.callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+

@@ -1,0 +1,74 @@
+"""What a backend is given: parameters that share a group, a device and their dtypes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parallel lists of local tensors, the options of their group, and what this step decided for all of them."""
+
+    group: dict[str, Any]
+    names: list[str] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    # 0-dim tensors on this bucket's device; None where the option behind them is off.
+    finite: Tensor | None = None
+    clip_factor: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def math_dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic and of the state: float64 for float64 parameters, else float32."""
+        return math_dtype(self.params[0])
+
+    @property
+    def betas(self) -> tuple[float | Tensor, float | Tensor]:
+        """(beta1, beta2); 1 where this step is skipped, so that the moments stay as they are."""
+        beta1, beta2 = self.group["betas"]
+        if self.finite is None:
+            return beta1, beta2
+        one = torch.ones((), dtype=self.math_dtype, device=self.device)
+        return torch.where(self.finite, beta1, one), torch.where(self.finite, beta2, one)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """`grad` in the dtype of the arithmetic, signed and clipped; zero where this step is skipped.
+
+        `grad` itself is never written to.
+        """
+        grad = grad.to(self.math_dtype)
+        if self.group["maximize"]:
+            grad = -grad
+        if self.clip_factor is not None:
+            grad = grad * self.clip_factor
+        return grad if self.finite is None else torch.where(self.finite, grad, 0.0)
+
+    def bias_corrections(self) -> tuple[Tensor, Tensor]:
+        """(1 - beta1**t, 1 - beta2**t) for each parameter, shape [n]; ones where bias_correction is off."""
+        # A parameter whose first step is skipped still has t = 0; its update is not applied, but must be finite.
+        t = torch.stack(self.steps).to(self.math_dtype).clamp_(min=1)
+        if not self.group["bias_correction"]:
+            return torch.ones_like(t), torch.ones_like(t)
+        beta1, beta2 = self.group["betas"]
+        return one_minus_power(beta1, t), one_minus_power(beta2, t)
+
+
+def math_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def one_minus_power(beta: float, t: Tensor) -> Tensor:
+    """1 - beta**t without cancellation: in fp32, 1 - 0.999**1 is off by 1.3e-5, this by one rounding."""
+    return -torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf))

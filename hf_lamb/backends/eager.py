@@ -1,0 +1,35 @@
+"""The readable backend: one parameter after another, every line a line of the paper."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_lamb.backends.bucket import Bucket
+from hf_lamb.norms import squared_norms
+
+
+def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    beta1, beta2 = bucket.group["betas"]
+    keep1, keep2 = bucket.betas
+    eps, weight_decay = bucket.group["eps"], bucket.group["weight_decay"]
+    bias_corrections1, bias_corrections2 = bucket.bias_corrections()
+
+    weights, updates = [], []
+    for i, (param, grad, m, v) in enumerate(
+        zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, strict=True)
+    ):
+        w, g = param.to(bucket.math_dtype), bucket.gradient(grad)
+        m.mul_(keep1).add_(g, alpha=1 - beta1)
+        v.mul_(keep2).addcmul_(g, g, value=1 - beta2)
+        m_hat, v_hat = m / bias_corrections1[i], v / bias_corrections2[i]
+        u = m_hat / (v_hat.sqrt() + eps) + weight_decay * w
+        weights.append(w)
+        updates.append(u)
+    return squared_norms(weights), squared_norms(updates), updates
+
+
+def apply(bucket: Bucket, updates: list[Tensor], step_sizes: Tensor) -> None:
+    """w -= step_size * u."""
+    for param, u, step_size in zip(bucket.params, updates, step_sizes.unbind(), strict=True):
+        param.copy_(param.to(u.dtype) - step_size * u)

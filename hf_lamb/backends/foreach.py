@@ -1,0 +1,45 @@
+"""The same arithmetic with torch's multi-tensor operations: one call for all parameters of a bucket.
+
+Takes scratch of the size of the bucket, as AdamW(foreach=True) does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_lamb.backends.bucket import Bucket
+from hf_lamb.norms import squared_norms
+
+
+def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    beta1, beta2 = bucket.group["betas"]
+    keep1, keep2 = bucket.betas
+    weights = [param.to(bucket.math_dtype) for param in bucket.params]
+    grads = [bucket.gradient(grad) for grad in bucket.grads]
+
+    torch._foreach_mul_(bucket.exp_avgs, keep1)
+    torch._foreach_add_(bucket.exp_avgs, grads, alpha=1 - beta1)
+    torch._foreach_mul_(bucket.exp_avg_sqs, keep2)
+    torch._foreach_addcmul_(bucket.exp_avg_sqs, grads, grads, 1 - beta2)
+
+    bias_corrections1, bias_corrections2 = bucket.bias_corrections()
+    updates = list(torch._foreach_div(bucket.exp_avgs, bias_corrections1.unbind()))
+    denominators = torch._foreach_div(bucket.exp_avg_sqs, bias_corrections2.unbind())
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, bucket.group["eps"])
+    torch._foreach_div_(updates, denominators)
+    torch._foreach_add_(updates, weights, alpha=bucket.group["weight_decay"])
+    return squared_norms(weights), squared_norms(updates), updates
+
+
+def apply(bucket: Bucket, updates: list[Tensor], step_sizes: Tensor) -> None:
+    """w -= step_size * u."""
+    torch._foreach_mul_(updates, step_sizes.unbind())
+    if bucket.params[0].dtype == bucket.math_dtype:
+        torch._foreach_sub_(bucket.params, updates)
+    else:
+        weights = [param.to(bucket.math_dtype) for param in bucket.params]
+        torch._foreach_sub_(weights, updates)
+        torch._foreach_copy_(bucket.params, weights)

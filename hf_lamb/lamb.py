@@ -1,0 +1,298 @@
+"""Lamb: the options, the state, and a `step` that reads as the paper's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lamb import norms
+from hf_lamb.backends import Bucket, eager, foreach
+from hf_lamb.backends.bucket import math_dtype
+
+__all__ = ["Lamb", "LayerStats"]
+
+
+class LayerStats(NamedTuple):
+    """One parameter at the last step: ‖w‖ before it, ‖u‖, and the trust ratio that was applied."""
+
+    weight_norm: float
+    adam_norm: float
+    trust_ratio: float
+
+
+class Lamb(Optimizer):
+    """LAMB: AdamW whose step on each layer is rescaled to a fixed fraction of the layer's norm.
+
+    For every parameter tensor w with gradient g, at its step t = 1, 2, ...::
+
+        m = beta1*m + (1 - beta1)*g          v = beta2*v + (1 - beta2)*g*g
+        m̂ = m / (1 - beta1**t)               v̂ = v / (1 - beta2**t)
+        u = m̂ / (sqrt(v̂) + eps) + weight_decay*w
+        r = ‖w‖ / ‖u‖  if both norms are positive, else 1
+        w = w - lr*r*u
+
+    The arithmetic and the state are float32 for bf16, fp16 and fp32 parameters, float64 for float64 ones.
+    Gradients are never written to, nothing is read back to the host, and `step` branches on no tensor's value.
+
+    Every parameter given is adapted. Biases and normalisation weights are better left out of both decay and
+    adaptation: pass `lamb_param_groups(model)` instead of `model.parameters()`.
+
+    Args:
+        params: parameters, `(name, parameter)` pairs, or dicts of parameter groups. Every option below can be set
+            for a group.
+        lr: learning rate, a float or a tensor of one element; relative to the norm of the weights, so about 50
+            times AdamW's on BERT. Default 1e-3.
+        betas: decay rates of the two moments. Default (0.9, 0.999).
+        eps: added to sqrt(v̂). Default 1e-6.
+        weight_decay: λ, inside the adapted update. Default 0.01.
+        bias_correction: divide the moments by 1 - beta**t; off is the paper's v3. Default True.
+        layer_adaptation: use the trust ratio; off (r = 1, no bounds) this is `torch.optim.AdamW`. Default True.
+        min_trust_ratio, max_trust_ratio: bounds of r; `max_trust_ratio=10` is the paper's v1. Default none.
+        max_grad_norm: scale all gradients so that their global norm is at most this, as apex's FusedLAMB does.
+            Default none, because `transformers.Trainer` clips already.
+        skip_nonfinite: leave weights, moments and step counts as they are when any gradient holds an inf or a NaN,
+            or is so large that the sum of squares of all gradients overflows. Default True.
+        maximize: maximise the objective. Default False.
+        foreach: use torch's multi-tensor operations. Default: on accelerators.
+        fused: reserved for fused kernels; `True` raises in this version.
+
+    Raises:
+        ValueError: an option out of its range; the message holds the value.
+        NotImplementedError: `fused=True`; a parameter that is a shard of its layer (FSDP).
+        RuntimeError: a sparse gradient.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020,
+    https://arxiv.org/abs/1904.00962, Algorithm 2 with φ = identity.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool = True,
+        layer_adaptation: bool = True,
+        min_trust_ratio: float | None = None,
+        max_trust_ratio: float | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "layer_adaptation": layer_adaptation,
+            "min_trust_ratio": min_trust_ratio,
+            "max_trust_ratio": max_trust_ratio,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        _check_options(defaults)
+        self._layers: list[_Layers] = []
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_layers", [])
+        for group in self.param_groups:
+            for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
+                group.setdefault(option, self.defaults[option])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own, to those being optimised."""
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one update of all parameters that have a gradient; without gradients, nothing.
+
+        `closure` re-evaluates the model and returns the loss, which is passed on.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        buckets = self._collect()
+        if not buckets:
+            return loss
+        _look_at_gradients(buckets)
+
+        self._layers = []
+        for bucket in buckets:
+            _advance(bucket)
+            backend = _backend(bucket)
+            w_sq, u_sq, held = backend.direction(bucket)
+            layers = _layers(bucket, w_sq.sqrt(), u_sq.sqrt())
+            backend.apply(bucket, held, _step_sizes(bucket, layers.trust_ratio))
+            self._layers.append(layers)
+        return loss
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
+
+        Names are those the parameters were given with (`lamb_param_groups`, `model.named_parameters()`), else
+        `param_groups.I.params.J`. Reading waits for the device once; `step` itself does not. Empty before the
+        first step, after loading and after unpickling.
+        """
+        stats: dict[str, LayerStats] = {}
+        for layers in self._layers:
+            table = torch.stack((layers.weight_norm, layers.adam_norm, layers.trust_ratio), dim=1).tolist()
+            stats.update((name, LayerStats(*row)) for name, row in zip(layers.names, table, strict=True))
+        return stats
+
+    def _collect(self) -> list[Bucket]:
+        """Parameters that have a gradient, by group, device and dtypes; their state made where it is missing."""
+        buckets: dict[tuple[int, torch.device, torch.dtype, torch.dtype], Bucket] = {}
+        for group_index, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for index, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    continue
+                name = names[index] if names else f"param_groups.{group_index}.params.{index}"
+                norms.refuse_sharded(param, name)
+                if grad.is_sparse:
+                    raise RuntimeError(
+                        f"Lamb: the gradient of {name} is sparse, which LAMB's norms do not support: "
+                        "use sparse=False in the embedding"
+                    )
+                key = (group_index, param.device, param.dtype, grad.dtype)
+                bucket = buckets.setdefault(key, Bucket(group))
+                state = self._state_of(param)
+                bucket.names.append(name)
+                bucket.params.append(param)
+                bucket.grads.append(grad)
+                bucket.exp_avgs.append(state["exp_avg"])
+                bucket.exp_avg_sqs.append(state["exp_avg_sq"])
+                bucket.steps.append(state["step"])
+        return list(buckets.values())
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            # On the parameter's device, so that a step needs no host sync and can be captured in a CUDA graph.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, dtype=math_dtype(param))
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=math_dtype(param))
+        return state
+
+
+class _Layers(NamedTuple):
+    """The norms and ratios of a bucket's parameters, as tensors of shape [n] on its device."""
+
+    names: list[str]
+    weight_norm: Tensor
+    adam_norm: Tensor
+    trust_ratio: Tensor
+
+
+def _look_at_gradients(buckets: list[Bucket]) -> None:
+    """Set `finite` and `clip_factor` of the buckets that ask for them, from one sum of squares of all gradients."""
+    wanted = [b for b in buckets if b.group["skip_nonfinite"] or b.group["max_grad_norm"] is not None]
+    if not wanted:
+        return
+    device = buckets[0].device
+    sums = [norms.squared_norms(bucket.grads).sum().to(device) for bucket in buckets]
+    grad_norm_sq = torch.stack(sums).sum()
+    for bucket in wanted:
+        if bucket.group["skip_nonfinite"]:
+            bucket.finite = grad_norm_sq.isfinite().to(bucket.device)
+        max_grad_norm = bucket.group["max_grad_norm"]
+        if max_grad_norm is not None:
+            factor = 1 / (grad_norm_sq.sqrt() / max_grad_norm).clamp(min=1)
+            bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+
+
+def _advance(bucket: Bucket) -> None:
+    """t += 1, except where this step is skipped."""
+    if bucket.finite is None:
+        torch._foreach_add_(bucket.steps, 1.0)
+    else:
+        # A list, because the overload for one tensor reads it back to the host on CPU.
+        torch._foreach_add_(bucket.steps, [bucket.finite.to(torch.float32)] * len(bucket.steps))
+
+
+def _layers(bucket: Bucket, weight_norm: Tensor, adam_norm: Tensor) -> _Layers:
+    group = bucket.group
+    if group["layer_adaptation"]:
+        ratio = norms.trust_ratio(weight_norm, adam_norm, group["min_trust_ratio"], group["max_trust_ratio"])
+    else:
+        ratio = torch.ones_like(weight_norm)
+    return _Layers(bucket.names, weight_norm, adam_norm, ratio)
+
+
+def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:
+    """lr * r of each parameter, shape [n]; zero where this step is skipped."""
+    lr = bucket.group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # a one-element tensor would broadcast as well, but a 0-dim one may live on the CPU
+    step_sizes: Tensor = lr * trust_ratio
+    return step_sizes if bucket.finite is None else step_sizes * bucket.finite
+
+
+def _backend(bucket: Bucket) -> Any:
+    use_foreach = bucket.group["foreach"]
+    if use_foreach is None:
+        use_foreach = bucket.device.type != "cpu"
+    return foreach if use_foreach else eager
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options out of range; the message holds the offending value."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    elif not 0.0 <= lr < float("inf"):
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if len(options["betas"]) != 2:
+        raise ValueError(f"Invalid betas: {options['betas']}: expected two numbers, (beta1, beta2)")
+    for index, beta in enumerate(options["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    for option in ("eps", "weight_decay"):
+        if not 0.0 <= options[option] < float("inf"):
+            raise ValueError(f"Invalid {option} value: {options[option]}")
+    low, high = options["min_trust_ratio"], options["max_trust_ratio"]
+    if low is not None and not 0.0 <= low < float("inf"):
+        raise ValueError(f"Invalid min_trust_ratio: {low}: expected None or a number that is not negative")
+    if high is not None and not high > 0.0:
+        raise ValueError(f"Invalid max_trust_ratio: {high}: expected None or a positive number")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}")
+    max_grad_norm = options["max_grad_norm"]
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm}: expected a positive number, or None for no clipping"
+        )
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if options["fused"]:
+        raise NotImplementedError(
+            "Lamb(fused=True): this version has no fused kernels; use foreach=True or fused=None"
+        )

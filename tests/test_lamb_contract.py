@@ -1,0 +1,349 @@
+"""Protects what torch.optim's users rely on: state, groups, closures, errors, and nothing read back to the host."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_lamb import Lamb, LayerStats
+
+BACKENDS = pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+
+
+def params_with_grads(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in [(8, 5), (5,), ()]]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+    return params
+
+
+def snapshot(optimizer: Lamb) -> list[torch.Tensor]:
+    tensors = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            tensors.append(param.detach().clone())
+            tensors.extend(value.clone() for _, value in sorted(optimizer.state[param].items()))
+    return tensors
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS = [
+    ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+    ({"lr": float("nan")}, "Invalid learning rate: nan"),
+    ({"lr": float("inf")}, "Invalid learning rate: inf"),
+    ({"lr": torch.ones(2)}, r"a tensor lr must have one element, got shape \(2,\)"),
+    ({"betas": (1.0, 0.999)}, "Invalid beta parameter at index 0: 1.0"),
+    ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+    ({"betas": (0.9,)}, r"Invalid betas: \(0.9,\): expected two numbers"),
+    ({"eps": -1e-8}, "Invalid eps value: -1e-08"),
+    ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
+    ({"min_trust_ratio": -1.0}, "Invalid min_trust_ratio: -1.0"),
+    ({"max_trust_ratio": 0.0}, "Invalid max_trust_ratio: 0.0"),
+    ({"min_trust_ratio": 2.0, "max_trust_ratio": 1.0}, "min_trust_ratio 2.0 is above max_trust_ratio 1.0"),
+    ({"max_grad_norm": 0.0}, "Invalid max_grad_norm: 0.0: expected a positive number, or None"),
+    ({"max_grad_norm": -1.0}, "Invalid max_grad_norm: -1.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_options_are_refused_with_their_value(options: dict[str, Any], message: str) -> None:
+    """At construction, and for a single group just as well."""
+    with pytest.raises(ValueError, match=message):
+        Lamb([torch.ones(2)], **options)
+    with pytest.raises(ValueError, match=message):
+        Lamb([{"params": [torch.ones(2)], **options}])
+    optimizer = Lamb([torch.ones(2)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [torch.ones(2)], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_fused_is_refused_until_it_exists() -> None:
+    """A silently different backend would be a lie about speed."""
+    with pytest.raises(NotImplementedError, match="this version has no fused kernels; use foreach=True or fused=None"):
+        Lamb([torch.ones(2)], fused=True)
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        Lamb([torch.ones(2)], fused=True, foreach=True)
+
+
+@BACKENDS
+def test_options_are_per_group(foreach: bool) -> None:
+    """Each group is updated with its own options, as if it were alone."""
+    a, b, alone_a, alone_b = (params_with_grads() for _ in range(4))
+    Lamb(
+        [{"params": a, "lr": 0.1, "weight_decay": 0.0}, {"params": b, "layer_adaptation": False}], foreach=foreach
+    ).step()
+    Lamb(alone_a, lr=0.1, weight_decay=0.0, foreach=foreach).step()
+    Lamb(alone_b, layer_adaptation=False, foreach=foreach).step()
+    assert same(a, alone_a)
+    assert same(b, alone_b)
+
+
+# -- step -----------------------------------------------------------------------------------------------------------
+
+
+def test_step_without_gradients_does_nothing() -> None:
+    """No state, no change, no error."""
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer = Lamb(params)
+    optimizer.step()
+    assert torch.equal(params[0], torch.ones(3))
+    assert not optimizer.state
+    assert optimizer.layer_stats() == {}
+
+
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
+    w = torch.ones(3, requires_grad=True)
+    optimizer = Lamb([w], lr=0.1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert bool((w < 1).all())
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"maximize": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_never_written(dtype: torch.dtype, options: dict[str, Any], foreach: bool) -> None:
+    """apex overwrites p.grad with the update, timm clips it in place: other readers of .grad see garbage."""
+    params = params_with_grads(dtype)
+    grads = [p.grad for p in params]
+    before = [g.clone() for g in grads]
+    Lamb(params, foreach=foreach, **options).step()
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert same(grads, before)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on every operation that hands a tensor's value to Python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in {
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.equal,
+            torch.ops.aten.nonzero,
+        }, f"{func} reads a tensor's value"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_against_host_syncs_sees_one() -> None:
+    with pytest.raises(AssertionError, match="reads a tensor's value"), NoHostSync():
+        torch.ones(()).item()
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1, "max_trust_ratio": 10.0}, {"lr": torch.tensor(1e-3)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_reads_no_value_back_to_the_host(dtype: torch.dtype, options: dict[str, Any], foreach: bool) -> None:
+    """A host sync stalls a GPU and breaks graph capture."""
+    params = params_with_grads(dtype)
+    optimizer = Lamb(params, foreach=foreach, **options)
+    with NoHostSync():
+        optimizer.step()
+        optimizer.step()
+
+
+@BACKENDS
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_non_finite_gradient_skips_the_whole_step(at_step: int, poison: float, foreach: bool) -> None:
+    """One bad element anywhere: weights, moments and step counts of all parameters stay, to the bit.
+    A finite gradient whose square overflows counts: its exp_avg_sq would be inf for ever."""
+    params = params_with_grads()
+    optimizer = Lamb([{"params": params[:1]}, {"params": params[1:], "max_grad_norm": 1.0}], foreach=foreach)
+    for _ in range(at_step):
+        optimizer.step()
+    before = snapshot(optimizer)
+    clean = params[1].grad.clone()
+    params[1].grad[3] = poison
+    optimizer.step()
+    after = snapshot(optimizer)
+    if at_step == 0:  # the state has just been made
+        assert same([p.detach() for p in params], [p.detach() for p in params_with_grads()])
+        assert all(not value.any() for state in optimizer.state.values() for value in state.values())
+    else:
+        assert same(before, after)
+    # and the next clean step is as if nothing had been
+    params[1].grad = clean
+    optimizer.step()
+    other = params_with_grads()
+    undisturbed = Lamb([{"params": other[:1]}, {"params": other[1:], "max_grad_norm": 1.0}], foreach=foreach)
+    for _ in range(at_step + 1):
+        undisturbed.step()
+    assert same(snapshot(optimizer), snapshot(undisturbed))
+
+
+def test_skip_nonfinite_off_lets_them_through() -> None:
+    """Off means off: no look at the gradients."""
+    params = params_with_grads()
+    params[0].grad[0, 0] = float("nan")
+    Lamb(params, skip_nonfinite=False).step()
+    assert bool(params[0].isnan().any())
+    assert not bool(params[1].isnan().any())
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer = Lamb(list(embedding.named_parameters()))
+    with pytest.raises(RuntimeError, match="the gradient of weight is sparse"):
+        optimizer.step()
+
+
+def test_a_late_parameter_has_its_own_step_count() -> None:
+    """A parameter that gets its first gradient at step 3 is at its own t = 1, with the full bias correction."""
+    params = params_with_grads()
+    late_grad, params[0].grad = params[0].grad, None
+    optimizer = Lamb(params)
+    optimizer.step()
+    optimizer.step()
+    params[0].grad = late_grad
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [1.0, 3.0, 3.0]
+    fresh = params_with_grads()
+    Lamb(fresh).step()
+    assert torch.equal(params[0], fresh[0])
+
+
+# -- state ----------------------------------------------------------------------------------------------------------
+
+
+def test_state_names_are_torchs_and_the_step_lives_with_the_parameter() -> None:
+    params = params_with_grads()
+    optimizer = Lamb(params)
+    optimizer.step()
+    for param in params:
+        state = optimizer.state[param]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["step"].device == param.device
+        assert state["step"].shape == ()
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+        copy.deepcopy,
+    ],
+    ids=["pickle", "deepcopy"],
+)
+def test_a_copied_optimizer_goes_on_identically(copied: Callable[[Lamb], Lamb]) -> None:
+    params = params_with_grads()
+    optimizer = Lamb(params, max_trust_ratio=10.0)
+    optimizer.step()
+    other = copied(optimizer)
+    assert other.layer_stats() == {}
+    for copy_, param in zip(other.param_groups[0]["params"], params, strict=True):
+        copy_.grad = param.grad.clone()
+    optimizer.step()
+    other.step()
+    assert same(snapshot(optimizer), snapshot(other))
+
+
+def test_state_dict_round_trip_goes_on_identically() -> None:
+    params, others = params_with_grads(), params_with_grads()
+    optimizer = Lamb(params, lr=0.1)
+    optimizer.step()
+    with torch.no_grad():
+        for param, other in zip(params, others, strict=True):
+            other.copy_(param)
+    loaded = Lamb(others)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares tensors otherwise
+    optimizer.step()
+    loaded.step()
+    assert same(snapshot(optimizer), snapshot(loaded))
+
+
+def test_a_state_dict_without_newer_options_loads() -> None:
+    """What an older version wrote lacks options; they get their defaults."""
+    params = params_with_grads()
+    optimizer = Lamb(params)
+    optimizer.step()
+    old = optimizer.state_dict()
+    for option in ("layer_adaptation", "skip_nonfinite", "max_trust_ratio"):
+        del old["param_groups"][0][option]
+    loaded = Lamb(params_with_grads(), max_trust_ratio=7.0)
+    loaded.load_state_dict(old)
+    assert loaded.param_groups[0]["layer_adaptation"] is True
+    assert loaded.param_groups[0]["max_trust_ratio"] == 7.0
+    loaded.step()
+
+
+def test_a_step_at_rate_zero_moves_nothing() -> None:
+    """torch.distributed.checkpoint steps a fresh optimizer with zero gradients and lr = 0 to make its state."""
+    params = params_with_grads()
+    before = [p.detach().clone() for p in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    Lamb(params, lr=0.0).step()
+    assert same([p.detach() for p in params], before)
+
+
+# -- diagnostics ----------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_layer_stats_are_the_norms_and_ratio_of_the_last_step(foreach: bool) -> None:
+    """By the names the parameters were given with; a parameter that is not adapted has ratio 1."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    model(torch.randn(2, 4)).square().sum().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = [
+        {"params": [("weight", model.weight)]},
+        {"params": [("bias", model.bias)], "layer_adaptation": False},
+    ]
+    optimizer = Lamb(groups, lr=0.5, weight_decay=0.0, foreach=foreach)
+    optimizer.step()
+    stats = optimizer.layer_stats()
+    assert set(stats) == {"weight", "bias"}
+    for name, param in model.named_parameters():
+        assert isinstance(stats[name], LayerStats)
+        assert stats[name].weight_norm == pytest.approx(float(before[name].norm()), rel=1e-5)
+        moved = float((before[name] - param).norm())
+        assert moved == pytest.approx(0.5 * stats[name].trust_ratio * stats[name].adam_norm, rel=1e-5)
+    assert stats["weight"].trust_ratio == pytest.approx(stats["weight"].weight_norm / stats["weight"].adam_norm)
+    assert stats["bias"].trust_ratio == 1.0
+
+
+def test_layer_stats_of_unnamed_parameters_say_where_they_are() -> None:
+    optimizer = Lamb([{"params": params_with_grads()[:1]}, {"params": params_with_grads()[1:]}])
+    optimizer.step()
+    assert list(optimizer.layer_stats()) == [
+        "param_groups.0.params.0",
+        "param_groups.1.params.0",
+        "param_groups.1.params.1",
+    ]
+
+
+def test_layer_stats_stay_out_of_the_state_dict() -> None:
+    """Norms kept in `state` make sharded checkpoints crash."""
+    optimizer = Lamb(params_with_grads())
+    optimizer.step()
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in optimizer.state_dict()["state"].values())
+
+
+def test_fsdp1_shards_are_refused_by_name() -> None:
+    """The norm of a shard is not the norm of its layer, and nothing in the loss would show it."""
+    (param, *_) = params_with_grads()
+    param._fsdp_flattened = True
+    optimizer = Lamb([("encoder.weight", param)])
+    with pytest.raises(NotImplementedError, match=r"parameter encoder\.weight is an FSDP1 shard.*train it with DDP"):
+        optimizer.step()
