@@ -1,0 +1,153 @@
+"""Where the text comes from: the embedded corpus, local files or a dataset of the hub, as named documents."""
+
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+EMBEDDED = Path(__file__).parent / "data" / "sotu_1900.txt.xz"
+EMBEDDED_SHA256 = "0ed3faa2575c19faba78133a9275fca3ff031c702dd3c93e581b7535c70ad2f0"
+
+OPENERS = {".txt": open, ".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
+SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".jsonl")
+HEADER = re.compile(r"^=== (.+) ===$", re.MULTILINE)
+
+
+class Document(NamedTuple):
+    """One whole text: the unit by which a corpus is split and beyond which no block of tokens reaches."""
+
+    name: str
+    text: str
+
+
+def load_documents(corpus: str | Sequence[str]) -> list[Document]:
+    """All documents of a corpus, in order; blank ones are left out.
+
+    corpus, or each item of it, is one of
+      * `"embedded"`: the US presidential messages of 1900-2026 in `recipes/data/`, in order of date;
+      * a file, a folder or a glob pattern: `.txt`, `.txt.xz` and `.txt.gz` hold a document after each line
+        `=== name ===` (without such lines, the file is one document); `.jsonl` holds one a line, in "text";
+      * the name of a hub dataset, as `name` or `name:config`: the column "text" of its split "train".
+    Raises ValueError with one line that names the item and the remedy.
+    """
+    items = [corpus] if isinstance(corpus, str) else list(corpus)
+    documents = [document for item in items for document in _documents(item)]
+    if not documents:
+        raise ValueError(f"the corpus {corpus!r} holds no text: name files with text in them, or 'embedded'")
+    return documents
+
+
+def hub_documents(name: str, column: str = "text", streaming: bool = False) -> Iterator[Document]:
+    """The rows of a hub dataset's split "train" as documents; `streaming` downloads them as they are read.
+
+    name: `name` or `name:config`. Raises ValueError when it cannot be loaded or has no such column.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{name!r} is no local file, and hub datasets need: pip install datasets") from None
+    path, _, config = name.partition(":")
+    try:
+        rows = load_dataset(path, config or None, split="train", streaming=streaming)
+    except Exception as error:  # whatever hub, network or builder raise; it comes in many types
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name!r} is no local file, and the hub gave no such dataset ({type(error).__name__}: {reason}): "
+            "name text files, a hub dataset that can be reached, or 'embedded'"
+        ) from error
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(f"{name!r} has no column {column!r}, only {sorted(row)}: rename one to {column!r}")
+        if row[column].strip():
+            yield Document(f"{name} {number}", row[column])
+
+
+def split_documents(
+    documents: Sequence[Document], held_out_fraction: float = 0.05, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
+    """(train, held_out): whole documents, each in one of the two, in their order; neither is empty.
+
+    The documents are cut, in their order, into as many runs of equal length as documents are to be held out,
+    and each run gives the one whose sha256 of seed and name is lowest. So the held-out messages of the embedded
+    corpus, which is in order of date, spread over all its decades.
+    Raises ValueError for a single document or a fraction outside (0, 1).
+    """
+    if not 0 < held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}")
+    total = len(documents)
+    if total < 2:
+        raise ValueError(
+            f"cannot hold out one of {total} document(s): give --validation_file, more files, "
+            "or put a line `=== name ===` before each document"
+        )
+    runs = min(max(round(total * held_out_fraction), 1), total - 1)
+    bounds = [run * total // runs for run in range(runs + 1)]
+
+    def lot(index: int) -> bytes:
+        return hashlib.sha256(f"{seed} {documents[index].name}".encode()).digest()
+
+    chosen = {min(range(start, end), key=lot) for start, end in pairwise(bounds)}
+    train = [document for index, document in enumerate(documents) if index not in chosen]
+    return train, [documents[index] for index in sorted(chosen)]
+
+
+def _documents(item: str) -> Iterator[Document]:
+    """The documents of one item of a corpus."""
+    if item == "embedded":
+        found = hashlib.sha256(EMBEDDED.read_bytes()).hexdigest() if EMBEDDED.is_file() else "no file"
+        if found != EMBEDDED_SHA256:
+            raise ValueError(
+                f"{EMBEDDED} should have sha256 {EMBEDDED_SHA256}, found {found}: "
+                "restore it with `git checkout` or recipes/data/make_corpus.py"
+            )
+        yield from _file_documents(EMBEDDED)
+    elif item and Path(item).is_dir():
+        files = sorted(path for path in Path(item).rglob("*") if path.name.endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"the folder {item!r} holds no {', '.join(SUFFIXES)} file: name another")
+        for path in files:
+            yield from _file_documents(path)
+    elif files := sorted(map(Path, glob.glob(item, recursive=True))) or ([Path(item)] * Path(item).is_file()):
+        for path in files:
+            yield from _file_documents(path)
+    elif Path(item).is_absolute() or item.startswith(".") or item.endswith(SUFFIXES) or glob.has_magic(item):
+        raise ValueError(f"there is no file {item!r}: check the path, or use 'embedded'")
+    else:
+        yield from hub_documents(item)
+
+
+def _file_documents(path: Path) -> Iterator[Document]:
+    """The documents of one local file, which is read as UTF-8."""
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"cannot read {str(path)!r}: give {', '.join(SUFFIXES)} files")
+    try:
+        with OPENERS[path.suffix](path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"cannot read {str(path)!r} ({error}): check the file and its permissions") from None
+
+    if path.suffix == ".jsonl":
+        texts = [(f"{path}:{n}", _json_text(path, n, line)) for n, line in enumerate(text.split("\n"), 1) if line]
+    else:
+        before_any_header, *rest = HEADER.split(text)
+        texts = [(str(path), before_any_header), *zip(rest[::2], rest[1::2], strict=True)]
+    yield from (Document(name, text.strip()) for name, text in texts if text.strip())
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number} is not JSON ({error}): give one object a line") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f'{path}:{number} has no string "text": give lines like {{"text": "..."}}')
+    return row["text"]

@@ -1,0 +1,128 @@
+"""Masked language modelling whose masks are a function of (seed, epoch, index) and of nothing else."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
+    """Blocks of ids under BERT's mask: of the 15 % chosen, 80 % become [MASK], 10 % random, 10 % stay.
+
+    Since a row's mask depends on (seed, epoch, index) alone, a resumed run masks as the uninterrupted one does,
+    whatever the number of workers and processes and however far they read ahead.
+
+    blocks: integer ids, [n_blocks, block_size]. mlm_probability: of choosing a token; special tokens are never
+    chosen, and every row that holds a token has at least one chosen. Random tokens are no special ones.
+    dynamic: new masks every epoch (`set_epoch`); False for a held-out set, whose masks then never change.
+    Items: `input_ids`, `attention_mask`, `labels` (-100 where not chosen), int64, [block_size] each.
+    Raises ValueError for a probability outside (0, 1] and for a tokenizer without [MASK].
+    """
+
+    def __init__(
+        self,
+        blocks: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float = 0.15,
+        seed: int = 0,
+        dynamic: bool = True,
+    ) -> None:
+        if not 0 < mlm_probability <= 1:
+            raise ValueError(f"mlm_probability must lie in (0, 1], got {mlm_probability}")
+        if tokenizer.mask_token_id is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no mask token: use a BERT-like tokenizer")
+        self.blocks = blocks
+        self.mlm_probability = mlm_probability
+        self.seed = seed
+        self.dynamic = dynamic
+        self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
+        self.special_ids = np.array(sorted(tokenizer.all_special_ids))
+        self.ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), self.special_ids)
+        # Shared, so that persistent workers see the epoch change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the masks of this epoch from now on (nothing where they are not dynamic)."""
+        if self.dynamic:
+            self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        ids = self.blocks[torch.as_tensor(indices)].numpy().astype(np.int64)
+        choice, fate = self._draws(indices)
+
+        choice = np.where(np.isin(ids, self.special_ids), np.inf, choice)
+        lowest = choice.min(axis=1, keepdims=True)
+        chosen = (choice < self.mlm_probability) | ((choice == lowest) & np.isfinite(choice))
+
+        tenth, random_ids = (fate >> 32) % 10, self.ordinary_ids[(fate & 0xFFFFFFFF) % len(self.ordinary_ids)]
+        replaced = np.where(tenth < 8, self.mask_id, np.where(tenth == 8, random_ids, ids))
+        fields = {
+            "input_ids": torch.from_numpy(np.where(chosen, replaced, ids)),
+            "attention_mask": torch.from_numpy((ids != self.pad_id).astype(np.int64)),
+            "labels": torch.from_numpy(np.where(chosen, ids, IGNORED)),
+        }
+        return [{name: rows[i] for name, rows in fields.items()} for i in range(len(ids))]
+
+    def _draws(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """For every position of every row, one number in [0, 1) and one 64-bit integer."""
+        length, epoch = self.blocks.shape[1], int(self._epoch)
+        # Philox counts up from the counter's first word; the last two make every row's stream its own.
+        raw = np.stack(
+            [
+                np.random.Philox(key=self.seed, counter=[0, 0, index, epoch]).random_raw(2 * length)
+                for index in map(int, indices)
+            ]
+        )
+        return (raw[:, :length] >> 11) * 2.0**-53, raw[:, length:]
+
+
+class MaskEpochCallback(TrainerCallback):
+    """Tells the training set its epoch, which accelerate's loaders do only sometimes.
+
+    `DataLoaderShard.set_epoch` of accelerate 1.15 reaches either a sampler two wrappers down or the dataset, not
+    both: with several processes, and in the epoch in which a run resumes, the dataset keeps the epoch it had.
+    In a loop of your own, call `dataset.set_epoch(epoch)` before iterating.
+    """
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader[Any],
+        **kwargs: Any,
+    ) -> None:
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
+def unigram_baseline(
+    train_blocks: torch.Tensor, held_out: MaskedBlocks, special_ids: Iterable[int], vocab_size: int
+) -> tuple[float, float]:
+    """(cross-entropy in nats, accuracy) of guessing each masked held-out token by its frequency in training.
+
+    What a model knows before it reads any context. Frequencies are smoothed by adding one to the count of every
+    id below `vocab_size`; `special_ids` count nothing.
+    """
+    counts = torch.bincount(train_blocks.flatten().long(), minlength=vocab_size)
+    counts[torch.as_tensor(list(special_ids))] = 0
+    log_probabilities = torch.log((counts + 1).double() / (counts.sum() + vocab_size))
+    labels = torch.cat([held_out[i]["labels"] for i in range(len(held_out))])
+    labels = labels[labels != IGNORED]
+    return -log_probabilities[labels].mean().item(), (labels == counts.argmax()).double().mean().item()
