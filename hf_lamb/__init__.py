@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_lamb._version import __version__
 from hf_lamb.lamb import Lamb, LayerStats
 from hf_lamb.param_groups import lamb_param_groups
+from hf_lamb.registration import register
 
 if TYPE_CHECKING:
     from hf_lamb.callbacks import TrustRatioCallback
@@ -24,6 +25,7 @@ __all__ = [
     "TrustRatioCallback",
     "__version__",
     "lamb_param_groups",
+    "register",
 ]
 
 _LAZY = {
@@ -45,3 +47,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
+register()

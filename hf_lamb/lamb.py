@@ -152,8 +152,10 @@ class Lamb(Optimizer):
             self._layers.append(layers)
         return loss
 
-    def layer_stats(self) -> dict[str, LayerStats]:
+    def layer_stats(self, adapted_only: bool = False) -> dict[str, LayerStats]:
         """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
+
+        `adapted_only` leaves out the parameters of groups without `layer_adaptation`, whose trust ratio is 1.
 
         Names are those the parameters were given with (`lamb_param_groups`, `model.named_parameters()`), else
         `param_groups.I.params.J`. Reading waits for the device once; `step` itself does not. Empty before the
@@ -161,6 +163,8 @@ class Lamb(Optimizer):
         """
         stats: dict[str, LayerStats] = {}
         for layers in self._layers:
+            if adapted_only and not layers.adapted:
+                continue
             table = torch.stack((layers.weight_norm, layers.adam_norm, layers.trust_ratio), dim=1).tolist()
             stats.update((name, LayerStats(*row)) for name, row in zip(layers.names, table, strict=True))
         return stats
@@ -206,6 +210,7 @@ class _Layers(NamedTuple):
     """The norms and ratios of a bucket's parameters, as tensors of shape [n] on its device."""
 
     names: list[str]
+    adapted: bool
     weight_norm: Tensor
     adam_norm: Tensor
     trust_ratio: Tensor
@@ -243,7 +248,7 @@ def _layers(bucket: Bucket, weight_norm: Tensor, adam_norm: Tensor) -> _Layers:
         ratio = norms.trust_ratio(weight_norm, adam_norm, group["min_trust_ratio"], group["max_trust_ratio"])
     else:
         ratio = torch.ones_like(weight_norm)
-    return _Layers(bucket.names, weight_norm, adam_norm, ratio)
+    return _Layers(bucket.names, group["layer_adaptation"], weight_norm, adam_norm, ratio)
 
 
 def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:

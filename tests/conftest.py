@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, one seed, two threads."""
+"""Settings for all tests: no network, one seed, one thread (the models are tiny)."""
 
 import os
 
@@ -12,3 +12,6 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+torch.set_num_threads(1)

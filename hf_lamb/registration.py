@@ -1,0 +1,238 @@
+"""Makes "lamb" an optimizer name of transformers: in code, on the command line, in JSON and in YAML.
+
+transformers has no hook for optimizers of others, so `register` adds a member to `OptimizerNames` and a handler to
+`_OPTIMIZER_HANDLERS`; that table is where `Trainer` looks its optimizers up since transformers 5.2,
+https://github.com/huggingface/transformers/blob/v5.2.0/src/transformers/trainer_optimizer.py
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from hf_lamb.lamb import Lamb
+from hf_lamb.param_groups import lamb_param_groups
+
+if TYPE_CHECKING:
+    from transformers.trainer_optimizer import OptimizerContext
+
+__all__ = ["parse_optim_args", "register"]
+
+logger = logging.getLogger(__name__)
+_warn_once = cache(logger.warning)
+
+
+# ---- The name -------------------------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Make `optim="lamb"` valid in transformers: at once where it is loaded, else as soon as it gets loaded.
+
+    Importing hf_lamb calls this; calling it again does no harm. A transformers that has a LAMB of its own, or no
+    table of handlers (before 5.2), is left as it is, and one warning says so.
+    """
+    _waiting.update(_PATCHES)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    for name in _PATCHES:
+        if sys.modules.get(name) is not None:
+            _patch(importlib.import_module(name))  # waits for a thread that is importing it right now
+
+
+def add_member(names: type[enum.Enum], name: str, value: str) -> enum.Enum:
+    """Add a member to an enumeration of strings that exists already, and have it pickle as a plain string.
+
+    A `training_args.bin` then loads in a process that knows no such member.
+    """
+    # What the class statement itself does with each member, in every Python since 3.11.
+    member = enum._proto_member(value)  # type: ignore[attr-defined]
+    setattr(names, name, member)
+    member.__set_name__(names, name)
+    # Pickle looks this one up on the instance.
+    names[name].__dict__["__reduce_ex__"] = lambda protocol: (str, (value,))
+    return names[name]
+
+
+def _add_name(training_args: ModuleType) -> None:
+    names = training_args.OptimizerNames
+    if importlib.util.find_spec("transformers.trainer_optimizer") is None:
+        return _refuse("has no table of optimizer handlers (added in 5.2)")
+    taken = next((member for member in names if member.name == "LAMB" or member.value == "lamb"), None)
+    if taken is None:
+        add_member(names, "LAMB", "lamb")
+    elif "__reduce_ex__" not in vars(taken):
+        _refuse("has a LAMB of its own, which stays in place")
+
+
+def _add_handler(trainer_optimizer: ModuleType) -> None:
+    trainer_optimizer._OPTIMIZER_HANDLERS.setdefault("lamb", _lamb)
+
+
+def _refuse(reason: str) -> None:
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    _warn_once(
+        f'transformers {version} {reason}: optim="lamb" will not select hf_lamb\'s. '
+        "Give it to the Trainer yourself: Trainer(..., optimizer_cls_and_kwargs=(hf_lamb.Lamb, {'lr': ...}))"
+    )
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.training_args": _add_name,
+    "transformers.trainer_optimizer": _add_handler,
+}
+_waiting: set[str] = set()
+
+
+def _patch(module: ModuleType) -> None:
+    try:
+        _PATCHES[module.__name__](module)
+    except AttributeError as error:  # their insides have changed; importing transformers must not fail for that
+        _refuse(f"differs from what hf_lamb knows (no {error.name})")
+    _waiting.discard(module.__name__)
+    if not _waiting and _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+
+
+class _Finder(MetaPathFinder):
+    """Lets the other finders find the two modules of `_PATCHES`, and patches each once its own code has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _PATCHES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            _patch_after_exec(spec.loader)
+        return spec
+
+
+_FINDER = _Finder()
+
+
+def _patch_after_exec(loader: Any) -> None:
+    def exec_module(module: ModuleType) -> None:
+        del loader.exec_module  # the loader is itself again
+        loader.exec_module(module)
+        if module.__name__ in _PATCHES:  # else a loader that several modules share
+            _patch(module)
+
+    loader.exec_module = exec_module
+
+
+# ---- The options ----------------------------------------------------------------------------------------------------
+
+_SET_ELSEWHERE = {
+    "lr": "use --learning_rate",
+    "learning_rate": "use --learning_rate",
+    "weight_decay": "use --weight_decay",
+    "betas": "use beta1=...,beta2=... (a value holds no comma)",
+}
+_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@cache
+def _options() -> dict[str, Any]:
+    """The keys of `optim_args` and their types: the options of `Lamb`, as its signature has them, and three more."""
+    hints = get_type_hints(Lamb.__init__)
+    own = {name: hint for name, hint in hints.items() if name not in {"params", "return", *_SET_ELSEWHERE}}
+    return {"beta1": float, "beta2": float, **own, "adapt_all": bool}
+
+
+def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
+    """Read `--optim_args "max_trust_ratio=10,bias_correction=false"`: the options given, typed.
+
+    Keys are `beta1`, `beta2`, `adapt_all` (see `lamb_param_groups`) and the options of `Lamb`, but for lr, betas and
+    weight_decay. Numbers are read as Python does; booleans are true/false, yes/no or 1/0; `none` is accepted where
+    `Lamb` accepts None. `Trainer` itself splits the string before its handler sees it and stops at a malformed item
+    with "not enough values to unpack"; call this first for a message that names the item.
+
+    Raises:
+        ValueError: an item that is not key=value, an unknown or repeated key, a value of the wrong type.
+    """
+    options: dict[str, float | bool | None] = {}
+    for item in text.replace(" ", "").split(",") if text else ():
+        key, _, value = item.partition("=")
+        if not key or not value or "=" in value:
+            raise ValueError(f'optim_args: {item!r} is not key=value; write for example "eps=1e-6,max_trust_ratio=10"')
+        if key in _SET_ELSEWHERE:
+            raise ValueError(f"optim_args: {key} is not set here; {_SET_ELSEWHERE[key]}")
+        if key not in _options():
+            near = get_close_matches(key, _options(), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"optim_args: unknown option {key!r}{hint}; LAMB has {', '.join(_options())}")
+        if key in options:
+            raise ValueError(f"optim_args: {key} is given twice")
+        options[key] = _typed(key, value)
+    return options
+
+
+def _typed(key: str, value: str) -> float | bool | None:
+    kinds = get_args(_options()[key]) or (_options()[key],)
+    optional = type(None) in kinds
+    if optional and value.lower() == "none":
+        return None
+    if bool in kinds:
+        if value.lower() in _BOOLS:
+            return _BOOLS[value.lower()]
+        wanted = "true or false"
+    else:
+        try:
+            return float(value)
+        except ValueError:
+            wanted = "a number"
+    raise ValueError(f"optim_args: {key}={value}: expected {wanted}{' or none' if optional else ''}")
+
+
+def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
+    """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
+    from transformers import TrainingArguments
+
+    args = ctx.args
+    given = parse_optim_args(args.optim_args)
+    adapt_all = bool(given.pop("adapt_all", False))
+    kwargs: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (given.pop("beta1", args.adam_beta1), given.pop("beta2", args.adam_beta2)),
+        "weight_decay": args.weight_decay,
+    }
+    said = []
+    if args.learning_rate < 1e-4:
+        said.append(
+            f"learning_rate is {args.learning_rate:g}: LAMB's rate is relative to the weight norm, so AdamW's rates "
+            "hardly move it; BERT pretraining takes about 1e-3 to 1e-2"
+        )
+    if args.adam_epsilon != inspect.signature(TrainingArguments).parameters["adam_epsilon"].default:
+        kwargs["eps"] = args.adam_epsilon
+    elif "eps" not in given:
+        eps = inspect.signature(Lamb).parameters["eps"].default
+        said.append(
+            f"eps is {eps:g}, LAMB's default, because adam_epsilon is at Trainer's default {args.adam_epsilon:g}; "
+            f'choose it with --optim_args "eps={eps:g}"'
+        )
+    kwargs |= given
+    if ctx.model is None:
+        said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
+    else:
+        groups = lamb_param_groups(ctx.model, args.weight_decay, adapt_all=adapt_all)
+        if given.get("layer_adaptation") is False:
+            # The groups say which parameters adapt, and would overrule the option.
+            groups = [{**group, "layer_adaptation": False} for group in groups]
+        kwargs["params"] = groups
+    if args.should_log:
+        for line in said:
+            _warn_once(f'optim="lamb": {line}')
+    return Lamb, kwargs

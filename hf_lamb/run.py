@@ -1,0 +1,150 @@
+"""Runs a script that nobody edited with "lamb" registered as an optimizer of transformers.
+
+    python -m hf_lamb.run script.py --optim lamb ...
+    python -m hf_lamb.run -m package.module --optim lamb ...
+    accelerate launch -m hf_lamb.run script.py --optim lamb ...
+    torchrun --nproc_per_node 2 -m hf_lamb.run script.py --optim lamb ...
+
+The script sees what it would see under plain `python`: its arguments, `__main__`, `sys.path`, exit codes, tracebacks.
+Differences: torch is imported before its first line, and processes that it starts as new commands
+(`subprocess.run([sys.executable, ...])`) are plain Python again; those of `multiprocessing` have "lamb" too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import multiprocessing.spawn
+import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+from hf_lamb.registration import register
+
+
+def main() -> None:
+    """Run the script or module that the command line names as if it had been run directly."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_lamb.run", description="Run a script with LAMB registered in transformers"
+    )
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name")
+    parser.add_argument("script", help="a script, a folder or zip file with a __main__.py, or a module's name")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
+    options = parser.parse_args()
+
+    try:
+        module, code = _load(options.script, options.is_module)
+        register()
+        _register_in_spawned_processes()
+        sys.argv = [str(module.__file__) if options.is_module else options.script, *options.args]
+        sys.modules["__main__"] = module
+        exec(code, vars(module))
+    except _CannotRun as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # Let the interpreter end as it always does, but show the script's frames only.
+        show, frames = sys.excepthook, _from_script(error.__traceback__)
+        sys.excepthook = lambda kind, value, _: show(kind, value.with_traceback(frames), frames)
+        raise
+
+
+class _CannotRun(Exception):
+    """There is nothing to run; the message says why, in one line."""
+
+
+def _load(target: str, is_module: bool) -> tuple[ModuleType, CodeType]:
+    """The `__main__` module of the target, its code not run yet; `sys.path[0]` as plain `python` has it."""
+    if is_module:
+        return _main_module(_module_spec(target))
+    path = os.path.abspath(target)
+    spec = PathFinder.find_spec("__main__", [path])  # a folder or zip file with a __main__.py
+    if spec is not None:
+        _set_path(path)
+        return _main_module(spec)
+    if os.path.isdir(path):
+        raise _CannotRun(f"can't find '__main__' module in {path!r}")
+
+    loader = SourceFileLoader("__main__", path)
+    try:
+        source = loader.get_data(path)
+    except OSError as error:
+        raise _CannotRun(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}") from None
+    spec = spec_from_file_location("__main__", path, loader=loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    # Without a spec multiprocessing finds a script by its path.
+    module.__dict__.update(__spec__=None, __package__=None, __cached__=None, __builtins__=builtins)
+    _set_path(os.path.dirname(os.path.realpath(path)))
+    return module, loader.source_to_code(source, path)
+
+
+def _set_path(entry: str) -> None:
+    if not sys.flags.safe_path:
+        sys.path[0] = entry
+
+
+def _module_spec(name: str) -> ModuleSpec:
+    """The spec of what `python -m name` runs: the module, or the `__main__` of a package."""
+    spec = _find(name)
+    if spec is None:
+        raise _CannotRun(f"No module named {name}")
+    if spec.submodule_search_locations is None:
+        return spec
+    spec = _find(f"{name}.__main__")
+    if spec is None:
+        raise _CannotRun(f"No module named {name}.__main__; {name!r} is a package and cannot be directly executed")
+    return spec
+
+
+def _find(name: str) -> ModuleSpec | None:
+    if not all(name.split(".")):
+        return None
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError as error:
+        # One of the parents is missing; what they fail to import themselves is an error of theirs.
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise
+
+
+def _main_module(spec: ModuleSpec) -> tuple[ModuleType, CodeType]:
+    module = module_from_spec(spec)
+    module.__dict__.update(__name__="__main__", __builtins__=builtins)
+    loader: Any = spec.loader
+    code = loader.get_code(spec.name)
+    if code is None:
+        raise _CannotRun(f"No code object available for {spec.name}")
+    return module, code
+
+
+def _from_script(frames: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of this module and of the import system before the script's first."""
+    while frames is not None and (
+        frames.tb_frame.f_globals is globals() or frames.tb_frame.f_code.co_filename.startswith("<frozen ")
+    ):
+        frames = frames.tb_next
+    return frames
+
+
+def _register_in_spawned_processes() -> None:
+    """Register in the processes that multiprocessing spawns too: they may build `TrainingArguments` themselves.
+
+    They load this data before they load the script; unpickling `register` imports hf_lamb, and they ignore a key
+    that they do not know.
+    """
+    preparation_data = multiprocessing.spawn.get_preparation_data
+
+    def with_register(name: str) -> dict[str, Any]:
+        return {**preparation_data(name), "hf_lamb": register}
+
+    multiprocessing.spawn.get_preparation_data = with_register
+
+
+if __name__ == "__main__":
+    main()

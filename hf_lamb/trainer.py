@@ -1,0 +1,215 @@
+"""LambTrainer: the stock Trainer, with a loss that does not depend on how a global batch is split."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
+
+from hf_lamb.callbacks import TrustRatioCallback
+from hf_lamb.registration import parse_optim_args
+
+__all__ = ["LambTrainer", "LambTrainingArguments"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LambTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with LAMB's defaults: `optim="lamb"`, `learning_rate=1e-3`, `weight_decay=0.01`.
+
+    Args:
+        log_trust_ratio_per_layer: log `lamb/trust_ratio/NAME` of every adapted parameter beside the summary.
+            Default False.
+
+    Raises:
+        ValueError: what `TrainingArguments` refuses; `optim_args` that LAMB does not understand.
+    """
+
+    optim: OptimizerNames | str = field(default="lamb", metadata={"help": "The optimizer to use."})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "The initial learning rate; LAMB's is relative to the weights' norm."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; not of biases and norms."})
+    log_trust_ratio_per_layer: bool = field(
+        default=False, metadata={"help": "Log the trust ratio of every adapted parameter beside the summary."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.optim == "lamb":
+            parse_optim_args(self.optim_args)  # Trainer stops at a malformed item without naming it
+
+
+class LambTrainer(Trainer):
+    """`transformers.Trainer`, and what training with large batches needs.
+
+    * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
+    * A loss, logged and differentiated, that is the mean over all labels of the global batch, however that batch is
+      split into micro-batches, accumulation steps and processes. Stock transformers 5 multiplies loss and gradient
+      by accumulation steps and processes for every head that accepts `num_items_in_batch` but ignores it, which
+      most `ForMaskedLM`, sequence and token classification heads do
+      (https://github.com/huggingface/transformers/issues/47688); for heads that do not accept it, it takes the mean
+      of the micro-batches' means. Models that divide by `num_items_in_batch` themselves, a `compute_loss_func`, and
+      batches without `labels` are left alone. Which of these a model is, is found out by trying, on the first
+      batch.
+    * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
+    * The trust ratios in every training log line, see `TrustRatioCallback`.
+
+    Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
+        self.callback_handler.callbacks.insert(0, TrustRatioCallback(per_layer))  # before the reporters
+
+        # Sequence parallelism (DeepSpeed's) and a compute_loss_func bring a loss of their own.
+        self._weighs_loss = self.compute_loss_func is None and self.get_sp_size() == 1
+        # None: not tried yet. True: the loss is a mean over the micro-batch, whatever num_items_in_batch says.
+        self._loss_is_mean: bool | None = None if self.model_accepts_loss_kwargs else True
+        if self._weighs_loss:
+            # Trainer counts the labels of the global batch, and does not divide by the accumulation steps.
+            self.model_accepts_loss_kwargs = True
+        self._eval_loss_and_items = torch.zeros(2, dtype=torch.float64)
+
+    # -- the loss of a micro-batch: its share of the mean over the global batch --------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The micro-batch's share of the global batch's mean loss: mean * items / num_items_in_batch.
+
+        Times the number of processes, because DDP and FSDP average gradients over them.
+        """
+        if num_items_in_batch is None or not self._weighs_loss or not self._is_mean(model, inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        items = self._count_items(inputs)
+        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # A micro-batch without a single label has the mean 0/0.
+        loss = torch.where(items > 0, mean * (items / num_items_in_batch), 0.0)
+        if self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def _count_items(self, inputs: dict[str, Any]) -> Tensor:
+        """The labels of this micro-batch, counted as Trainer counts those of the global one."""
+        labels: Tensor = inputs.get("shift_labels", inputs["labels"])
+        if self._loss_shifts_labels and "shift_labels" not in inputs:
+            labels = labels[..., 1:]
+        return labels.ne(-100).sum()
+
+    def _is_mean(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether the loss stays the same when `num_items_in_batch` doubles; found out once, by all processes."""
+        if self._loss_is_mean is None:
+            trials = torch.stack([self._trial_loss(model, inputs, n) for n in (1, 2)])
+            trials = self.accelerator.gather(trials[None])
+            one, two = trials[trials.isfinite().all(dim=1)].float().unbind(dim=1)  # no label, no loss
+            if len(one) == 0:
+                return True
+            self._loss_is_mean = torch.allclose(one, two, rtol=1e-3)
+            if self._loss_is_mean:
+                logger.info(
+                    f"The loss of {self._model_name()} ignores num_items_in_batch: each micro-batch is weighted by "
+                    "its number of labels, so that nothing depends on how the global batch is split."
+                )
+                self._warn_unless_additive(model, inputs)
+        return self._loss_is_mean
+
+    def _warn_unless_additive(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The weighting is exact only where the loss of a batch is the label-weighted mean of its halves' losses."""
+        rows = len(inputs["labels"])
+        if rows < 2:
+            return
+        parts = [slice(0, rows), slice(0, rows // 2), slice(rows // 2, rows)]
+        batches = [{k: v[part] if _has_rows(v, rows) else v for k, v in inputs.items()} for part in parts]
+        whole, *losses = torch.stack([self._trial_loss(model, batch, None) for batch in batches]).tolist()
+        n, *counts = torch.stack([self._count_items(batch) for batch in batches]).tolist()
+        if min(counts) == 0:
+            return
+        halves = sum(count * loss for count, loss in zip(counts, losses, strict=True)) / n
+        if abs(whole - halves) > 1e-2 * abs(whole):
+            logger.warning(
+                f"The loss of {self._model_name()} is {whole:.4f} on the first batch, {halves:.4f} as the mean over "
+                "its halves: it is no mean over labels, so it depends on how the global batch is split. Pass a "
+                "compute_loss_func that divides by num_items_in_batch."
+            )
+
+    def _trial_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None) -> Tensor:
+        """The loss in eval mode, without gradients, with fixed random numbers; leaves no trace."""
+        training = model.training
+        model.eval()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            loss, _ = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+        model.train(training)
+        return loss.detach().mean()
+
+    def _model_name(self) -> str:
+        return type(self.accelerator.unwrap_model(self.model)).__name__
+
+    # -- the loss of an evaluation: the mean over all its labels -----------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's, with the loss weighted by labels."""
+        self._eval_loss_and_items.zero_()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = output.metrics or {}
+        sums = self.accelerator.reduce(self._eval_loss_and_items.to(self.args.device, torch.float32), "sum")
+        loss, items = sums.tolist()
+        if items > 0:
+            metrics[f"{metric_key_prefix}_loss"] = loss / items
+        return output._replace(metrics=metrics)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer's; keeps the sums that `evaluation_loop` divides."""
+        self._forget_padding(inputs)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and self._weighs_loss:
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+            if isinstance(items, Tensor):
+                self._eval_loss_and_items += torch.stack((loss * items, items.to(loss))).cpu()
+        return loss, logits, labels
+
+    def _forget_padding(self, inputs: dict[str, Any]) -> None:
+        """Unlabel the rows that accelerate repeats from the first batch so that all processes' last batches are full.
+
+        Trainer drops what they predict, but not what they add to the loss.
+        """
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        if not (isinstance(labels, Tensor) and state.end_of_dataloader and state.remainder > 0):
+            return
+        if self.accelerator.num_processes > 1 and not labels.is_floating_point():
+            own = state.remainder - self.accelerator.process_index * len(labels)
+            inputs["labels"] = labels.clone()
+            inputs["labels"][max(own, 0) :] = -100
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
