@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 
 pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		-m recipes.pretrain_bert $(ARGS)
+		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) -m recipes.pretrain_bert $(ARGS)
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)

@@ -1,11 +1,12 @@
 """Masked language modelling whose masks are a function of (seed, epoch, index) and of nothing else."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -13,6 +14,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+
+from recipes.corpus import Document
+from recipes.tokenizer import tokenize_into_blocks
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -26,6 +30,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
     blocks: integer ids, [n_blocks, block_size]. mlm_probability: of choosing a token; special tokens are never
     chosen, and every row that holds a token has at least one chosen. Random tokens are no special ones.
     dynamic: new masks every epoch (`set_epoch`); False for a held-out set, whose masks then never change.
+    first_index: the index, for the masks, of the first block: these blocks are a piece of something longer.
     Items: `input_ids`, `attention_mask`, `labels` (-100 where not chosen), int64, [block_size] each.
     Raises ValueError for a probability outside (0, 1] and for a tokenizer without [MASK].
     """
@@ -37,6 +42,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int = 0,
         dynamic: bool = True,
+        first_index: int = 0,
     ) -> None:
         if not 0 < mlm_probability <= 1:
             raise ValueError(f"mlm_probability must lie in (0, 1], got {mlm_probability}")
@@ -46,6 +52,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         self.mlm_probability = mlm_probability
         self.seed = seed
         self.dynamic = dynamic
+        self.first_index = first_index
         self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), self.special_ids)
@@ -86,11 +93,47 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         # Philox counts up from the counter's first word; the last two make every row's stream its own.
         raw = np.stack(
             [
-                np.random.Philox(key=self.seed, counter=[0, 0, index, epoch]).random_raw(2 * length)
+                np.random.Philox(key=self.seed, counter=[0, 0, self.first_index + index, epoch]).random_raw(2 * length)
                 for index in map(int, indices)
             ]
         )
         return (raw[:, :length] >> 11) * 2.0**-53, raw[:, length:]
+
+
+class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
+    """`MaskedBlocks` over documents that are read as they are needed: for corpora that do not fit, or not yet, here.
+
+    documents: called at the start of every epoch, gives the documents in the same order every time. Every process
+    reads all of them and keeps its share of the rows, which accelerate deals out.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[], Iterable[Document]],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        mlm_probability: float = 0.15,
+        seed: int = 0,
+    ) -> None:
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.mlm_probability = mlm_probability
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the masks of this epoch from now on."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        documents, rows_so_far = iter(self.documents()), 0
+        while some := list(islice(documents, 256)):
+            blocks = tokenize_into_blocks(some, self.tokenizer, self.block_size)
+            rows = MaskedBlocks(blocks, self.tokenizer, self.mlm_probability, self.seed, first_index=rows_so_far)
+            rows.set_epoch(int(self._epoch))
+            yield from rows.__getitems__(range(len(rows)))
+            rows_so_far += len(rows)
 
 
 class MaskEpochCallback(TrainerCallback):

@@ -5,8 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -14,4 +18,23 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-torch.set_num_threads(1)
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four documents of the embedded corpus, some 20,000 words."""
+    from recipes.corpus import load_documents
+
+    folder = tmp_path_factory.mktemp("texts")
+    for document in load_documents("embedded")[40:44]:
+        (folder / f"{document.name}.txt").write_text(document.text[:30_000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of an uninterrupted run of the pretraining recipe: 8 steps, saved at step 4."""
+    from tests.helpers import SMALL, pretrain
+
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pretrain(monkeypatch, *SMALL, "--corpus", str(texts), "--output_dir", str(output), "--save_steps", "4")
+    return output

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,10 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback
+from tests.helpers import torchrun
 from tests.scripts import split_batch
 
 TASKS = ["mlm", "classification"]
-
-
-def torchrun(processes: int, *command: str) -> None:
-    """Run a module on several processes of this machine; torchrun finds a free port."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module", params=TASKS)

@@ -1,0 +1,338 @@
+"""Pretrains a BERT by masked language modelling with LAMB (or AdamW, or SGD) on the embedded corpus or your own.
+
+    python -m recipes.pretrain_bert                                                  # a tiny BERT on a laptop
+    accelerate launch --num_processes 8 -m recipes.pretrain_bert --size base --corpus HUB_NAME --streaming
+    python -m recipes.pretrain_bert --optim adamw_torch_fused --learning_rate 1e-3   # everything else the same
+
+All options of `transformers.TrainingArguments` are there, with defaults that follow `--size` and `--optim`.
+`--help` lists them.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_lamb import LambTrainer, LambTrainingArguments
+from recipes.bert import SIZES, new_bert
+from recipes.corpus import Document, hub_documents, load_documents, split_documents
+from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.report import append_json_line, hardware, plot_training, provenance
+from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+
+# Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
+STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
+
+# Sequence length, global batch, steps, warm-up steps, LAMB's rate. base: ALBERT's published LAMB settings; large: the
+# paper's 32k row. Both want a corpus of their own. The small ones were tried on the embedded corpus.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "smoke": dict(max_seq_length=32, global_batch_size=32, max_steps=30, warmup_steps=3, learning_rate=2e-2),
+    "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=3000, warmup_steps=300, learning_rate=2e-2),
+    "mini": dict(max_seq_length=128, global_batch_size=256, max_steps=3000, warmup_steps=300, learning_rate=1e-2),
+    "base": dict(
+        max_seq_length=512, global_batch_size=4096, max_steps=125_000, warmup_steps=3125, learning_rate=1.76e-3
+    ),
+    "large": dict(
+        max_seq_length=512, global_batch_size=32_768, max_steps=15_625, warmup_steps=3125, learning_rate=5e-3
+    ),
+}
+# A LAMB step is lr times the weights' norm, so at BERT's initial standard deviation of 0.02 to 0.05 AdamW's
+# corresponding rate is that much smaller.
+RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.05, "adamw_torch": 0.05, "sgd": 10.0}
+
+
+@dataclass
+class RecipeArguments:
+    """What to train on what; everything else is in `LambTrainingArguments`."""
+
+    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
+    corpus: list[str] = field(
+        default_factory=lambda: ["embedded"],
+        metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Held-out documents; default: 5 % of the documents of the corpus."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the hub dataset while training instead of downloading it first."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "A tokenizer's folder or hub name; default: trained on the training split."}
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence; default by --size."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    global_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Sequences in an optimizer step, over all processes; default by --size. The accumulation follows "
+            "from it, --per_device_train_batch_size and the number of processes."
+        },
+    )
+
+
+class Data(NamedTuple):
+    """What a run trains on, and what it is judged by."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset[Any]
+    held_out: MaskedBlocks
+    unigram_loss: float
+    unigram_accuracy: float
+
+
+def main() -> None:
+    """Train, evaluate, and leave the model, a line of results.jsonl and a picture in the output directory."""
+    try:
+        recipe, args = parse()
+        with args.main_process_first(desc="corpus and tokenizer"):
+            data = load_data(recipe, args.seed)
+        check_global_batch(recipe, args, data)
+        checkpoint = checkpoint_to_resume(args)
+    except ValueError as error:
+        sys.exit(f"pretrain_bert: {error}")
+
+    torch.manual_seed(args.seed)
+    trainer = LambTrainer(
+        model=new_bert(recipe.size, data.tokenizer, recipe.max_seq_length),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=data.tokenizer,
+        compute_metrics=accuracy,
+        callbacks=[MaskEpochCallback()],
+    )
+    say = print if trainer.is_world_process_zero() else lambda *_: None
+    say(describe(recipe, args, trainer.model.num_parameters(), data))
+
+    start = time.perf_counter()
+    first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate()
+    trainer.save_model()
+
+    if trainer.is_world_process_zero():
+        record = result(recipe, args, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
+        output = Path(args.output_dir)
+        append_json_line(output / "results.jsonl", record)
+        title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
+        plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
+        say(summary(record, args.output_dir))
+
+
+def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:
+    """The command line, with defaults that follow the size, the optimizer and this machine.
+
+    Raises ValueError for a global batch that the processes and micro-batches cannot make up.
+    """
+    parser = HfArgumentParser((RecipeArguments, LambTrainingArguments), description=__doc__.splitlines()[0])
+    early, _ = parser.parse_known_args(argv)
+    defaults = DEFAULTS[early.size]
+    parser.set_defaults(
+        **defaults | {"learning_rate": defaults["learning_rate"] * RATE_BESIDE_LAMB.get(early.optim, 0.05)},
+        output_dir=f"runs/pretrain_bert/{early.size}-{early.optim}",
+        per_device_train_batch_size=min(32, early.global_batch_size),
+        per_device_eval_batch_size=32,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=0.1,
+        save_steps=0.1,
+        save_total_limit=2,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+    recipe, args = parser.parse_args_into_dataclasses(argv)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != args.world_size:
+        raise ValueError(
+            f"{processes} processes were launched, but they are not connected: add --use_cpu or a GPU each"
+        )
+    micro = args.per_device_train_batch_size * args.world_size
+    if recipe.global_batch_size % micro:
+        raise ValueError(
+            f"--global_batch_size {recipe.global_batch_size} is no multiple of {micro} = "
+            f"{args.per_device_train_batch_size} (--per_device_train_batch_size) x {args.world_size} processes"
+        )
+    args.gradient_accumulation_steps = recipe.global_batch_size // micro
+    return recipe, args
+
+
+def load_data(recipe: RecipeArguments, seed: int) -> Data:
+    """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only."""
+    if recipe.streaming:
+        return stream_data(recipe, seed)
+    train = load_documents(recipe.corpus)
+    if recipe.validation_file:
+        held_out = load_documents(recipe.validation_file)
+    else:
+        train, held_out = split_documents(train)
+    tokenizer = tokenizer_for(recipe, train)
+    blocks = tokenize_into_blocks(train, tokenizer, recipe.max_seq_length)
+    dataset = MaskedBlocks(blocks, tokenizer, recipe.mlm_probability, seed)
+    return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
+
+
+def stream_data(recipe: RecipeArguments, seed: int) -> Data:
+    """The same from a hub dataset that is read while training."""
+    if len(recipe.corpus) != 1:
+        raise ValueError(f"--streaming takes one hub dataset, got --corpus {' '.join(recipe.corpus)}")
+    documents = partial(hub_documents, recipe.corpus[0], streaming=True)
+    start = list(islice(documents(), STREAM_HELD_OUT + STREAM_SAMPLE))
+    held_out, sample = start[:STREAM_HELD_OUT], start[STREAM_HELD_OUT:]
+    if not sample:
+        raise ValueError(
+            f"{recipe.corpus[0]!r} has {len(start)} documents, of which {STREAM_HELD_OUT} would be held out: "
+            "leave --streaming out"
+        )
+    tokenizer = tokenizer_for(recipe, sample)
+    dataset = StreamedBlocks(
+        lambda: islice(documents(), STREAM_HELD_OUT, None),
+        tokenizer,
+        recipe.max_seq_length,
+        recipe.mlm_probability,
+        seed,
+    )
+    blocks = tokenize_into_blocks(sample, tokenizer, recipe.max_seq_length)
+    return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
+
+
+def tokenizer_for(recipe: RecipeArguments, documents: Iterable[Document]) -> PreTrainedTokenizerBase:
+    """The tokenizer that was named, or one trained on these documents."""
+    if recipe.tokenizer_name is None:
+        return load_or_train_tokenizer((document.text for document in documents), recipe.vocab_size)
+    try:
+        return AutoTokenizer.from_pretrained(recipe.tokenizer_name)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--tokenizer_name {recipe.tokenizer_name} cannot be loaded: {reason}") from None
+
+
+def with_held_out(
+    recipe: RecipeArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset[Any],
+    train_blocks: torch.Tensor,
+    documents: list[Document],
+) -> Data:
+    """Add the held-out blocks, whose masks depend on nothing but their text, and the unigrams' score on them."""
+    blocks = tokenize_into_blocks(documents, tokenizer, recipe.max_seq_length)
+    held_out = MaskedBlocks(blocks, tokenizer, recipe.mlm_probability, seed=0, dynamic=False)
+    unigrams = unigram_baseline(train_blocks, held_out, held_out.special_ids, len(tokenizer))
+    return Data(tokenizer, train, held_out, *unigrams)
+
+
+def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:
+    """Raise where a step would quietly get fewer sequences than asked for: Trainer ends a step with the epoch."""
+    if isinstance(data.train, MaskedBlocks) and len(data.train) < recipe.global_batch_size:
+        raise ValueError(
+            f"--global_batch_size {recipe.global_batch_size} is more than the corpus' {len(data.train)} training "
+            f"sequences of {recipe.max_seq_length} tokens: lower it, or give a larger --corpus"
+        )
+
+
+def checkpoint_to_resume(args: LambTrainingArguments) -> str | None:
+    """The checkpoint that --resume_from_checkpoint names; `latest` is the newest of the output directory.
+
+    Raises ValueError where there is none, and where there is one that nobody asked to resume.
+    """
+    wanted, output = args.resume_from_checkpoint, args.output_dir
+    newest = get_last_checkpoint(output) if os.path.isdir(output) else None
+    if wanted is None:
+        if newest is not None:
+            raise ValueError(
+                f"{output} holds {os.path.basename(newest)} of an earlier run: add --resume_from_checkpoint latest "
+                "to go on from there, or --output_dir for another place"
+            )
+        return None
+    if wanted.lower() in ("latest", "true"):
+        if newest is None:
+            raise ValueError(f"--resume_from_checkpoint {wanted}: there is no checkpoint in {output}")
+        return newest
+    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+        raise ValueError(f"--resume_from_checkpoint {wanted} is no checkpoint: it has no trainer_state.json")
+    return wanted
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the masked positions whose token was the first guess."""
+    masked = prediction.label_ids != IGNORED
+    return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
+
+
+def describe(recipe: RecipeArguments, args: LambTrainingArguments, parameters: int, data: Data) -> str:
+    """Before the run: what is about to happen."""
+    size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
+    return (
+        f"BERT-{recipe.size}, {parameters:,} parameters, vocabulary {len(data.tokenizer):,}\n"
+        f"corpus {' '.join(recipe.corpus)}: {size} of {recipe.max_seq_length} tokens to train on, "
+        f"{len(data.held_out):,} held out\n"
+        f"global batch {recipe.global_batch_size:,} = {args.per_device_train_batch_size} sequences x "
+        f"{args.gradient_accumulation_steps} accumulation steps x {args.world_size} processes; "
+        f"{args.max_steps:,} steps of {args.optim.value} at a rate of {args.learning_rate:g} on {hardware()}"
+    )
+
+
+def result(
+    recipe: RecipeArguments,
+    args: LambTrainingArguments,
+    trainer: LambTrainer,
+    data: Data,
+    metrics: dict[str, float],
+    seconds: float,
+    steps_now: int,
+) -> dict[str, Any]:
+    """The line of results.jsonl."""
+    return {
+        "recipe": "pretrain_bert",
+        **provenance(),
+        "size": recipe.size,
+        "corpus": recipe.corpus,
+        "optim": args.optim.value,
+        "optim_args": args.optim_args,
+        "learning_rate": args.learning_rate,
+        "warmup_steps": args.get_warmup_steps(args.max_steps),
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "global_batch_size": recipe.global_batch_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "max_seq_length": recipe.max_seq_length,
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "held_out_loss": metrics["eval_loss"],
+        "held_out_accuracy": metrics["eval_accuracy"],
+        "unigram_loss": data.unigram_loss,
+        "unigram_accuracy": data.unigram_accuracy,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(steps_now * recipe.global_batch_size * recipe.max_seq_length / seconds),
+    }
+
+
+def summary(record: dict[str, Any], output_dir: str) -> str:
+    """After the run: what came out, for people."""
+    loss, unigram_loss = record["held_out_loss"], record["unigram_loss"]
+    verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
+    minutes = record["seconds"] / 60
+    return f"""
+held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}
+held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {record["unigram_accuracy"]:.1%}
+time                     {record["steps"]:,} steps in {minutes:.1f} minutes, {record["tokens_per_second"]:,} tokens/s
+model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
+results, picture         {output_dir}/results.jsonl, {output_dir}/training.png"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What a run leaves behind: a line of results.jsonl, a picture, and a summary for people."""
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_lamb")
+
+
+def provenance() -> dict[str, Any]:
+    """When, with which command, on what hardware and with which versions; no path of this machine."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+    }
+
+
+def hardware() -> str:
+    """For example "NVIDIA H100 80GB HBM3 x 1" or "x86_64, 2 threads"."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file; a reader sees the old file or the new one, never half a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text() if path.exists() else ""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(before + json.dumps(record) + "\n")
+    unfinished.replace(path)
+
+
+def plot_training(log_history: list[dict[str, float]], path: Path, title: str, baseline: float | None = None) -> None:
+    """Loss, learning rate and trust ratios over the steps of a run, from `trainer.state.log_history`, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
+    figure.suptitle(title)
+    top.plot(*_series(log_history, "loss"), label="training", linewidth=1)
+    top.plot(*_series(log_history, "eval_loss"), label="held out", marker="o")
+    if baseline is not None:
+        top.axhline(baseline, label="held out, unigrams", color="gray", linestyle="--")
+    top.set_ylabel("masked-LM loss (nats)")
+    top.legend()
+    middle.plot(*_series(log_history, "learning_rate"))
+    middle.set_ylabel("learning rate")
+    steps, ratios = _series(log_history, "lamb/trust_ratio_median")
+    if steps:
+        low, high = (_series(log_history, f"lamb/trust_ratio_{end}")[1] for end in ("min", "max"))
+        bottom.fill_between(steps, low, high, alpha=0.25, label="smallest to largest layer")
+        bottom.plot(steps, ratios, label="median layer")
+        bottom.set_yscale("log")
+        bottom.legend()
+        bottom.set_ylabel("trust ratio ‖w‖/‖u‖")
+    else:
+        bottom.text(0.5, 0.5, "no trust ratios: not LAMB", ha="center", transform=bottom.transAxes)
+        bottom.set_yticks([])
+    bottom.set_xlabel("optimizer steps")
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, format="png", dpi=120)
+    plt.close(figure)
+    unfinished.replace(path)
+
+
+def _series(log_history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    points = [(line["step"], line[key]) for line in log_history if key in line]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _module_name() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else Path(sys.argv[0]).stem
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

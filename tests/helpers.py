@@ -1,0 +1,26 @@
+"""Ways to run things from tests."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from recipes import pretrain_bert
+
+# A run of the pretraining recipe that takes a second or two.
+SMALL = ["--size", "smoke", "--use_cpu", "--max_steps", "8", "--global_batch_size", "16", "--vocab_size", "400"]
+
+
+def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The pretraining recipe in this process, as its command line would run it."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_bert", *arguments])
+    pretrain_bert.main()
+
+
+def torchrun(processes: int, *command: str) -> None:
+    """Run a module on several processes of this machine; torchrun finds a free port."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]

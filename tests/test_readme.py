@@ -1,0 +1,74 @@
+"""Protects the README: what it shows runs, and what it names exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import pretrain_bert
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+
+
+def test_the_readme_has_snippets() -> None:
+    assert len(PYTHON) >= 4
+    assert len(SHELL) >= 8
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_snippets_run(number: int, finished: Path, tmp_path: Path) -> None:
+    """Each in a fresh interpreter, in a folder where the run that the README speaks of has just been done."""
+    (tmp_path / "runs/pretrain_bert").mkdir(parents=True)
+    (tmp_path / "runs/pretrain_bert/tiny-lamb").symlink_to(finished)
+    done = subprocess.run([sys.executable, "-c", PYTHON[number]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "print(" in PYTHON[number]:
+        assert done.stdout
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if "recipes.pretrain_bert" in line])
+def test_recipe_lines_parse(line: str) -> None:
+    """Every option exists and every value is accepted."""
+    arguments = shlex.split(line, comments=True)
+    arguments = arguments[arguments.index("recipes.pretrain_bert") + 1 :]
+    recipe, args = pretrain_bert.parse(arguments)
+    assert args.gradient_accumulation_steps * args.per_device_train_batch_size == recipe.global_batch_size
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert named
+    assert all(f"\n{target}:" in makefile for target in named)
+
+
+def test_local_links_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_the_table_of_sizes_is_the_recipes() -> None:
+    """Generated: `python -m tests.test_readme` prints it."""
+    assert size_table() in README
+
+
+def size_table() -> str:
+    rows = []
+    for size, defaults in pretrain_bert.DEFAULTS.items():
+        shape = pretrain_bert.SIZES[size]
+        rows.append(
+            f"| `{size}` | {shape['num_hidden_layers']} x {shape['hidden_size']} | {defaults['max_seq_length']} "
+            f"| {defaults['global_batch_size']:,} | {defaults['max_steps']:,} | {defaults['learning_rate']:g} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(size_table())  # noqa: T201
