@@ -2,7 +2,7 @@
 
     python -m recipes.pretrain_bert                                                  # a tiny BERT on a laptop
     accelerate launch --num_processes 8 -m recipes.pretrain_bert --size base --corpus HUB_NAME --streaming
-    python -m recipes.pretrain_bert --optim adamw_torch_fused --learning_rate 1e-3   # everything else the same
+    python -m recipes.pretrain_bert --optim adamw_torch_fused --learning_rate 5e-4   # everything else the same
 
 All options of `transformers.TrainingArguments` are there, with defaults that follow `--size` and `--optim`.
 `--help` lists them.
@@ -38,7 +38,7 @@ STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
 # paper's 32k row. Both want a corpus of their own. The small ones were tried on the embedded corpus.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smoke": dict(max_seq_length=32, global_batch_size=32, max_steps=30, warmup_steps=3, learning_rate=2e-2),
-    "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=3000, warmup_steps=300, learning_rate=2e-2),
+    "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=2400, warmup_steps=240, learning_rate=1e-2),
     "mini": dict(max_seq_length=128, global_batch_size=256, max_steps=3000, warmup_steps=300, learning_rate=1e-2),
     "base": dict(
         max_seq_length=512, global_batch_size=4096, max_steps=125_000, warmup_steps=3125, learning_rate=1.76e-3
@@ -154,11 +154,7 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
         use_cpu=not torch.accelerator.is_available(),
     )
     recipe, args = parser.parse_args_into_dataclasses(argv)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes != args.world_size:
-        raise ValueError(
-            f"{processes} processes were launched, but they are not connected: add --use_cpu or a GPU each"
-        )
+    check_connected(args.world_size)
     micro = args.per_device_train_batch_size * args.world_size
     if recipe.global_batch_size % micro:
         raise ValueError(
@@ -167,6 +163,15 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
         )
     args.gradient_accumulation_steps = recipe.global_batch_size // micro
     return recipe, args
+
+
+def check_connected(world_size: int) -> None:
+    """Raise where each process would train alone and say nothing, as accelerate lets CPU ranks do without use_cpu."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != world_size:
+        raise ValueError(
+            f"{launched} processes were launched, but each sees {world_size}: add --use_cpu, or a GPU each"
+        )
 
 
 def load_data(recipe: RecipeArguments, seed: int) -> Data:

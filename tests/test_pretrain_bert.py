@@ -74,7 +74,8 @@ def test_two_processes_train_the_same_model(finished: Path, texts: Path, tmp_pat
     torchrun(2, *command, "--per_device_train_batch_size", "4")
     expected = weights(finished)
     for name, weight in weights(tmp_path).items():
-        assert float((weight - expected[name]).abs().max() / expected[name].abs().max()) < 1e-4, name
+        # An absolute part for attention's key biases: the loss does not depend on them, they are rounding noise.
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     record, alone = json.loads(line), json.loads((finished / "results.jsonl").read_text())
     assert (record["processes"], record["gradient_accumulation_steps"]) == (2, 2)
@@ -146,9 +147,9 @@ def test_an_earlier_run_is_not_overwritten(finished: Path, texts: Path, monkeypa
 def test_processes_that_are_not_connected_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --use_cpu on CPU ranks each process would train alone, and say nothing."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(pretrain_bert.LambTrainingArguments, "world_size", property(lambda self: 1))
-    with pytest.raises(ValueError, match="2 processes were launched, but they are not connected"):
-        pretrain_bert.parse(SMALL)
+    pretrain_bert.check_connected(2)
+    with pytest.raises(ValueError, match="2 processes were launched, but each sees 1: add --use_cpu, or a GPU each"):
+        pretrain_bert.check_connected(1)
 
 
 # -- the model ------------------------------------------------------------------------------------------------------
