@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_lamb._version import __version__
-from hf_lamb.lamb import Lamb, LayerStats
+from hf_lamb.convert import convert_state_dict
+from hf_lamb.lamb import Lamb, LayerStats, SkippedSteps
 from hf_lamb.param_groups import lamb_param_groups
 from hf_lamb.registration import register
 
 if TYPE_CHECKING:
-    from hf_lamb.callbacks import TrustRatioCallback
+    from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "LambTrainer",
     "LambTrainingArguments",
     "LayerStats",
+    "SkippedSteps",
+    "SkippedStepsCallback",
     "TrustRatioCallback",
     "__version__",
+    "convert_state_dict",
     "lamb_param_groups",
     "register",
 ]
@@ -31,6 +35,7 @@ __all__ = [
 _LAZY = {
     "LambTrainer": "hf_lamb.trainer",
     "LambTrainingArguments": "hf_lamb.trainer",
+    "SkippedStepsCallback": "hf_lamb.callbacks",
     "TrustRatioCallback": "hf_lamb.callbacks",
 }
 

@@ -1,4 +1,4 @@
-"""Trust ratios in the logs."""
+"""Trust ratios and skipped steps in the logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lamb.lamb import Lamb
 
-__all__ = ["TrustRatioCallback"]
+__all__ = ["SkippedStepsCallback", "TrustRatioCallback"]
 
 
 class TrustRatioCallback(TrainerCallback):
@@ -50,6 +50,44 @@ class TrustRatioCallback(TrainerCallback):
             summary |= {f"lamb/trust_ratio/{name}": ratio for name, ratio in ratios.items()}
         logs.update(summary)
         state.log_history[-1].update(summary)  # Trainer has copied `logs` there before it calls us
+
+
+class SkippedStepsCallback(TrainerCallback):
+    """Adds `lamb/skipped_steps` to the training log lines once there are any, and ends a run that only skips.
+
+    LAMB leaves everything as it is when a gradient is not finite; the learning-rate schedule goes on all the same.
+    Looked at when Trainer logs, so that no step waits for the device. `LambTrainer` has one.
+
+    Args:
+        max_in_a_row: so many skipped steps without a single good one between them raise. Default 20.
+
+    Raises:
+        RuntimeError: in `on_log`, see above.
+    """
+
+    def __init__(self, max_in_a_row: int = 20) -> None:
+        self.max_in_a_row = max_in_a_row
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        lamb = _find_lamb(optimizer)
+        if logs is None or "loss" not in logs or lamb is None:
+            return
+        skipped = lamb.skipped_steps()
+        if skipped.total:
+            logs["lamb/skipped_steps"] = state.log_history[-1]["lamb/skipped_steps"] = skipped.total
+        if skipped.in_a_row >= self.max_in_a_row:
+            raise RuntimeError(
+                f"the last {skipped.in_a_row} steps, up to step {state.global_step}, were skipped because gradients were "
+                "inf or NaN: resume from an earlier checkpoint with a lower learning rate or without fp16"
+            )
 
 
 def _find_lamb(optimizer: Any) -> Lamb | None:

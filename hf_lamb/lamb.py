@@ -13,7 +13,7 @@ from hf_lamb import norms
 from hf_lamb.backends import Bucket, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
 
-__all__ = ["Lamb", "LayerStats"]
+__all__ = ["Lamb", "LayerStats", "SkippedSteps"]
 
 
 class LayerStats(NamedTuple):
@@ -22,6 +22,13 @@ class LayerStats(NamedTuple):
     weight_norm: float
     adam_norm: float
     trust_ratio: float
+
+
+class SkippedSteps(NamedTuple):
+    """Steps that changed nothing because a gradient was not finite."""
+
+    total: int
+    in_a_row: int
 
 
 class Lamb(Optimizer):
@@ -61,7 +68,8 @@ class Lamb(Optimizer):
         fused: reserved for fused kernels; `True` raises in this version.
 
     Raises:
-        ValueError: an option out of its range; the message holds the value.
+        ValueError: an option out of its range (the message holds the value); a parameter that is complex, integer or
+            on the meta device.
         NotImplementedError: `fused=True`; a parameter that is a shard of its layer (FSDP).
         RuntimeError: a sparse gradient.
 
@@ -103,13 +111,18 @@ class Lamb(Optimizer):
             "fused": fused,
         }
         _check_options(defaults)
-        self._layers: list[_Layers] = []
+        self._forget()
         super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Start the diagnostics anew; they live outside `state`, where norms make sharded checkpoints crash."""
+        self._layers: list[_Layers] = []
+        self._skipped: Tensor | None = None  # [in all, in a row], int64, made at the first step that may skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_layers", [])
+        self._forget()
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
                 group.setdefault(option, self.defaults[option])
@@ -119,6 +132,70 @@ class Lamb(Optimizer):
         if isinstance(param_group, dict):
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for index, param in enumerate(self.param_groups[-1]["params"]):
+            if not param.is_floating_point() or param.is_meta:
+                kind = "on the meta device" if param.is_meta else f"of dtype {param.dtype}"
+                name = self.parameter_name(len(self.param_groups) - 1, index)
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"Lamb: parameter {name} is {kind}: it takes real floating-point tensors that hold data"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, of this or an earlier version, as torch does, with three differences.
+
+        Moments keep their precision: torch casts those of bf16 and fp16 parameters down to the parameters' dtype.
+        `step` goes to the parameter's device. And state of another shape or, where both sides have names, of the
+        same parameters in another order is refused instead of going to the wrong ones.
+
+        Raises:
+            ValueError: other groups, shapes or order than this optimizer's; state of another optimizer
+                (`convert_state_dict` takes that over). Nothing has been loaded then.
+        """
+        given: dict[str, Any] = {}
+        # As the last hook before and the first after, so that other hooks see and change what torch lets them.
+        before = self.register_load_state_dict_pre_hook(lambda _, state: self._check_loadable(state, given))
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(given), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _check_loadable(self, state_dict: dict[str, Any], given: dict[str, Any]) -> None:
+        given.update(state_dict)
+        groups, loaded = self.param_groups, state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in loaded]:
+            return  # torch has words for this
+        for group_index, (group, other) in enumerate(zip(groups, loaded, strict=True)):
+            _check_order(group.get("param_names"), other.get("param_names"))
+            for index, (param, key) in enumerate(zip(group["params"], other["params"], strict=True)):
+                state = state_dict["state"].get(key, {})
+                if not state:
+                    continue
+                name = self.parameter_name(group_index, index)
+                if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+                    raise ValueError(
+                        f"Lamb: the state of {name} has {', '.join(map(str, state))}, so it is another optimizer's: "
+                        "see hf_lamb.convert_state_dict"
+                    )
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if state[moment].shape != param.shape:
+                        raise ValueError(
+                            f"Lamb: {moment} of {name} has shape {tuple(state[moment].shape)}, the parameter "
+                            f"{tuple(param.shape)}: the state dict is of another model"
+                        )
+
+    def _restore_precision(self, given: dict[str, Any]) -> None:
+        for group, other in zip(self.param_groups, given["param_groups"], strict=True):
+            for param, key in zip(group["params"], other["params"], strict=True):
+                state = given["state"].get(key)
+                if state:
+                    step = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
+                    self.state[param]["step"] = step.reshape(())
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        self.state[param][moment] = state[moment].to(param.device, math_dtype(param))
+        self._forget()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -140,7 +217,7 @@ class Lamb(Optimizer):
         buckets = self._collect()
         if not buckets:
             return loss
-        _look_at_gradients(buckets)
+        self._count_skipped(_look_at_gradients(buckets))
 
         self._layers = []
         for bucket in buckets:
@@ -169,16 +246,36 @@ class Lamb(Optimizer):
             stats.update((name, LayerStats(*row)) for name, row in zip(layers.names, table, strict=True))
         return stats
 
+    def skipped_steps(self) -> SkippedSteps:
+        """How many steps non-finite gradients have cost, `(total, in_a_row)`, since construction or loading.
+
+        Reading waits for the device; `step` itself does not.
+        """
+        return SkippedSteps(0, 0) if self._skipped is None else SkippedSteps(*self._skipped.tolist())
+
+    def _count_skipped(self, finite: Tensor | None) -> None:
+        if finite is None:
+            return
+        if self._skipped is None:
+            self._skipped = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        total, in_a_row = self._skipped
+        skipped = finite.logical_not().long()
+        self._skipped.copy_(torch.stack((total + skipped, (in_a_row + 1) * skipped)))
+
+    def parameter_name(self, group_index: int, index: int) -> str:
+        """The name a parameter was given with, else where it is: `param_groups.I.params.J`."""
+        names = self.param_groups[group_index].get("param_names")
+        return names[index] if names else f"param_groups.{group_index}.params.{index}"
+
     def _collect(self) -> list[Bucket]:
         """Parameters that have a gradient, by group, device and dtypes; their state made where it is missing."""
         buckets: dict[tuple[int, torch.device, torch.dtype, torch.dtype], Bucket] = {}
         for group_index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
             for index, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None:
                     continue
-                name = names[index] if names else f"param_groups.{group_index}.params.{index}"
+                name = self.parameter_name(group_index, index)
                 norms.refuse_sharded(param, name)
                 if grad.is_sparse:
                     raise RuntimeError(
@@ -216,11 +313,14 @@ class _Layers(NamedTuple):
     trust_ratio: Tensor
 
 
-def _look_at_gradients(buckets: list[Bucket]) -> None:
-    """Set `finite` and `clip_factor` of the buckets that ask for them, from one sum of squares of all gradients."""
+def _look_at_gradients(buckets: list[Bucket]) -> Tensor | None:
+    """Set `finite` and `clip_factor` of the buckets that ask for them, from one sum of squares of all gradients.
+
+    Returns whether all gradients are finite, 0-dim, or None where no group skips.
+    """
     wanted = [b for b in buckets if b.group["skip_nonfinite"] or b.group["max_grad_norm"] is not None]
     if not wanted:
-        return
+        return None
     device = buckets[0].device
     sums = [norms.squared_norms(bucket.grads).sum().to(device) for bucket in buckets]
     grad_norm_sq = torch.stack(sums).sum()
@@ -231,6 +331,17 @@ def _look_at_gradients(buckets: list[Bucket]) -> None:
         if max_grad_norm is not None:
             factor = 1 / (grad_norm_sq.sqrt() / max_grad_norm).clamp(min=1)
             bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+    return grad_norm_sq.isfinite() if any(b.finite is not None for b in wanted) else None
+
+
+def _check_order(own: list[str] | None, loaded: list[str] | None) -> None:
+    """Names may differ (a wrapper's prefix, a renamed module), but not merely in their order."""
+    if own and loaded and own != loaded and sorted(own) == sorted(loaded):
+        first = next(name for name, other in zip(own, loaded, strict=True) if name != other)
+        raise ValueError(
+            f"Lamb: the state dict has the same parameters in another order, from {first} on: "
+            "build the optimizer with its groups in the order of the state dict"
+        )
 
 
 def _advance(bucket: Bucket) -> None:

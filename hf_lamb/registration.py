@@ -14,6 +14,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import cache
 from importlib.abc import MetaPathFinder
@@ -21,10 +22,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+import torch
+from torch import nn
+
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import lamb_param_groups
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
     from transformers.trainer_optimizer import OptimizerContext
 
 __all__ = ["parse_optim_args", "register"]
@@ -197,6 +202,46 @@ def _typed(key: str, value: str) -> float | bool | None:
     raise ValueError(f"optim_args: {key}={value}: expected {wanted}{' or none' if optional else ''}")
 
 
+# LambTrainer's loss does not depend on the split of the batch; its handler need not warn.
+loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=False)
+
+
+def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
+    """What makes LAMB pointless or wrong with this model, in a line each."""
+    doubts = []
+    low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if low:
+        doubts.append(
+            f"trainable parameters are {' and '.join(sorted(low))}, which rounds most small steps away: load the "
+            "model in float32 and train with --bf16"
+        )
+    splits = args.gradient_accumulation_steps * args.world_size
+    if splits > 1 and not loss_is_weighted.get() and inflates_loss(model):
+        doubts.append(
+            f"{type(model).__name__} ignores num_items_in_batch, so Trainer multiplies its loss and gradient by "
+            f"{splits} (accumulation x processes; https://github.com/huggingface/transformers/issues/47688): use "
+            f"hf_lamb.LambTrainer, or set {type(model).__name__}.accepts_loss_kwargs = False"
+        )
+    return doubts
+
+
+def inflates_loss(model: nn.Module) -> bool:
+    """Whether `forward` takes loss kwargs, so that Trainer lets it normalise, but computes a mean of its own.
+
+    Read from the source of `forward`; `LambTrainer`, which has data, finds out by trying.
+    """
+    forward = inspect.unwrap(type(model).forward)
+    kinds = {parameter.kind for parameter in inspect.signature(forward).parameters.values()}
+    if not getattr(model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds):
+        return False
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+    own_mean = "CrossEntropyLoss" in source or "loss_fct(" in source
+    return own_mean and "loss_function" not in source and "num_items_in_batch" not in source
+
+
 def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
     """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
     from transformers import TrainingArguments
@@ -227,6 +272,7 @@ def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
     if ctx.model is None:
         said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
     else:
+        said += _doubts(ctx.model, args)
         groups = lamb_param_groups(ctx.model, args.weight_decay, adapt_all=adapt_all)
         if given.get("layer_adaptation") is False:
             # The groups say which parameters adapt, and would overrule the option.

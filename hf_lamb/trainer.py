@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from hf_lamb.callbacks import TrustRatioCallback
-from hf_lamb.registration import parse_optim_args
+from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
+from hf_lamb.registration import loss_is_weighted, parse_optim_args
 
 __all__ = ["LambTrainer", "LambTrainingArguments"]
 
@@ -61,7 +61,7 @@ class LambTrainer(Trainer):
       batches without `labels` are left alone. Which of these a model is, is found out by trying, on the first
       batch.
     * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
-    * The trust ratios in every training log line, see `TrustRatioCallback`.
+    * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
 
     Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer.
     """
@@ -69,7 +69,8 @@ class LambTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
-        self.callback_handler.callbacks.insert(0, TrustRatioCallback(per_layer))  # before the reporters
+        # Before the reporters, which then see what these add.
+        self.callback_handler.callbacks[:0] = [TrustRatioCallback(per_layer), SkippedStepsCallback()]
 
         # Sequence parallelism (DeepSpeed's) and a compute_loss_func bring a loss of their own.
         self._weighs_loss = self.compute_loss_func is None and self.get_sp_size() == 1
@@ -79,6 +80,14 @@ class LambTrainer(Trainer):
             # Trainer counts the labels of the global batch, and does not divide by the accumulation steps.
             self.model_accepts_loss_kwargs = True
         self._eval_loss_and_items = torch.zeros(2, dtype=torch.float64)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's, without the warning about the loss that this trainer puts right."""
+        token = loss_is_weighted.set(self._weighs_loss)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            loss_is_weighted.reset(token)
 
     # -- the loss of a micro-batch: its share of the mean over the global batch --------------------------------------
 

@@ -1,0 +1,100 @@
+"""Taking over the state of other Adam-like optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lamb.lamb import Lamb
+
+__all__ = ["convert_state_dict"]
+
+# What other LAMBs keep for show.
+_DIAGNOSTICS = {"weight_norm", "adam_norm", "trust_ratio"}
+_REASONS = {
+    "max_exp_avg_sq": "it is AMSGrad's, whose maximum LAMB does not have",
+    "state1": "it is bitsandbytes', whose moments may be quantised: train on with it, or start with fresh moments",
+    "momentum_buffer": "it is SGD's, which has no second moment",
+}
+
+
+def convert_state_dict(state_dict: dict[str, Any], optimizer: Lamb) -> dict[str, Any]:
+    """The moments and step counts of another optimizer, as a state dict for `optimizer.load_state_dict`.
+
+    Takes over torch's Adam and AdamW, timm's and apex's LAMB, DeepSpeed's FusedLamb (bare or in its FP16 wrapper),
+    and whatever else keeps `exp_avg` and `exp_avg_sq` of each parameter's shape, with the step in the state or in
+    the group, as a number or a tensor. Moments become float32 (float64 for float64 parameters); options stay
+    `optimizer`'s own. Parameters are matched by name where both sides have names, else by position in groups of the
+    same sizes.
+
+    Raises:
+        ValueError: anything else, with the reason: AMSGrad, bitsandbytes, SGD, ZeRO partitions, other parameters.
+    """
+    if "optimizer_state_dict" in state_dict:  # DeepSpeed's FP16 wrapper
+        state_dict = state_dict["optimizer_state_dict"]
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"convert_state_dict: no optimizer's state dict, it has {', '.join(map(str, state_dict)) or 'nothing'}: "
+            "for DeepSpeed ZeRO, make a full checkpoint first (zero_to_fp32 gives weights only)"
+        )
+    converted = optimizer.state_dict()
+    converted["state"] = {}
+    others = _match(optimizer, state_dict["param_groups"])
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            key, other_group = others[group_index][index]
+            state = state_dict["state"].get(key)
+            if state:
+                name = optimizer.parameter_name(group_index, index)
+                own_key = converted["param_groups"][group_index]["params"][index]
+                converted["state"][own_key] = _convert(state, other_group, param, name)
+    return converted
+
+
+def _convert(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
+    unknown = state.keys() - {"step", "exp_avg", "exp_avg_sq"} - _DIAGNOSTICS
+    missing = {"exp_avg", "exp_avg_sq"} - state.keys()
+    if unknown or missing:
+        reason = next((_REASONS[key] for key in _REASONS if key in unknown), "that is no state of an Adam")
+        raise ValueError(f"convert_state_dict: {name} has {', '.join(sorted(map(str, state)))}: {reason}")
+    step = state.get("step", group.get("step"))
+    if step is None:
+        raise ValueError(f"convert_state_dict: neither the state of {name} nor its group says at which step it is")
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if state[moment].shape != param.shape:
+            raise ValueError(
+                f"convert_state_dict: {moment} of {name} has shape {tuple(state[moment].shape)}, the parameter "
+                f"{tuple(param.shape)}: another model, or a flat partition (ZeRO, FSDP)"
+            )
+    return {
+        "step": torch.as_tensor(step, dtype=torch.float32).reshape(()).clone(),
+        "exp_avg": state["exp_avg"].clone(),
+        "exp_avg_sq": state["exp_avg_sq"].clone(),
+    }
+
+
+def _match(optimizer: Lamb, loaded: list[dict[str, Any]]) -> list[list[tuple[Any, dict[str, Any]]]]:
+    """For each parameter of each group of ours, the key of its state on the other side, and its group there."""
+    ours = optimizer.param_groups
+    if all("param_names" in group for group in (*ours, *loaded)):
+        by_name = {
+            name: (key, group)
+            for group in loaded
+            for name, key in zip(group["param_names"], group["params"], strict=True)
+        }
+        names = [name for group in ours for name in group["param_names"]]
+        different = sorted(set(names) ^ by_name.keys())
+        if different:
+            raise ValueError(
+                f"convert_state_dict: the other side has other parameters: {different[0]} is on one side only"
+            )
+        return [[by_name[name] for name in group["param_names"]] for group in ours]
+    sizes, other_sizes = ([len(group["params"]) for group in groups] for groups in (ours, loaded))
+    if sizes != other_sizes:
+        raise ValueError(
+            f"convert_state_dict: groups of {other_sizes} parameters there, of {sizes} here, and no names to match "
+            "by: build Lamb with the same groups"
+        )
+    return [[(key, group) for key in group["params"]] for group in loaded]
