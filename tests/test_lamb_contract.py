@@ -316,7 +316,7 @@ def test_layer_stats_are_the_norms_and_ratio_of_the_last_step(foreach: bool) -> 
     for name, param in model.named_parameters():
         assert isinstance(stats[name], LayerStats)
         assert stats[name].weight_norm == pytest.approx(float(before[name].norm()), rel=1e-5)
-        moved = float((before[name] - param).norm())
+        moved = float((before[name] - param.detach()).norm())
         assert moved == pytest.approx(0.5 * stats[name].trust_ratio * stats[name].adam_norm, rel=1e-5)
     assert stats["weight"].trust_ratio == pytest.approx(stats["weight"].weight_norm / stats["weight"].adam_norm)
     assert stats["bias"].trust_ratio == 1.0
@@ -347,3 +347,144 @@ def test_fsdp1_shards_are_refused_by_name() -> None:
     optimizer = Lamb([("encoder.weight", param)])
     with pytest.raises(NotImplementedError, match=r"parameter encoder\.weight is an FSDP1 shard.*train it with DDP"):
         optimizer.step()
+
+
+# -- what people do with optimizers -----------------------------------------------------------------------------------
+
+
+def test_step_hooks_run_around_the_step() -> None:
+    """torch.optim's pre- and post-hooks, once each per step."""
+    params, calls = params_with_grads(), []
+    optimizer = Lamb(params)
+    optimizer.register_step_pre_hook(lambda *_: calls.append(("before", params[0].detach().clone())))
+    optimizer.register_step_post_hook(lambda *_: calls.append(("after", params[0].detach().clone())))
+    optimizer.step()
+    assert [name for name, _ in calls] == ["before", "after"]
+    assert not torch.equal(calls[0][1], calls[1][1])
+
+
+@BACKENDS
+def test_a_group_added_during_training_starts_at_its_own_first_step(foreach: bool) -> None:
+    params, late = params_with_grads(), params_with_grads()
+    optimizer = Lamb(params, foreach=foreach)
+    optimizer.step()
+    optimizer.add_param_group({"params": late, "lr": 0.1})
+    optimizer.step()
+    fresh = params_with_grads()
+    Lamb(fresh, lr=0.1, foreach=foreach).step()
+    assert same([p.detach() for p in late], [p.detach() for p in fresh])
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_tied_weights_are_one_parameter_with_one_update() -> None:
+    """Two modules that share a weight: the gradients add up, the step is taken once."""
+    first, second = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
+    optimizer = Lamb(list(model.named_parameters()), lr=0.1, weight_decay=0.0)
+    before = first.weight.detach().clone()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 1
+    assert float((first.weight - before).detach().norm() / before.norm()) == pytest.approx(0.1, rel=1e-5)
+
+
+@BACKENDS
+def test_a_parameter_that_is_a_view_changes_its_part_only(foreach: bool) -> None:
+    """A slice of a flat buffer is updated in place, its neighbours are not."""
+    buffer = torch.ones(12)
+    view = buffer[3:9].view(2, 3)
+    view.grad = torch.arange(6.0).view(2, 3) - 2.5
+    Lamb([view], foreach=foreach).step()
+    assert torch.equal(buffer[:3], torch.ones(3))
+    assert torch.equal(buffer[9:], torch.ones(3))
+    assert bool((buffer[3:9] != 1).all())
+
+
+@BACKENDS
+def test_memory_layouts_are_kept(foreach: bool) -> None:
+    """A transposed or channels-last parameter gets the values of a contiguous one, and keeps its strides."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(2, 3, 4, 5, generator=generator)
+    plain.grad = torch.randn(2, 3, 4, 5, generator=generator)
+    last = plain.clone().to(memory_format=torch.channels_last)
+    last.grad = plain.grad.clone()
+    Lamb([plain], foreach=foreach).step()
+    optimizer = Lamb([last], foreach=foreach)
+    optimizer.step()
+    torch.testing.assert_close(plain, last, rtol=1e-6, atol=1e-7)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert optimizer.state[last]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_learning_rate_schedulers_and_zero_grad() -> None:
+    """torch's schedulers write group["lr"]; a tensor lr is changed in place."""
+    params = params_with_grads()
+    optimizer = Lamb(params, lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=2)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.05)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.075)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        (torch.ones(2, dtype=torch.complex64), r"parameter head is of dtype torch.complex64: it takes real floating"),
+        (torch.ones(2, dtype=torch.int64), r"parameter head is of dtype torch.int64"),
+        (torch.ones(2, device="meta"), r"parameter head is on the meta device"),
+    ],
+)
+def test_parameters_it_cannot_train_are_refused_by_name(param: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lamb([("head", param)])
+    optimizer = Lamb([("body", torch.ones(2))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [("head", param)]})
+    assert len(optimizer.param_groups) == 1
+
+
+# -- steps that are skipped -------------------------------------------------------------------------------------------
+
+
+def test_skipped_steps_are_counted_without_a_sync() -> None:
+    params = params_with_grads()
+    optimizer = Lamb(params)
+    clean, poisoned = params[0].grad, torch.full_like(params[0], float("nan"))
+    counts = []
+    for grad in (clean, poisoned, poisoned, clean, poisoned):
+        params[0].grad = grad
+        with NoHostSync():
+            optimizer.step()
+        counts.append(tuple(optimizer.skipped_steps()))
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+    assert Lamb(params, skip_nonfinite=False).skipped_steps() == (0, 0)
+
+
+def test_grad_scaler_through_accelerate_skips_and_says_so() -> None:
+    """GradScaler does not call step on an overflow, and accelerate notices: the schedule waits.
+    Claiming torch's fused protocol (`_step_supports_amp_scaling`) would hide that."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    (param, *_) = params_with_grads()
+    optimizer = Lamb([param])
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
+    before = param.detach().clone()
+    for factor, skipped in [(float("inf"), True), (1.0, False)]:
+        param.grad = None
+        scaler.scale((param * factor).sum()).backward()
+        wrapped.step()
+        assert wrapped.step_was_skipped is skipped
+    assert optimizer.state[param]["step"] == 1
+    assert scaler.get_scale() == 4.0
+    twin = before.clone()
+    twin.grad = torch.ones_like(twin)
+    Lamb([twin]).step()
+    assert torch.equal(param.detach(), twin)
