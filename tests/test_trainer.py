@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel, Trainer
 
-from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback
+from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback, registration
 from tests.helpers import torchrun
 from tests.scripts import split_batch
 
@@ -275,3 +275,108 @@ def test_bad_optim_args_are_refused_by_name_at_once(optim_args: str, tmp_path: P
     with pytest.raises(ValueError, match="optim_args: "):
         LambTrainingArguments(output_dir=str(tmp_path), optim_args=optim_args)
     LambTrainingArguments(output_dir=str(tmp_path), optim="adamw_torch", optim_args=optim_args)
+
+
+# -- what must survive ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_resumed_run_equals_the_uninterrupted_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bit for bit, bf16 weights with fp32 moments included, under the stock Trainer too."""
+    data = split_batch.FixedRows("mlm", 64, seed=0)
+    for cls in (LambTrainer, Trainer):
+        path = tmp_path / cls.__name__
+        options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "logging_steps": 8}
+        whole = trainer(split_batch.trained_model("mlm", tmp_path / "start").to(dtype), data, path, cls, **options)
+        whole.train()
+        resumed = trainer(split_batch.trained_model("mlm", tmp_path / "start").to(dtype), data, path, cls, **options)
+        resumed.train(resume_from_checkpoint=str(path / "checkpoint-4"))
+        for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+            assert a.dtype == dtype
+            assert torch.equal(a, b), name
+            for key, value in whole.optimizer.state[a].items():
+                assert value.dtype == torch.float32, key
+                assert torch.equal(value, resumed.optimizer.state[b][key]), (name, key)
+
+
+class Poisoned(nn.Module):
+    """Its gradient is NaN for as long as told, then finite."""
+
+    def __init__(self, bad_steps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.left = bad_steps
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = self.weight.sum() + 0 * (input_ids.sum() + labels.sum())
+        if self.training:
+            self.left -= 1
+            if self.left >= 0:
+                loss = loss * float("nan")
+        return {"loss": loss}
+
+
+def test_skipped_steps_are_logged_and_the_schedule_advances(tmp_path: Path) -> None:
+    """Three steps with NaN gradients: weights stay, the count is in the log, the rate falls as planned."""
+    data = split_batch.FixedRows("mlm", 64, seed=0)
+    model = Poisoned(bad_steps=3)
+    run = trainer(model, data, tmp_path, max_steps=5, per_device_train_batch_size=4)
+    run.train()
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert [line.get("lamb/skipped_steps") for line in lines] == [1, 2, 3, 3, 3]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    # two steps moved the weights, at the last two rates
+    assert float((1 - model.weight.detach()).mean()) == pytest.approx(4e-4 + 2e-4, rel=1e-2)
+
+
+def test_a_run_that_only_skips_is_ended(tmp_path: Path) -> None:
+    """Looked at when logging: 20 in a row raise, with the step and the remedy."""
+    data = split_batch.FixedRows("mlm", 64, seed=0)
+    run = trainer(Poisoned(10_000), data, tmp_path, max_steps=60, logging_steps=8, per_device_train_batch_size=2)
+    with pytest.raises(RuntimeError, match=r"the last 24 steps, up to step 24, were skipped.*resume from an earlier"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("cls", "accumulation", "dtype", "expected"),
+    [
+        (Trainer, 4, torch.float32, "multiplies its loss and gradient by 4"),
+        (Trainer, 1, torch.float32, None),
+        (LambTrainer, 4, torch.float32, None),
+        (LambTrainer, 1, torch.bfloat16, r"trainable parameters are torch\.bfloat16"),
+    ],
+)
+def test_the_handler_warns_of_what_makes_lamb_wrong_or_pointless(
+    cls: type[Trainer],
+    accumulation: int,
+    dtype: torch.dtype,
+    expected: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Under any Trainer: an inflated loss (not under LambTrainer, which puts it right), low-precision weights."""
+    registration._warn_once.cache_clear()
+    model = split_batch.trained_model("mlm", tmp_path / "start").to(dtype)
+    data = split_batch.FixedRows("mlm", 16, seed=0)
+    with caplog.at_level(logging.WARNING, logger="hf_lamb"):
+        trainer(model, data, tmp_path, cls, gradient_accumulation_steps=accumulation).create_optimizer()
+    doubts = [m for m in caplog.messages if "multiplies" in m or "bfloat16" in m]
+    if expected is None:
+        assert doubts == []
+    else:
+        (line,) = doubts
+        assert re.search(expected, line)
+
+
+def test_which_heads_inflate_their_loss_is_read_from_their_source() -> None:
+    """transformers' own loss function divides by num_items_in_batch; a CrossEntropyLoss in `forward` does not."""
+    from transformers import BertForSequenceClassification, DistilBertForMaskedLM, ModernBertForMaskedLM
+
+    def unmade(cls: type[nn.Module]) -> nn.Module:
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        return model
+
+    inflating = (BertForMaskedLM, BertForSequenceClassification, DistilBertForMaskedLM)
+    assert [registration.inflates_loss(unmade(cls)) for cls in inflating] == [True] * 3
+    assert [registration.inflates_loss(unmade(c)) for c in (ModernBertForMaskedLM, GPT2LMHeadModel)] == [False] * 2
