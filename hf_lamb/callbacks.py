@@ -85,8 +85,8 @@ class SkippedStepsCallback(TrainerCallback):
             logs["lamb/skipped_steps"] = state.log_history[-1]["lamb/skipped_steps"] = skipped.total
         if skipped.in_a_row >= self.max_in_a_row:
             raise RuntimeError(
-                f"the last {skipped.in_a_row} steps, up to step {state.global_step}, were skipped because gradients were "
-                "inf or NaN: resume from an earlier checkpoint with a lower learning rate or without fp16"
+                f"the last {skipped.in_a_row} steps, up to step {state.global_step}, were skipped, because gradients "
+                "were inf or NaN: resume from an earlier checkpoint with a lower learning rate or without fp16"
             )
 
 

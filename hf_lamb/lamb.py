@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable
+from numbers import Real
+from types import FrameType
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from hf_lamb import norms
@@ -22,6 +27,10 @@ class LayerStats(NamedTuple):
     weight_norm: float
     adam_norm: float
     trust_ratio: float
+
+
+# The names of the layers that are sharded over the same process groups, in the same order on every process.
+Sharded = dict[norms.Reductions, list[str]]
 
 
 class SkippedSteps(NamedTuple):
@@ -70,8 +79,10 @@ class Lamb(Optimizer):
     Raises:
         ValueError: an option out of its range (the message holds the value); a parameter that is complex, integer or
             on the meta device.
-        NotImplementedError: `fused=True`; a parameter that is a shard of its layer (FSDP).
-        RuntimeError: a sparse gradient.
+        NotImplementedError: `fused=True`.
+        RuntimeError: in `step`, a sparse gradient.
+        hf_lamb.norms.ShardingError: in `step`, a parameter of which only a piece is here, with nothing to say where
+            the rest is (FSDP1, DeepSpeed ZeRO). DTensors (FSDP2, tensor parallelism) are understood.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020,
     https://arxiv.org/abs/1904.00962, Algorithm 2 with φ = identity.
@@ -112,6 +123,8 @@ class Lamb(Optimizer):
         }
         _check_options(defaults)
         self._forget()
+        self._shapes: set[torch.Size] = set()
+        self._seen_by = _zero_redundancy_group()
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -123,6 +136,8 @@ class Lamb(Optimizer):
         """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
         super().__setstate__(state)
         self._forget()
+        self.__dict__.setdefault("_seen_by", None)
+        self.__dict__.setdefault("_shapes", {param.shape for group in self.param_groups for param in group["params"]})
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
                 group.setdefault(option, self.defaults[option])
@@ -130,6 +145,9 @@ class Lamb(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own, to those being optimised."""
         if isinstance(param_group, dict):
+            if "params" not in param_group:
+                has = ", ".join(map(str, param_group)) or "nothing"
+                raise ValueError(f'Lamb: a parameter group has {has}, but no "params": put its parameters there')
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for index, param in enumerate(self.param_groups[-1]["params"]):
@@ -140,6 +158,17 @@ class Lamb(Optimizer):
                 raise ValueError(
                     f"Lamb: parameter {name} is {kind}: it takes real floating-point tensors that hold data"
                 )
+        self._shapes.update(param.shape for param in self.param_groups[-1]["params"])
+
+    def attach(self, *, process_group: ProcessGroup) -> None:
+        """Name the processes that hold other parameters of the same model, as the stages of a pipeline do.
+
+        They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the norm
+        over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such word: each
+        process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is noticed and attached
+        without a call.
+        """
+        self._seen_by = norms.Reduction(process_group, norms.device_type_of(process_group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, of this or an earlier version, as torch does, with three differences.
@@ -149,9 +178,11 @@ class Lamb(Optimizer):
         same parameters in another order is refused instead of going to the wrong ones.
 
         Raises:
-            ValueError: other groups, shapes or order than this optimizer's; state of another optimizer
-                (`convert_state_dict` takes that over). Nothing has been loaded then.
+            ValueError: no optimizer's state dict; other groups, shapes or order than this optimizer's; options out of
+                range; state of another optimizer (`convert_state_dict` takes that over). Nothing has been loaded then.
         """
+        if not isinstance(state_dict, dict):
+            check_state_dict(state_dict, "Lamb")
         given: dict[str, Any] = {}
         # As the last hook before and the first after, so that other hooks see and change what torch lets them.
         before = self.register_load_state_dict_pre_hook(lambda _, state: self._check_loadable(state, given))
@@ -163,12 +194,19 @@ class Lamb(Optimizer):
             after.remove()
 
     def _check_loadable(self, state_dict: dict[str, Any], given: dict[str, Any]) -> None:
+        check_state_dict(state_dict, "Lamb")
         given.update(state_dict)
         groups, loaded = self.param_groups, state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in loaded]:
             return  # torch has words for this
         for group_index, (group, other) in enumerate(zip(groups, loaded, strict=True)):
             _check_order(group.get("param_names"), other.get("param_names"))
+            if "amsgrad" in other:
+                raise ValueError(
+                    "Lamb: the state dict is an Adam's (its groups have amsgrad), whose lr is not LAMB's: "
+                    "see hf_lamb.convert_state_dict"
+                )
+            _check_options({**self.defaults, **other})
             for index, (param, key) in enumerate(zip(group["params"], other["params"], strict=True)):
                 state = state_dict["state"].get(key, {})
                 if not state:
@@ -179,12 +217,7 @@ class Lamb(Optimizer):
                         f"Lamb: the state of {name} has {', '.join(map(str, state))}, so it is another optimizer's: "
                         "see hf_lamb.convert_state_dict"
                     )
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if state[moment].shape != param.shape:
-                        raise ValueError(
-                            f"Lamb: {moment} of {name} has shape {tuple(state[moment].shape)}, the parameter "
-                            f"{tuple(param.shape)}: the state dict is of another model"
-                        )
+                check_state(state, param, "Lamb", name)
 
     def _restore_precision(self, given: dict[str, Any]) -> None:
         for group, other in zip(self.param_groups, given["param_groups"], strict=True):
@@ -214,18 +247,20 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        buckets = self._collect()
-        if not buckets:
+        buckets, sharded = self._collect()
+        if not buckets and not sharded and self._seen_by is None:
             return loss
-        self._count_skipped(_look_at_gradients(buckets))
+        self._look_at_gradients(buckets, sharded)
 
-        self._layers = []
+        directions = []
         for bucket in buckets:
             _advance(bucket)
-            backend = _backend(bucket)
-            w_sq, u_sq, held = backend.direction(bucket)
+            directions.append(_backend(bucket).direction(bucket))
+        squares = _sum_over_shards(buckets, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], sharded)
+        self._layers = []
+        for bucket, (w_sq, u_sq), (_, _, held) in zip(buckets, squares, directions, strict=True):
             layers = _layers(bucket, w_sq.sqrt(), u_sq.sqrt())
-            backend.apply(bucket, held, _step_sizes(bucket, layers.trust_ratio))
+            _backend(bucket).apply(bucket, held, _step_sizes(bucket, layers.trust_ratio))
             self._layers.append(layers)
         return loss
 
@@ -253,9 +288,32 @@ class Lamb(Optimizer):
         """
         return SkippedSteps(0, 0) if self._skipped is None else SkippedSteps(*self._skipped.tolist())
 
-    def _count_skipped(self, finite: Tensor | None) -> None:
-        if finite is None:
+    def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded) -> None:
+        """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
+        skips = any(group["skip_nonfinite"] for group in self.param_groups)
+        if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
+        device = buckets[0].device if buckets else self.param_groups[0]["params"][0].device
+        sums = {reductions: torch.zeros(1, device=device) for reductions in sharded}
+        for bucket in buckets:
+            squared = norms.squared_norms(bucket.grads).sum().to(device)
+            sums[bucket.reductions] = sums.get(bucket.reductions, 0) + squared.reshape(1)
+        norm_sq = torch.cat(list(norms.sum_over_processes(sums).values())).sum()
+        if self._seen_by is not None:
+            norm_sq = norms.sum_over_processes({(self._seen_by,): norm_sq})[(self._seen_by,)]
+
+        finite = norm_sq.isfinite()
+        if skips:
+            self._count_skipped(finite)
+        for bucket in buckets:
+            if bucket.group["skip_nonfinite"]:
+                bucket.finite = finite.to(bucket.device)
+            max_grad_norm = bucket.group["max_grad_norm"]
+            if max_grad_norm is not None:
+                factor = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
+                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+
+    def _count_skipped(self, finite: Tensor) -> None:
         if self._skipped is None:
             self._skipped = torch.zeros(2, dtype=torch.int64, device=finite.device)
         total, in_a_row = self._skipped
@@ -267,31 +325,42 @@ class Lamb(Optimizer):
         names = self.param_groups[group_index].get("param_names")
         return names[index] if names else f"param_groups.{group_index}.params.{index}"
 
-    def _collect(self) -> list[Bucket]:
-        """Parameters that have a gradient, by group, device and dtypes; their state made where it is missing."""
-        buckets: dict[tuple[int, torch.device, torch.dtype, torch.dtype], Bucket] = {}
+    def _collect(self) -> tuple[list[Bucket], Sharded]:
+        """The local tensors that have a gradient, in buckets; and which layers are sharded over which groups.
+
+        All sharded layers, with a gradient here or not, so that all processes speak of the same ones.
+        """
+        buckets: dict[Any, Bucket] = {}
+        sharded: Sharded = {}
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
                 name = self.parameter_name(group_index, index)
-                norms.refuse_sharded(param, name)
-                if grad.is_sparse:
+                if param.shape not in self._shapes:
+                    raise norms.ShardingError(
+                        f"Lamb: parameter {name} has shape {tuple(param.shape)}, which this optimizer was not built "
+                        "with: DeepSpeed ZeRO's flat partitions are not supported; for a resized layer build a new one"
+                    )
+                local, reductions = norms.local_shard(param, name)
+                if reductions:
+                    sharded.setdefault(reductions, []).append(name)
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
                     raise RuntimeError(
                         f"Lamb: the gradient of {name} is sparse, which LAMB's norms do not support: "
                         "use sparse=False in the embedding"
                     )
-                key = (group_index, param.device, param.dtype, grad.dtype)
-                bucket = buckets.setdefault(key, Bucket(group))
+                grad = norms.local_grad(param, param.grad)
+                key = (group_index, local.device, local.dtype, grad.dtype, reductions)
+                bucket = buckets.setdefault(key, Bucket(group, reductions))
                 state = self._state_of(param)
                 bucket.names.append(name)
-                bucket.params.append(param)
+                bucket.params.append(local)
                 bucket.grads.append(grad)
-                bucket.exp_avgs.append(state["exp_avg"])
-                bucket.exp_avg_sqs.append(state["exp_avg_sq"])
+                bucket.exp_avgs.append(norms.local_shard(state["exp_avg"], name)[0])
+                bucket.exp_avg_sqs.append(norms.local_shard(state["exp_avg_sq"], name)[0])
                 bucket.steps.append(state["step"])
-        return list(buckets.values())
+        return list(buckets.values()), sharded
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -313,25 +382,49 @@ class _Layers(NamedTuple):
     trust_ratio: Tensor
 
 
-def _look_at_gradients(buckets: list[Bucket]) -> Tensor | None:
-    """Set `finite` and `clip_factor` of the buckets that ask for them, from one sum of squares of all gradients.
+def _sum_over_shards(
+    buckets: list[Bucket], squares: list[tuple[Tensor, Tensor]], sharded: Sharded
+) -> list[tuple[Tensor, Tensor]]:
+    """(‖w‖², ‖u‖²) of whole layers from those of the local shards; a layer without a gradient here adds nothing."""
+    if not sharded:
+        return squares
+    local = {
+        name: torch.stack(pair)
+        for bucket, (w_sq, u_sq) in zip(buckets, squares, strict=True)
+        if bucket.reductions
+        for name, *pair in zip(bucket.names, w_sq, u_sq, strict=True)
+    }
+    device = next(bucket.device for bucket in buckets if bucket.reductions) if local else None
+    nothing = torch.zeros(2, device=device)
+    parts = {r: torch.stack([local.get(name, nothing).to(device) for name in names]) for r, names in sharded.items()}
+    whole = {
+        name: pair
+        for reductions, summed in norms.sum_over_processes(parts).items()
+        for name, pair in zip(sharded[reductions], summed, strict=True)
+    }
+    return [
+        tuple(torch.stack([whole[name] for name in bucket.names], dim=1).to(w_sq))
+        if bucket.reductions
+        else (w_sq, u_sq)
+        for bucket, (w_sq, u_sq) in zip(buckets, squares, strict=True)
+    ]
 
-    Returns whether all gradients are finite, 0-dim, or None where no group skips.
+
+def _zero_redundancy_group() -> norms.Reduction | None:
+    """The group of the ZeroRedundancyOptimizer that is constructing this optimizer, if one is.
+
+    It gives each process's optimizer some of the parameters and says nothing, but a step must be skipped by all.
     """
-    wanted = [b for b in buckets if b.group["skip_nonfinite"] or b.group["max_grad_norm"] is not None]
-    if not wanted:
+    module = sys.modules.get("torch.distributed.optim")
+    if module is None:
         return None
-    device = buckets[0].device
-    sums = [norms.squared_norms(bucket.grads).sum().to(device) for bucket in buckets]
-    grad_norm_sq = torch.stack(sums).sum()
-    for bucket in wanted:
-        if bucket.group["skip_nonfinite"]:
-            bucket.finite = grad_norm_sq.isfinite().to(bucket.device)
-        max_grad_norm = bucket.group["max_grad_norm"]
-        if max_grad_norm is not None:
-            factor = 1 / (grad_norm_sq.sqrt() / max_grad_norm).clamp(min=1)
-            bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
-    return grad_norm_sq.isfinite() if any(b.finite is not None for b in wanted) else None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, module.ZeroRedundancyOptimizer):
+            return norms.Reduction(caller.process_group, norms.device_type_of(caller.process_group))
+        frame = frame.f_back
+    return None
 
 
 def _check_order(own: list[str] | None, loaded: list[str] | None) -> None:
@@ -379,36 +472,89 @@ def _backend(bucket: Bucket) -> Any:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options out of range; the message holds the offending value."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    elif not 0.0 <= lr < float("inf"):
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if len(options["betas"]) != 2:
-        raise ValueError(f"Invalid betas: {options['betas']}: expected two numbers, (beta1, beta2)")
-    for index, beta in enumerate(options["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    """Refuse options of another kind or out of range; the message holds the value and what is expected."""
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    _check_number("learning rate", lr, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}: expected two numbers, (beta1, beta2)")
+    for index, beta in enumerate(betas):
+        _check_number(f"beta parameter at index {index}", beta, lambda x: 0.0 <= x < 1.0, "a number in [0, 1)")
     for option in ("eps", "weight_decay"):
-        if not 0.0 <= options[option] < float("inf"):
-            raise ValueError(f"Invalid {option} value: {options[option]}")
-    low, high = options["min_trust_ratio"], options["max_trust_ratio"]
-    if low is not None and not 0.0 <= low < float("inf"):
-        raise ValueError(f"Invalid min_trust_ratio: {low}: expected None or a number that is not negative")
-    if high is not None and not high > 0.0:
-        raise ValueError(f"Invalid max_trust_ratio: {high}: expected None or a positive number")
+        value = options[option]
+        _check_number(f"{option} value", value, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
+    low, high, max_grad_norm = options["min_trust_ratio"], options["max_trust_ratio"], options["max_grad_norm"]
+    if low is not None:
+        _check_number("min_trust_ratio", low, lambda x: 0.0 <= x < math.inf, "None or a number that is not negative")
+    if high is not None:
+        _check_number("max_trust_ratio", high, lambda x: x > 0.0, "None or a positive number")
     if low is not None and high is not None and low > high:
-        raise ValueError(f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}")
-    max_grad_norm = options["max_grad_norm"]
-    if max_grad_norm is not None and not max_grad_norm > 0.0:
         raise ValueError(
-            f"Invalid max_grad_norm: {max_grad_norm}: expected a positive number, or None for no clipping"
+            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: turn them round"
         )
+    if max_grad_norm is not None:
+        _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")
+    for option in ("bias_correction", "layer_adaptation", "skip_nonfinite", "maximize"):
+        if options[option] not in (True, False):
+            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True or False")
+    for option in ("foreach", "fused"):
+        if options[option] not in (True, False, None):
+            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True, False or None")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if options["fused"]:
         raise NotImplementedError(
             "Lamb(fused=True): this version has no fused kernels; use foreach=True or fused=None"
         )
+
+
+def _check_number(what: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
+    """NumPy's numbers and tensors of one element pass too; True and text do not, though float() takes them."""
+    try:
+        good = not isinstance(value, (bool, str)) and in_range(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        hint = ", not text (in YAML, write 1.0e-3 for 1e-3)" if isinstance(value, str) else ""
+        raise ValueError(f"Invalid {what}: {value!r}: expected {expected}{hint}")
+
+
+def check_state_dict(state_dict: Any, who: str) -> None:
+    """Refuse what no optimizer's `state_dict` returned."""
+    if not isinstance(state_dict, dict):
+        raise ValueError(
+            f"{who}: expected an optimizer's state dict, got {type(state_dict).__name__}: torch.load the file first"
+        )
+    if not {"state", "param_groups"} <= state_dict.keys():
+        has = ", ".join([*map(str, state_dict)][:6]) or "nothing"
+        raise ValueError(
+            f"{who}: no optimizer's state dict, it has {has}: give what optimizer.state_dict() returned, and for "
+            "DeepSpeed ZeRO make a full checkpoint first (zero_to_fp32 gives weights only)"
+        )
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    whole = isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())
+    if not whole or not all(isinstance(group, dict) and "params" in group for group in groups):
+        raise ValueError(
+            f'{who}: a damaged state dict: "state" must hold dicts, and every group have "params": '
+            "take another checkpoint"
+        )
+
+
+def check_state(state: dict[str, Any], param: Tensor, who: str, name: str) -> None:
+    """Refuse moments and a step that cannot be those of this parameter."""
+    for moment in ("exp_avg", "exp_avg_sq"):
+        value = state[moment]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+            raise ValueError(
+                f"{who}: {moment} of {name} is {kind}: expected a floating-point tensor, so take another checkpoint"
+            )
+        if value.shape != param.shape:
+            raise ValueError(
+                f"{who}: {moment} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}: "
+                "another model, or a flat partition (ZeRO, FSDP)"
+            )
+    step = state["step"]
+    if not isinstance(step, Real) and not (isinstance(step, Tensor) and step.numel() == 1):
+        raise ValueError(f"{who}: the step of {name} is {step!r}: expected one number, so take another checkpoint")

@@ -1,4 +1,4 @@
-"""Squared norms of parameters and updates, and the trust ratio made of them.
+"""Squared norms of parameters and updates, over whole layers wherever their shards lie, and the trust ratio.
 
 Everything here is a tensor operation: nothing is read back to the host.
 """
@@ -6,9 +6,15 @@ Everything here is a tensor operation: nothing is read back to the host.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # On CPU, torch's norm adds fp32 squares one after another and falls short as tensors grow:
 # python -c "import torch; x = torch.rand(31_000_000); print(x.norm() / x.double().norm() - 1)"   # -1.3e-03
@@ -55,15 +61,80 @@ def trust_ratio(
     return ratio
 
 
-def refuse_sharded(param: Tensor, name: str) -> None:
-    """Raise for a parameter that holds only a piece of its layer: the norm of a piece is another algorithm's."""
-    dtensor = sys.modules.get("torch.distributed.tensor")  # not imported: there can be no DTensor
-    if dtensor is not None and isinstance(param, dtensor.DTensor):
-        kind, remedy = "a DTensor (FSDP2 or tensor parallelism)", "train it with DDP"
-    elif getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
-        kind, remedy = "an FSDP1 shard", "train it with DDP"
-    else:
-        return
-    raise NotImplementedError(
-        f"Lamb: parameter {name} is {kind}, and this version computes norms of whole parameters only: {remedy}"
-    )
+# -- sharded parameters ----------------------------------------------------------------------------------------------
+
+
+class ShardingError(RuntimeError):
+    """A parameter whose layer cannot be put together, so that its norm would be another algorithm's."""
+
+
+class Reduction(NamedTuple):
+    """A process group over which the sums of squares of a layer's parts add up, each part exactly once."""
+
+    group: ProcessGroup
+    device_type: str  # where its communication happens: CPU-offloaded shards go there and back
+
+
+Reductions = tuple[Reduction, ...]
+
+
+def local_shard(param: Tensor, name: str) -> tuple[Tensor, Reductions]:
+    """This process's part of a parameter, and the groups over which its layer is spread: none for a whole tensor.
+
+    A DTensor is spread over every dimension of its mesh along which it is not replicated: FSDP2, HSDP, tensor
+    parallelism and their combinations, whatever the kind of shard (`_StridedShard` is no `Shard`).
+
+    Raises:
+        ShardingError: a DTensor with partial placements; a parameter of FSDP1.
+    """
+    if not _is_dtensor(param):
+        if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+            raise ShardingError(
+                f"Lamb: parameter {name} is an FSDP1 shard, and nothing on it says where the rest of its layer is: "
+                "use FSDP2 (fully_shard; accelerate's fsdp_version 2), or DDP"
+            )
+        return param, ()
+    mesh, placements = param.device_mesh, param.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ShardingError(
+            f"Lamb: parameter {name} has placements {placements}: a partial sum is no weight, so redistribute it first"
+        )
+    spread = (i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1)
+    return param.to_local(), tuple(Reduction(mesh.get_group(i), mesh.device_type) for i in spread)
+
+
+def local_grad(param: Tensor, grad: Tensor) -> Tensor:
+    """This process's part of a gradient, laid out as its parameter (sequence parallelism leaves partial sums)."""
+    if not _is_dtensor(param) or not _is_dtensor(grad):
+        return grad
+    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    local: Tensor = grad.to_local()
+    return local
+
+
+def sum_over_processes(parts: dict[Reductions, Tensor]) -> dict[Reductions, Tensor]:
+    """Add up what the processes hold of each tensor, over the groups it is filed under; one all-reduce per group.
+
+    All processes must file tensors of the same shapes under corresponding groups, in the same order.
+    """
+    for reduction in dict.fromkeys(reduction for reductions in parts for reduction in reductions):
+        concerned = [reductions for reductions in parts if reduction in reductions]
+        vector = torch.cat([parts[reductions].flatten() for reductions in concerned])
+        home, vector = vector.device, vector.to(reduction.device_type)
+        dist.all_reduce(vector, group=reduction.group)
+        sizes = [parts[reductions].numel() for reductions in concerned]
+        for reductions, summed in zip(concerned, torch.split(vector.to(home), sizes), strict=True):
+            parts[reductions] = summed.view_as(parts[reductions])
+    return parts
+
+
+def device_type_of(group: ProcessGroup) -> str:
+    """Where a process group communicates: the accelerator if it can, else the CPU."""
+    types = [device.type for device in group._device_types]
+    return next((kind for kind in types if kind != "cpu"), "cpu")
+
+
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there can be no DTensor
+    return module is not None and isinstance(tensor, module.DTensor)

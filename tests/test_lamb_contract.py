@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lamb import Lamb, LayerStats
+from hf_lamb.norms import ShardingError
 
 BACKENDS = pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
 
@@ -345,7 +346,7 @@ def test_fsdp1_shards_are_refused_by_name() -> None:
     (param, *_) = params_with_grads()
     param._fsdp_flattened = True
     optimizer = Lamb([("encoder.weight", param)])
-    with pytest.raises(NotImplementedError, match=r"parameter encoder\.weight is an FSDP1 shard.*train it with DDP"):
+    with pytest.raises(ShardingError, match=r"parameter encoder\.weight is an FSDP1 shard.*use FSDP2.*, or DDP"):
         optimizer.step()
 
 
@@ -488,3 +489,17 @@ def test_grad_scaler_through_accelerate_skips_and_says_so() -> None:
     twin.grad = torch.ones_like(twin)
     Lamb([twin]).step()
     assert torch.equal(param.detach(), twin)
+
+
+def test_a_parameter_of_a_shape_it_never_saw_is_refused() -> None:
+    """DeepSpeed ZeRO replaces the parameters of a group by one flat partition, and says nothing."""
+    (param, *_) = params_with_grads()
+    optimizer = Lamb([("encoder.weight", param)])
+    flat = torch.ones(40)
+    flat.grad = torch.ones(40)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ShardingError, match=r"parameter encoder\.weight has shape \(40,\), which.*not built with"):
+        optimizer.step()
+    copied = copy.deepcopy(Lamb([param]))
+    copied.param_groups[0]["params"][0].grad = param.grad
+    copied.step()  # a copy knows its own shapes

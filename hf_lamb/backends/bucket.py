@@ -1,4 +1,4 @@
-"""What a backend is given: parameters that share a group, a device and their dtypes."""
+"""What a backend is given: local tensors that share a group, a device, their dtypes and how they are sharded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lamb.norms import Reductions
+
 
 @dataclass(slots=True)
 class Bucket:
     """Parallel lists of local tensors, the options of their group, and what this step decided for all of them."""
 
     group: dict[str, Any]
+    reductions: Reductions = ()
     names: list[str] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
