@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain test lint format types check clean
+.PHONY: help setup pretrain test kill-test lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)
+
+kill-test: setup  ## kill the pretraining ten times; every resumed run must end bit for bit alike (minutes)
+	$(RUN) tests.scripts.kill_and_resume $(ARGS)
 
 lint: setup  ## ruff: lint and format check
 	$(RUN) ruff check .

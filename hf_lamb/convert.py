@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lamb.lamb import Lamb
+from hf_lamb.lamb import Lamb, check_state, check_state_dict
 
 __all__ = ["convert_state_dict"]
 
@@ -32,13 +32,13 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lamb) -> dict[str,
     Raises:
         ValueError: anything else, with the reason: AMSGrad, bitsandbytes, SGD, ZeRO partitions, other parameters.
     """
-    if "optimizer_state_dict" in state_dict:  # DeepSpeed's FP16 wrapper
-        state_dict = state_dict["optimizer_state_dict"]
-    if not {"state", "param_groups"} <= state_dict.keys():
+    if not isinstance(optimizer, Lamb):
         raise ValueError(
-            f"convert_state_dict: no optimizer's state dict, it has {', '.join(map(str, state_dict)) or 'nothing'}: "
-            "for DeepSpeed ZeRO, make a full checkpoint first (zero_to_fp32 gives weights only)"
+            f"convert_state_dict: expected the Lamb that will load it, got {type(optimizer).__name__}: unwrap it"
         )
+    if isinstance(state_dict, dict) and "optimizer_state_dict" in state_dict:  # DeepSpeed's FP16 wrapper
+        state_dict = state_dict["optimizer_state_dict"]
+    check_state_dict(state_dict, "convert_state_dict")
     converted = optimizer.state_dict()
     converted["state"] = {}
     others = _match(optimizer, state_dict["param_groups"])
@@ -61,13 +61,10 @@ def _convert(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: 
         raise ValueError(f"convert_state_dict: {name} has {', '.join(sorted(map(str, state)))}: {reason}")
     step = state.get("step", group.get("step"))
     if step is None:
-        raise ValueError(f"convert_state_dict: neither the state of {name} nor its group says at which step it is")
-    for moment in ("exp_avg", "exp_avg_sq"):
-        if state[moment].shape != param.shape:
-            raise ValueError(
-                f"convert_state_dict: {moment} of {name} has shape {tuple(state[moment].shape)}, the parameter "
-                f"{tuple(param.shape)}: another model, or a flat partition (ZeRO, FSDP)"
-            )
+        raise ValueError(
+            f"convert_state_dict: neither the state of {name} nor its group says at which step it is: put it there"
+        )
+    check_state({**state, "step": step}, param, "convert_state_dict", name)
     return {
         "step": torch.as_tensor(step, dtype=torch.float32).reshape(()).clone(),
         "exp_avg": state["exp_avg"].clone(),
@@ -78,7 +75,7 @@ def _convert(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: 
 def _match(optimizer: Lamb, loaded: list[dict[str, Any]]) -> list[list[tuple[Any, dict[str, Any]]]]:
     """For each parameter of each group of ours, the key of its state on the other side, and its group there."""
     ours = optimizer.param_groups
-    if all("param_names" in group for group in (*ours, *loaded)):
+    if _named(ours) and _named(loaded):
         by_name = {
             name: (key, group)
             for group in loaded
@@ -98,3 +95,9 @@ def _match(optimizer: Lamb, loaded: list[dict[str, Any]]) -> list[list[tuple[Any
             "by: build Lamb with the same groups"
         )
     return [[(key, group) for key in group["params"]] for group in loaded]
+
+
+def _named(groups: list[dict[str, Any]]) -> bool:
+    """Whether every parameter has a name of its own (two models in one optimizer may share names)."""
+    names = [name for group in groups for name in group.get("param_names") or ()]
+    return len(set(names)) == len(names) == sum(len(group["params"]) for group in groups)

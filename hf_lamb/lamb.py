@@ -29,8 +29,9 @@ class LayerStats(NamedTuple):
     trust_ratio: float
 
 
-# The names of the layers that are sharded over the same process groups, in the same order on every process.
-Sharded = dict[norms.Reductions, list[str]]
+Slot = tuple[int, int]  # a parameter's group, and its place there
+# The layers that are sharded over the same process groups, in the same order on every process; and their arithmetic.
+Sharded = dict[norms.Reductions, dict[Slot, torch.dtype]]
 
 
 class SkippedSteps(NamedTuple):
@@ -77,8 +78,8 @@ class Lamb(Optimizer):
         fused: reserved for fused kernels; `True` raises in this version.
 
     Raises:
-        ValueError: an option out of its range (the message holds the value); a parameter that is complex, integer or
-            on the meta device.
+        ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
+            complex, integer or on the meta device.
         NotImplementedError: `fused=True`.
         RuntimeError: in `step`, a sparse gradient.
         hf_lamb.norms.ShardingError: in `step`, a parameter of which only a piece is here, with nothing to say where
@@ -168,7 +169,7 @@ class Lamb(Optimizer):
         process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is noticed and attached
         without a call.
         """
-        self._seen_by = norms.Reduction(process_group, norms.device_type_of(process_group))
+        self._seen_by = norms.reduction_of(process_group, self._device())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, of this or an earlier version, as torch does, with three differences.
@@ -293,14 +294,16 @@ class Lamb(Optimizer):
         skips = any(group["skip_nonfinite"] for group in self.param_groups)
         if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
-        device = buckets[0].device if buckets else self.param_groups[0]["params"][0].device
-        sums = {reductions: torch.zeros(1, device=device) for reductions in sharded}
+        device = buckets[0].device if buckets else self._device()
+        sums = {r: torch.zeros(1, device=device, dtype=_common(slots)) for r, slots in sharded.items()}
+        sums[()] = torch.zeros(1, device=device)
         for bucket in buckets:
             squared = norms.squared_norms(bucket.grads).sum().to(device)
-            sums[bucket.reductions] = sums.get(bucket.reductions, 0) + squared.reshape(1)
+            sums[bucket.reductions] = sums[bucket.reductions] + squared.reshape(1)  # 0-dim, it would not promote
         norm_sq = torch.cat(list(norms.sum_over_processes(sums).values())).sum()
         if self._seen_by is not None:
-            norm_sq = norms.sum_over_processes({(self._seen_by,): norm_sq})[(self._seen_by,)]
+            # In one dtype whatever this process has: others have other parameters.
+            norm_sq = norms.sum_over_processes({(self._seen_by,): norm_sq.double()})[(self._seen_by,)]
 
         finite = norm_sq.isfinite()
         if skips:
@@ -312,6 +315,11 @@ class Lamb(Optimizer):
             if max_grad_norm is not None:
                 factor = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
                 bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+
+    def _device(self) -> torch.device:
+        """Of the first parameter; ZeroRedundancyOptimizer may leave a process without any."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.device for param in params), torch.device("cpu"))
 
     def _count_skipped(self, finite: Tensor) -> None:
         if self._skipped is None:
@@ -342,7 +350,7 @@ class Lamb(Optimizer):
                     )
                 local, reductions = norms.local_shard(param, name)
                 if reductions:
-                    sharded.setdefault(reductions, []).append(name)
+                    sharded.setdefault(reductions, {})[group_index, index] = math_dtype(local)
                 if param.grad is None:
                     continue
                 if param.grad.is_sparse:
@@ -355,6 +363,7 @@ class Lamb(Optimizer):
                 bucket = buckets.setdefault(key, Bucket(group, reductions))
                 state = self._state_of(param)
                 bucket.names.append(name)
+                bucket.slots.append((group_index, index))
                 bucket.params.append(local)
                 bucket.grads.append(grad)
                 bucket.exp_avgs.append(norms.local_shard(state["exp_avg"], name)[0])
@@ -389,25 +398,32 @@ def _sum_over_shards(
     if not sharded:
         return squares
     local = {
-        name: torch.stack(pair)
+        slot: torch.stack(pair)
         for bucket, (w_sq, u_sq) in zip(buckets, squares, strict=True)
         if bucket.reductions
-        for name, *pair in zip(bucket.names, w_sq, u_sq, strict=True)
+        for slot, *pair in zip(bucket.slots, w_sq, u_sq, strict=True)
     }
     device = next(bucket.device for bucket in buckets if bucket.reductions) if local else None
-    nothing = torch.zeros(2, device=device)
-    parts = {r: torch.stack([local.get(name, nothing).to(device) for name in names]) for r, names in sharded.items()}
+    parts = {}
+    for reductions, slots in sharded.items():
+        nothing = torch.zeros(2, device=device, dtype=_common(slots))
+        parts[reductions] = torch.stack([local.get(slot, nothing).to(nothing) for slot in slots])
     whole = {
-        name: pair
+        slot: pair
         for reductions, summed in norms.sum_over_processes(parts).items()
-        for name, pair in zip(sharded[reductions], summed, strict=True)
+        for slot, pair in zip(sharded[reductions], summed, strict=True)
     }
     return [
-        tuple(torch.stack([whole[name] for name in bucket.names], dim=1).to(w_sq))
+        tuple(torch.stack([whole[slot] for slot in bucket.slots], dim=1).to(w_sq))
         if bucket.reductions
         else (w_sq, u_sq)
         for bucket, (w_sq, u_sq) in zip(buckets, squares, strict=True)
     ]
+
+
+def _common(slots: dict[Slot, torch.dtype]) -> torch.dtype:
+    """The dtype in which processes speak of these layers, whether or not they have gradients of them."""
+    return torch.float64 if torch.float64 in slots.values() else torch.float32
 
 
 def _zero_redundancy_group() -> norms.Reduction | None:
@@ -422,7 +438,7 @@ def _zero_redundancy_group() -> norms.Reduction | None:
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, module.ZeroRedundancyOptimizer):
-            return norms.Reduction(caller.process_group, norms.device_type_of(caller.process_group))
+            return norms.reduction_of(caller.process_group, caller.param_groups[0]["params"][0].device)
         frame = frame.f_back
     return None
 

@@ -18,28 +18,30 @@ if TYPE_CHECKING:
 
 # On CPU, torch's norm adds fp32 squares one after another and falls short as tensors grow:
 # python -c "import torch; x = torch.rand(31_000_000); print(x.norm() / x.double().norm() - 1)"   # -1.3e-03
-# Norms of rows of this length, squared and summed pairwise, are right to rounding.
+# Norms of rows of this length, squared and summed pairwise, are right to rounding; a few rows need no such care.
 _ROW = 4096
 
 
-def squared_norm(x: Tensor) -> Tensor:
-    """sum(x * x), 0-dim; float64 for a float64 tensor, else float32."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _norm_by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     flat = x.reshape(-1)
     whole = flat.numel() - flat.numel() % _ROW
-    total: Tensor = torch.linalg.vector_norm(flat[whole:], dtype=dtype).square()
-    if whole:
-        rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
-        total = total + rows.square_().sum()
-    return total
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
+    tail = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
+    norm: Tensor = (rows.square_().sum() + tail.square_()).sqrt_()
+    return norm
 
 
 def squared_norms(tensors: list[Tensor]) -> Tensor:
-    """sum(x * x) of each tensor, shape [len(tensors)]; all on one device and of one dtype."""
-    if tensors[0].device.type == "cpu":
-        return torch.stack([squared_norm(x) for x in tensors])
+    """sum(x * x) of each tensor, shape [len(tensors)]; all on one device and of one dtype.
+
+    float64 for float64 tensors, else float32.
+    """
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square_()
+    by_rows = [x.device.type == "cpu" and x.numel() > 4 * _ROW for x in tensors]
+    others = [x for x, rows in zip(tensors, by_rows, strict=True) if not rows]
+    their_norms = iter(torch._foreach_norm(others, 2, dtype) if others else ())
+    norms = [_norm_by_rows(x, dtype) if rows else next(their_norms) for x, rows in zip(tensors, by_rows, strict=True)]
+    return torch.stack(norms).square_()
 
 
 def trust_ratio(
@@ -129,10 +131,10 @@ def sum_over_processes(parts: dict[Reductions, Tensor]) -> dict[Reductions, Tens
     return parts
 
 
-def device_type_of(group: ProcessGroup) -> str:
-    """Where a process group communicates: the accelerator if it can, else the CPU."""
+def reduction_of(group: ProcessGroup, device: torch.device) -> Reduction:
+    """A sum over a process group of what lies on a device, done there if the group can."""
     types = [device.type for device in group._device_types]
-    return next((kind for kind in types if kind != "cpu"), "cpu")
+    return Reduction(group, device.type if device.type in types else types[0])
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:

@@ -38,13 +38,18 @@ def lamb_param_groups(
         "layer_adaptation"}`.
 
     Raises:
-        ValueError: no trainable parameter; a pattern that is no regular expression or matches no trainable one.
+        ValueError: no module; no trainable parameter; a pattern that is no regular expression or matches no
+            trainable one; a string where a list of patterns is expected.
 
     Source: the exclusions of the paper's authors (google-research/albert) and of NVIDIA's BERT.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"lamb_param_groups: expected a module, got {type(model).__name__}: pass model, not model.parameters()"
+        )
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not named:
-        raise ValueError(f"lamb_param_groups: {type(model).__name__} has no trainable parameter")
+        raise ValueError(f"lamb_param_groups: {type(model).__name__} has no trainable parameter: unfreeze some")
     names = [name for name, _ in named]
     by_rule = {name for name in names if _is_bias(name)} | _normalisation_parameters(model)
     no_decay = by_rule | _matching(exclude_from_weight_decay, names, "exclude_from_weight_decay")
@@ -81,6 +86,11 @@ def _normalisation_parameters(model: nn.Module) -> set[str]:
 
 
 def _matching(patterns: Iterable[str], names: list[str], option: str) -> set[str]:
+    if patterns is None or isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"lamb_param_groups: {option}: expected a list of regular expressions, such as ['embeddings'], "
+            f"got {patterns!r}"
+        )
     matched: set[str] = set()
     for pattern in patterns:
         try:
@@ -88,6 +98,8 @@ def _matching(patterns: Iterable[str], names: list[str], option: str) -> set[str
         except re.error as error:
             raise ValueError(f"lamb_param_groups: {option}: {pattern!r} is no regular expression: {error}") from None
         if not found:
-            raise ValueError(f"lamb_param_groups: {option}: {pattern!r} matches no trainable parameter")
+            raise ValueError(
+                f"lamb_param_groups: {option}: {pattern!r} matches no trainable parameter, such as {names[0]}"
+            )
         matched |= found
     return matched

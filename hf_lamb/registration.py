@@ -166,8 +166,10 @@ def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
     with "not enough values to unpack"; call this first for a message that names the item.
 
     Raises:
-        ValueError: an item that is not key=value, an unknown or repeated key, a value of the wrong type.
+        ValueError: no string; an item that is not key=value, an unknown or repeated key, a value of the wrong type.
     """
+    if text and not isinstance(text, str):
+        raise ValueError(f'optim_args: {text!r} is no string; write for example "eps=1e-6,max_trust_ratio=10"')
     options: dict[str, float | bool | None] = {}
     for item in text.replace(" ", "").split(",") if text else ():
         key, _, value = item.partition("=")
@@ -242,39 +244,53 @@ def inflates_loss(model: nn.Module) -> bool:
     return own_mean and "loss_function" not in source and "num_items_in_batch" not in source
 
 
-def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
-    """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
+def options_of(args: TrainingArguments) -> dict[str, Any]:
+    """The options of `Lamb` that these arguments ask for, and `adapt_all` where it is among them.
+
+    Raises:
+        ValueError: what `parse_optim_args` or `Lamb` refuse.
+    """
     from transformers import TrainingArguments
 
-    args = ctx.args
     given = parse_optim_args(args.optim_args)
-    adapt_all = bool(given.pop("adapt_all", False))
-    kwargs: dict[str, Any] = {
+    options: dict[str, Any] = {
         "lr": args.learning_rate,
         "betas": (given.pop("beta1", args.adam_beta1), given.pop("beta2", args.adam_beta2)),
         "weight_decay": args.weight_decay,
     }
+    if args.adam_epsilon != inspect.signature(TrainingArguments).parameters["adam_epsilon"].default:
+        options["eps"] = args.adam_epsilon
+    options |= given
+    try:
+        Lamb([torch.empty(0)], **{option: value for option, value in options.items() if option != "adapt_all"})
+    except RuntimeError as error:  # options that this version does not have, or not together
+        raise ValueError(f"optim_args: {error}") from None
+    return options
+
+
+def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
+    """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
+    args = ctx.args
+    kwargs = options_of(args)
+    adapt_all = bool(kwargs.pop("adapt_all", False))
     said = []
     if args.learning_rate < 1e-4:
         said.append(
             f"learning_rate is {args.learning_rate:g}: LAMB's rate is relative to the weight norm, so AdamW's rates "
             "hardly move it; BERT pretraining takes about 1e-3 to 1e-2"
         )
-    if args.adam_epsilon != inspect.signature(TrainingArguments).parameters["adam_epsilon"].default:
-        kwargs["eps"] = args.adam_epsilon
-    elif "eps" not in given:
+    if "eps" not in kwargs:
         eps = inspect.signature(Lamb).parameters["eps"].default
         said.append(
             f"eps is {eps:g}, LAMB's default, because adam_epsilon is at Trainer's default {args.adam_epsilon:g}; "
             f'choose it with --optim_args "eps={eps:g}"'
         )
-    kwargs |= given
     if ctx.model is None:
         said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
     else:
         said += _doubts(ctx.model, args)
         groups = lamb_param_groups(ctx.model, args.weight_decay, adapt_all=adapt_all)
-        if given.get("layer_adaptation") is False:
+        if kwargs.get("layer_adaptation") is False:
             # The groups say which parameters adapt, and would overrule the option.
             groups = [{**group, "layer_adaptation": False} for group in groups]
         kwargs["params"] = groups

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
-from hf_lamb.registration import loss_is_weighted, parse_optim_args
+from hf_lamb.fsdp import ShardedTrainer
+from hf_lamb.registration import loss_is_weighted, options_of
 
 __all__ = ["LambTrainer", "LambTrainingArguments"]
 
@@ -30,7 +31,7 @@ class LambTrainingArguments(TrainingArguments):
             Default False.
 
     Raises:
-        ValueError: what `TrainingArguments` refuses; `optim_args` that LAMB does not understand.
+        ValueError: what `TrainingArguments` refuses; options that LAMB does not understand or that are out of range.
     """
 
     optim: OptimizerNames | str = field(default="lamb", metadata={"help": "The optimizer to use."})
@@ -45,10 +46,10 @@ class LambTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.optim == "lamb":
-            parse_optim_args(self.optim_args)  # Trainer stops at a malformed item without naming it
+            options_of(self)  # now, not when the data are there; and Trainer does not name a malformed item
 
 
-class LambTrainer(Trainer):
+class LambTrainer(ShardedTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -62,6 +63,9 @@ class LambTrainer(Trainer):
       batch.
     * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
     * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
+    * Checkpoints that are whole whenever the run is killed, and are checked before it resumes, see
+      `hf_lamb.checkpoints.WholeCheckpointTrainer`.
+    * FSDP2 with masked LMs, and checkpoints that go from DDP to FSDP2 and back, see `hf_lamb.fsdp.ShardedTrainer`.
 
     Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer.
     """

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ def _documents(item: str) -> Iterator[Document]:
             )
         yield from _file_documents(EMBEDDED)
     elif item and Path(item).is_dir():
-        files = sorted(path for path in Path(item).rglob("*") if path.name.endswith(SUFFIXES))
+        files = _files_in(item)
         if not files:
             raise ValueError(f"the folder {item!r} holds no {', '.join(SUFFIXES)} file: name another")
         for path in files:
@@ -121,6 +122,16 @@ def _documents(item: str) -> Iterator[Document]:
         raise ValueError(f"there is no file {item!r}: check the path, or use 'embedded'")
     else:
         yield from hub_documents(item)
+
+
+def _files_in(folder: str) -> list[Path]:
+    """The text files in a folder and its subfolders, none of which is passed over because it cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read the folder {error.filename!r} ({error.strerror}): check its permissions")
+
+    found = (Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(path for path in found if path.name.endswith(SUFFIXES))
 
 
 def _file_documents(path: Path) -> Iterator[Document]:

@@ -8,6 +8,7 @@ All options of `transformers.TrainingArguments` are there, with defaults that fo
 `--help` lists them.
 """
 
+import json
 import os
 import sys
 import time
@@ -16,15 +17,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lamb import LambTrainer, LambTrainingArguments
+from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
@@ -100,25 +102,28 @@ def main() -> None:
             data = load_data(recipe, args.seed)
         check_global_batch(recipe, args, data)
         checkpoint = checkpoint_to_resume(args)
-    except ValueError as error:
-        sys.exit(f"pretrain_bert: {error}")
-
-    torch.manual_seed(args.seed)
-    trainer = LambTrainer(
-        model=new_bert(recipe.size, data.tokenizer, recipe.max_seq_length),
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=data.tokenizer,
-        compute_metrics=accuracy,
-        callbacks=[MaskEpochCallback()],
-    )
+        make_output_dir(args.output_dir)
+        torch.manual_seed(args.seed)
+        trainer = LambTrainer(
+            model=new_bert(recipe.size, data.tokenizer, recipe.max_seq_length),
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=data.tokenizer,
+            compute_metrics=accuracy,
+            callbacks=[MaskEpochCallback()],
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
     say(describe(recipe, args, trainer.model.num_parameters(), data))
 
     start = time.perf_counter()
-    first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    trainer.train(resume_from_checkpoint=checkpoint)
+    first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except CheckpointError as error:
+        sys.exit(f"pretrain_bert: {error}")
     seconds = time.perf_counter() - start
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -154,6 +159,7 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
         use_cpu=not torch.accelerator.is_available(),
     )
     recipe, args = parser.parse_args_into_dataclasses(argv)
+    check_numbers(recipe, args)
     check_connected(args.world_size)
     micro = args.per_device_train_batch_size * args.world_size
     if recipe.global_batch_size % micro:
@@ -161,8 +167,40 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
             f"--global_batch_size {recipe.global_batch_size} is no multiple of {micro} = "
             f"{args.per_device_train_batch_size} (--per_device_train_batch_size) x {args.world_size} processes"
         )
-    args.gradient_accumulation_steps = recipe.global_batch_size // micro
+    steps = recipe.global_batch_size // micro
+    if args.gradient_accumulation_steps not in (1, steps):
+        raise ValueError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: leave it out, it follows from "
+            f"--global_batch_size and is {steps}"
+        )
+    args.gradient_accumulation_steps = steps
     return recipe, args
+
+
+def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
+    """Raise for numbers that would otherwise fail far from here, or train nothing."""
+    least = {
+        "global_batch_size": 1,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "dataloader_num_workers": 0,
+        "learning_rate": 0,
+        "seed": 0,
+        **({"num_train_epochs": 0.001} if args.max_steps == -1 else {"max_steps": 1}),
+    }
+    for option, low in least.items():
+        value = getattr(recipe if hasattr(recipe, option) else args, option)
+        if not low <= value < 2**32:
+            raise ValueError(f"--{option} {value}: expected at least {low}, and less than 2**32")
+
+
+def make_output_dir(output_dir: str) -> None:
+    """Raise before the training where its results cannot be written."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to --output_dir {output_dir} ({error.strerror}): name another") from None
 
 
 def check_connected(world_size: int) -> None:
@@ -191,8 +229,10 @@ def load_data(recipe: RecipeArguments, seed: int) -> Data:
 
 def stream_data(recipe: RecipeArguments, seed: int) -> Data:
     """The same from a hub dataset that is read while training."""
-    if len(recipe.corpus) != 1:
-        raise ValueError(f"--streaming takes one hub dataset, got --corpus {' '.join(recipe.corpus)}")
+    if len(recipe.corpus) != 1 or recipe.corpus == ["embedded"]:
+        raise ValueError(
+            f"--streaming takes one hub dataset, got --corpus {' '.join(recipe.corpus)}: leave --streaming out"
+        )
     documents = partial(hub_documents, recipe.corpus[0], streaming=True)
     start = list(islice(documents(), STREAM_HELD_OUT + STREAM_SAMPLE))
     held_out, sample = start[:STREAM_HELD_OUT], start[STREAM_HELD_OUT:]
@@ -219,9 +259,12 @@ def tokenizer_for(recipe: RecipeArguments, documents: Iterable[Document]) -> Pre
         return load_or_train_tokenizer((document.text for document in documents), recipe.vocab_size)
     try:
         return AutoTokenizer.from_pretrained(recipe.tokenizer_name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files of all kinds are read, by several libraries
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--tokenizer_name {recipe.tokenizer_name} cannot be loaded: {reason}") from None
+        raise ValueError(
+            f"--tokenizer_name {recipe.tokenizer_name} cannot be loaded ({reason}): name a folder that "
+            "save_pretrained wrote, or a hub tokenizer that can be reached"
+        ) from None
 
 
 def with_held_out(
@@ -248,25 +291,27 @@ def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, dat
 
 
 def checkpoint_to_resume(args: LambTrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names; `latest` is the newest of the output directory.
+    """The checkpoint that --resume_from_checkpoint names; `latest` is the newest complete one in the output directory.
 
-    Raises ValueError where there is none, and where there is one that nobody asked to resume.
+    `auto` is `latest`, and the start of a new run where there is none: for runs that something restarts.
+
+    Raises ValueError where there is none, where it is damaged, and where there is one that nobody asked to resume.
     """
     wanted, output = args.resume_from_checkpoint, args.output_dir
-    newest = get_last_checkpoint(output) if os.path.isdir(output) else None
     if wanted is None:
-        if newest is not None:
+        if (newest := newest_complete_checkpoint(output)) is not None:
             raise ValueError(
                 f"{output} holds {os.path.basename(newest)} of an earlier run: add --resume_from_checkpoint latest "
                 "to go on from there, or --output_dir for another place"
             )
         return None
+    if wanted.lower() == "auto":
+        return newest_complete_checkpoint(output)
     if wanted.lower() in ("latest", "true"):
-        if newest is None:
+        if (newest := newest_complete_checkpoint(output)) is None:
             raise ValueError(f"--resume_from_checkpoint {wanted}: there is no checkpoint in {output}")
         return newest
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-        raise ValueError(f"--resume_from_checkpoint {wanted} is no checkpoint: it has no trainer_state.json")
+    check_checkpoint(wanted)
     return wanted
 
 

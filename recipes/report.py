@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,9 +37,27 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Add one line to a JSON-lines file; a reader sees the old file or the new one, never half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text() if path.exists() else ""
+    if before and not before.endswith("\n"):
+        before += "\n"
+    with replacing(path) as unfinished:
+        unfinished.write_text(before + json.dumps(record) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what shall replace `path`, which happens in one rename when the block ends.
+
+    If it fails, `path` is what it was and nothing is left over. An OSError then names `path`: that of a full disk
+    names no file by itself.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(before + json.dumps(record) + "\n")
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; not written", str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def plot_training(log_history: list[dict[str, float]], path: Path, title: str, baseline: float | None = None) -> None:
@@ -69,10 +89,11 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
         bottom.text(0.5, 0.5, "no trust ratios: not LAMB", ha="center", transform=bottom.transAxes)
         bottom.set_yticks([])
     bottom.set_xlabel("optimizer steps")
-    unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, format="png", dpi=120)
-    plt.close(figure)
-    unfinished.replace(path)
+    try:
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=120)
+    finally:
+        plt.close(figure)
 
 
 def _series(log_history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:

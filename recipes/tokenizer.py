@@ -84,11 +84,17 @@ def tokenize_into_blocks(
 
     A document fills row after row and never shares one. Its last row is padded with `[PAD]`; a rest of less
     than an eighth of a row is dropped, unless it is the whole document.
-    Raises ValueError when block_size is below 3 or the documents hold no token.
+    Raises ValueError when block_size is below 3, the documents hold no token, or the tokenizer lacks [PAD], [CLS] or
+    [SEP].
     """
     room = block_size - 2
     if room < 1:
         raise ValueError(f"block_size={block_size} has no room between [CLS] and [SEP]: give 3 or more")
+    lacking = [kind for kind in ("pad", "cls", "sep") if getattr(tokenizer, f"{kind}_token_id") is None]
+    if lacking:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(lacking)} token: use a BERT one"
+        )
     documents = iter(documents)
     pieces: list[np.ndarray] = []
     while texts := [document.text for document in islice(documents, 1024)]:

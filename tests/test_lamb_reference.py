@@ -8,7 +8,7 @@ import torch
 
 from hf_lamb import Lamb
 from hf_lamb.backends.bucket import one_minus_power
-from hf_lamb.norms import squared_norm, trust_ratio
+from hf_lamb.norms import squared_norms, trust_ratio
 from tests.reference import ReferenceLamb
 
 STEPS = 30
@@ -218,12 +218,14 @@ def test_bias_correction_is_right_at_the_first_step_in_fp32() -> None:
     assert torch.equal(one_minus_power(0.0, t[:3]), torch.ones(3))
 
 
-@pytest.mark.parametrize("numel", [0, 1, 4095, 4096, 4097, 10_000_019])
+@pytest.mark.parametrize("numel", [0, 1, 4097, 16_384, 16_385, 32_768, 10_000_019])
 def test_squared_norm_is_exact_to_rounding_at_every_size(numel: int) -> None:
     """torch's own fp32 norm loses 4e-4 of ‖x‖² at ten million elements on CPU; a sharded norm would not agree."""
     x = torch.rand(numel) + 0.5
     expected = float(x.double().square().sum())
-    assert float(squared_norm(x)) == pytest.approx(expected, rel=5e-7)
+    assert squared_norms([x]).tolist() == pytest.approx([expected], rel=1e-6)
+    small = torch.ones(3)
+    assert squared_norms([small, x, small]).tolist() == pytest.approx([3.0, expected, 3.0], rel=1e-6)
 
 
 def test_trust_ratio_of_zero_norms_is_one() -> None:

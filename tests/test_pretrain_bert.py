@@ -26,7 +26,7 @@ def test_the_line_of_results(finished: Path) -> None:
     assert record["command"].startswith("python -m ")
     assert "--size smoke" in record["command"]
     assert set(record["versions"]) >= {"python", "torch", "transformers", "accelerate", "hf_lamb"}
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # which may leave out "+cu130"
     assert (record["optim"], record["seed"], record["steps"]) == ("lamb", 42, 8)
     assert record["global_batch_size"] == 16
     assert record["learning_rate"] == 0.02

@@ -19,6 +19,7 @@ class Bucket:
     group: dict[str, Any]
     reductions: Reductions = ()
     names: list[str] = field(default_factory=list)
+    slots: list[tuple[int, int]] = field(default_factory=list)  # where its group has each parameter
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""One script per question; results are JSON lines with hardware and versions."""

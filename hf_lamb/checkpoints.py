@@ -1,0 +1,275 @@
+"""Checkpoints that are whole: written under another name, renamed when complete, looked at before a run resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput, sort_checkpoints
+
+__all__ = ["CheckpointError", "WholeCheckpointTrainer", "check_checkpoint", "newest_complete_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+# Folders beside the checkpoints. transformers takes every checkpoint-* for a checkpoint and uploads all but _*.
+UNFINISHED = "_unfinished_checkpoints"  # being written, or being deleted: of no use to anybody after a kill
+REPLACED = "_replaced_checkpoints"  # whole, and has its name back if its successor did not get it
+
+# What a run needs to go on exactly; of each line at least one, the usual one first. `latest` is DeepSpeed's.
+PARTS = (
+    ("trainer_state.json",),
+    ("model.safetensors", "model*.safetensors", "pytorch_model*", "**/adapter_model.*", "latest"),
+    ("optimizer.pt", "*optimizer.*", "optimizer_*", "latest"),
+    ("scheduler.pt", "latest"),
+    ("rng_state.pth", "rng_state_*.pth"),
+)
+READ_TO_RESUME = ("*.json", "*.safetensors", "*.pt", "*.pth", "pytorch_model*.bin")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that a run cannot go on from. The message says which one, what is wrong, and what to do."""
+
+
+class WholeCheckpointTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints are whole or not there, whenever it is killed.
+
+    * A checkpoint is written into `_unfinished_checkpoints/` and gets its name, in one rename, when every process has
+      written its part and all of it is on the disk. One that had the name before stays whole until then. Checkpoints
+      that `save_total_limit` makes superfluous lose their name before they are deleted. What a killed run left in
+      `_unfinished_checkpoints/` is deleted at the next start or save.
+    * `train(resume_from_checkpoint=True)` takes the newest complete checkpoint, also among those of a stock Trainer,
+      whose last one may be torn; `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
+      damaged, or of another model or optimizer. Checkpoints of `save_only_model` cannot be resumed.
+    * The files of `save_model` are renamed into their place when all of them are written.
+
+    The disk must be one that all processes share, or `save_on_each_node` be set.
+    """
+
+    _staging = False  # whether a checkpoint is being written
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self._staging else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        os.makedirs(run_dir, exist_ok=True)
+        if self.args.should_save:
+            tidy(Path(run_dir))
+        self.accelerator.wait_for_everyone()
+
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._record_best(run_dir, name)
+            self.accelerator.wait_for_everyone()  # until every process has written its part
+            if self.args.should_save:
+                publish(Path(run_dir, UNFINISHED, name), Path(run_dir, name))
+        except Exception as error:
+            shutil.rmtree(os.path.join(run_dir, UNFINISHED), ignore_errors=True)
+            free = shutil.disk_usage(run_dir).free / 1e9
+            error.add_note(f"{name} was not saved in {run_dir} ({free:.3f} GB free); those before it are whole")
+            raise
+        finally:
+            self._staging = False
+
+        if self.args.should_save:
+            new, best = os.path.join(run_dir, name), self.state.best_model_checkpoint
+            rotate(Path(run_dir), self.args.save_total_limit, {Path(new), Path(best or new)})
+        self.accelerator.wait_for_everyone()  # until it can be read under its name
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, name))
+
+    def _record_best(self, run_dir: str, name: str) -> None:
+        """Trainer has looked for the best checkpoint among the unfinished ones."""
+        best = f"checkpoint-{self.state.best_global_step}"
+        if best == name or os.path.isdir(os.path.join(run_dir, best)):
+            self.state.best_model_checkpoint = os.path.join(run_dir, best)
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(run_dir, UNFINISHED, name, "trainer_state.json"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # the upload goes on in the background: not from a folder about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._staging:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            tidy(folder)
+        super()._save(str(folder / UNFINISHED), state_dict)
+        if self.args.should_save:
+            move_files(folder / UNFINISHED, folder)
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's, from a complete checkpoint or not at all."""
+        output_dir = str(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete_checkpoint(output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"there is no complete checkpoint in {output_dir}: start without one")
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        if self.args.should_save:
+            tidy(Path(output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+            raise CheckpointError(
+                f"{resume_from_checkpoint} is of another model: {first.rstrip('.')} "
+                "Resume with the options it was saved with."
+            ) from None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
+
+
+# -- which checkpoints are whole --------------------------------------------------------------------------------------
+
+
+def newest_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The checkpoint-N with the highest N that a run can go on from; None if there is none.
+
+    Says in one log line each which ones it passes over, and why.
+    """
+    folder = Path(folder)
+    restore(folder)
+    numbers = [int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for checkpoint in (folder / f"checkpoint-{number}" for number in sorted(numbers, reverse=True)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} is passed over: it {fault}")
+    return None
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError if a run cannot go on from here."""
+    fault = find_fault(Path(checkpoint))
+    if fault is not None:
+        raise CheckpointError(f"{checkpoint} is no checkpoint: it {fault}; resume from an earlier one, or start anew")
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """What is missing or unreadable, as the end of a sentence.
+
+    Files are opened, not read: this finds what is torn, truncated or empty, but no flipped bit.
+    """
+    if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # of transformers' enable_jit_checkpoint
+        return "was still being written"
+    for patterns in PARTS:
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            return f"has no {patterns[0]}"
+    ranks = {int(file.stem[10:]) for file in checkpoint.glob("rng_state_*.pth")}
+    for rank in range(max([1, *ranks]) + 1 if ranks else 0):
+        if rank not in ranks:
+            return f"has no rng_state_{rank}.pth"
+    for file in (file for pattern in READ_TO_RESUME for file in sorted(checkpoint.glob(pattern))):
+        try:
+            open_briefly(file)
+        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
+            return f"has a damaged {file.name} ({error})"
+    return None
+
+
+def open_briefly(file: Path) -> None:
+    """Raise if a file is not what its suffix says, or shorter than its index."""
+    if file.suffix == ".json":
+        content = json.loads(file.read_bytes())
+        for shard in sorted(set(content["weight_map"].values())) if file.name.endswith(".index.json") else ():
+            if not (file.parent / shard).exists():
+                raise ValueError(f"{shard} is missing")
+    elif file.suffix == ".safetensors":
+        with safe_open(file, framework="pt"):
+            pass
+    else:
+        zipfile.ZipFile(file).close()
+
+
+# -- renaming and deleting --------------------------------------------------------------------------------------------
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a complete checkpoint its name; what had the name goes when it has."""
+    write_through(staged)
+    if final.exists():
+        replaced = final.parent / REPLACED
+        replaced.mkdir()
+        final.rename(replaced / final.name)
+    staged.rename(final)
+    write_through(final.parent, recurse=False)
+    tidy(final.parent)
+
+
+def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
+    """Delete the oldest checkpoints but these until no more than `limit` are left; None and 0 are no limit."""
+    if limit is None or limit <= 0:
+        return
+    checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
+    surplus = len(checkpoints) - max(limit, len(keep))
+    for checkpoint in [path for path in checkpoints if path not in keep][: max(surplus, 0)]:
+        (folder / UNFINISHED).mkdir(exist_ok=True)
+        checkpoint.rename(folder / UNFINISHED / checkpoint.name)
+    tidy(folder)
+
+
+def restore(folder: Path) -> None:
+    """Give a replaced checkpoint its name back if the run was killed before its successor got it."""
+    for replaced in (folder / REPLACED).glob("*"):
+        if not (folder / replaced.name).exists():
+            with suppress(FileNotFoundError):  # another process did it
+                replaced.rename(folder / replaced.name)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a killed run, or this one, left unfinished or has replaced."""
+    restore(folder)
+    for leftover in (UNFINISHED, REPLACED):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Rename files into their place, over those that were there."""
+    write_through(source)
+    for file in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    shutil.rmtree(source)
+
+
+def write_through(folder: Path, recurse: bool = True) -> None:
+    """Wait until a folder, and what is in it, is on the disk, so that no rename is there before what it names."""
+    if os.name != "posix":
+        return
+    for path in [*(folder.rglob("*") if recurse else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,312 @@
+"""Lamb on hand-made layouts: whatever tensors are spread over four processes, the step is the unsharded one.
+
+Run by tests/test_sharding.py: torchrun --nproc_per_node 4 -m tests.scripts.sharded_layouts OUTPUT.json
+Writes, for each function named check_*, null or what went wrong on any process.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from hf_lamb import Lamb
+from hf_lamb.norms import ShardingError
+
+STEPS = 10
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+CLIPPED = {"max_grad_norm": 0.1, "eps": 1e-2}  # a large eps, or Adam would undo any factor
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same on every process; entries of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (drawn * (3 * torch.rand(shape, generator=generator, dtype=torch.float64)).exp()).to(dtype)
+
+
+def layouts() -> list[tuple[str, tuple[int, ...], DeviceMesh | None, list[Placement]]]:
+    """(what, shape, mesh or None for a plain tensor, placements)."""
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    rows, columns, whole = Shard(0), Shard(1), Replicate()
+    return [
+        ("plain", (5, 3), None, []),
+        ("plain, one entry", (), None, []),
+        ("rows, ragged", (7, 3), line, [rows]),
+        ("rows, some empty", (2, 5), line, [rows]),
+        ("one row", (1, 9), line, [rows]),
+        ("no entries", (0, 3), line, [rows]),
+        ("columns, ragged", (3, 6), line, [columns]),
+        ("replicated", (4, 4), line, [whole]),
+        ("replicated, one entry", (), line, [whole]),
+        ("rows twice", (9, 2), square, [rows, rows]),
+        ("rows and columns", (5, 7), square, [rows, columns]),
+        ("columns and rows", (5, 3), square, [columns, rows]),
+        ("columns twice, some empty", (2, 3), square, [columns, columns]),
+        ("hybrid", (6, 5), square, [whole, rows]),
+        ("hybrid the other way", (3, 5), square, [columns, whole]),
+        ("replicated twice", (3, 3), square, [whole, whole]),
+        ("experts, (dp, ep)", (4, 3, 5), square, [columns, rows]),
+        ("dense, dp only", (5, 4), square["dp"], [rows]),
+        ("experts, ep only", (4, 2, 3), square["ep"], [rows]),
+    ]
+
+
+def lay_out(tensor: Tensor, mesh: DeviceMesh | None, placements: list[Placement]) -> Tensor:
+    return tensor.clone() if mesh is None else distribute_tensor(tensor, mesh, placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def distances(sharded: Iterable[Tensor], unsharded: Iterable[Tensor]) -> list[float]:
+    """‖Δ‖/‖w‖ of each tensor."""
+    return [
+        float((whole(a.detach()) - b.detach()).norm() / b.detach().norm().clamp(min=1e-300))
+        for a, b in zip(sharded, unsharded, strict=True)
+    ]
+
+
+def same_everywhere(value: Any) -> bool:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
+def run_all_layouts(dtype: torch.dtype, grad_placements: str = "", nan_in: int | None = None, **options: Any) -> Lamb:
+    """All layouts in one optimizer, and the unsharded run: equal weights, statistics equal on all processes."""
+    cases = layouts()
+    start = [draw(*shape, seed=i, dtype=dtype) for i, (_, shape, _, _) in enumerate(cases)]
+    sharded = [nn.Parameter(lay_out(w, mesh, p)) for w, (_, _, mesh, p) in zip(start, cases, strict=True)]
+    unsharded = [nn.Parameter(w.clone()) for w in start]
+    names = [what for what, _, _, _ in cases]
+    optimizer = Lamb(zip(names, sharded, strict=True), lr=1e-2, **options)
+    reference = Lamb(zip(names, unsharded, strict=True), lr=1e-2, **options)
+    for step in range(STEPS):
+        for i, (param, plain) in enumerate(zip(sharded, unsharded, strict=True)):
+            _, shape, mesh, placements = cases[i]
+            plain.grad = draw(*shape, seed=1000 * (step + 1) + i, dtype=dtype)
+            if i == nan_in and step == STEPS // 2 and plain.numel():
+                plain.grad.view(-1)[-1] = torch.nan  # the last entry: one process's only, where it is sharded
+            param.grad = lay_out(plain.grad, mesh, placements)
+            if mesh is not None and grad_placements == "partial":
+                # A process's part of the sum: this one's share of the whole.
+                param.grad = DTensor.from_local(plain.grad / mesh.size(), mesh, [Partial()] * mesh.ndim)
+            elif mesh is not None and grad_placements == "replicated":
+                param.grad = distribute_tensor(plain.grad, mesh, [Replicate()] * mesh.ndim)
+            elif mesh is not None and grad_placements == "none where empty" and not param.to_local().numel():
+                param.grad = None
+        optimizer.step()
+        reference.step()
+        stats, expected = optimizer.layer_stats(), reference.layer_stats()
+        for name in stats:
+            # A ratio of norms has a rounding or two more than the norms.
+            difference = max(
+                abs(a - b) / max(abs(b), 1e-300) for a, b in zip(stats[name], expected[name], strict=True)
+            )
+            assert difference <= 4 * TOLERANCE[dtype], (name, stats[name], expected[name])
+        assert grad_placements == "none where empty" or same_everywhere(stats)
+    far = dict(zip(names, distances(sharded, unsharded), strict=True))
+    assert max(far.values()) <= TOLERANCE[dtype], far
+    held = [param.to_local().numel() for param in sharded if isinstance(param, DTensor)]
+    assert sum(held) < sum(param.numel() for param in sharded if isinstance(param, DTensor))
+    assert optimizer.skipped_steps() == reference.skipped_steps()
+    return optimizer
+
+
+def check_eager() -> None:
+    run_all_layouts(torch.float64, foreach=False)
+
+
+def check_foreach() -> None:
+    run_all_layouts(torch.float64, foreach=True)
+
+
+def check_float32() -> None:
+    run_all_layouts(torch.float32, foreach=True)
+
+
+def check_clipped_by_the_global_norm() -> None:
+    run_all_layouts(torch.float64, **CLIPPED)
+
+
+def check_gradients_that_are_partial_sums() -> None:
+    run_all_layouts(torch.float64, grad_placements="partial", **CLIPPED)
+
+
+def check_gradients_laid_out_otherwise() -> None:
+    run_all_layouts(torch.float64, grad_placements="replicated")
+
+
+def check_no_gradient_where_the_shard_is_empty() -> None:
+    """Every process must still name all layers, and send numbers of the same dtype."""
+    run_all_layouts(torch.float64, grad_placements="none where empty", **CLIPPED)
+    run_all_layouts(torch.float32, grad_placements="none where empty")
+
+
+def check_a_nan_in_any_shard_skips_the_step_everywhere() -> None:
+    for i, (what, shape, _, _) in enumerate(layouts()):
+        if 0 not in shape:
+            optimizer = run_all_layouts(torch.float64, nan_in=i)
+            assert optimizer.skipped_steps() == (1, 0), what
+
+
+def check_a_gradient_that_only_one_process_has() -> None:
+    """The others add nothing to the norms, and nothing hangs: also for float64, where they have no tensor to ask."""
+    mesh = init_device_mesh("cpu", (4,))
+    start = draw(8, 3, seed=0)
+    param, other = (nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for _ in range(2))
+    optimizer = Lamb([param, other], lr=1e-2, **CLIPPED)
+    gradient = draw(8, 3, seed=1)
+    if dist.get_rank() == 2:
+        param.grad = distribute_tensor(gradient, mesh, [Shard(0)], src_data_rank=None)
+    optimizer.step()
+    piece = nn.Parameter(start[4:6].clone())
+    piece.grad = gradient[4:6].clone()
+    reference = Lamb([piece], lr=1e-2, **CLIPPED)
+    reference.step()
+    after = torch.cat([start[:4], piece.detach(), start[6:]])
+    assert torch.equal(other.full_tensor(), start)
+    torch.testing.assert_close(param.full_tensor(), after, rtol=1e-14, atol=0)
+
+
+def check_one_name_in_two_groups() -> None:
+    """`module.named_parameters()` of two modules: each layer keeps its own norms."""
+    mesh = init_device_mesh("cpu", (4,))
+    start = [draw(6, 3, seed=0), draw(9, 2, seed=1) * 50]
+    sharded = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in start]
+    unsharded = [nn.Parameter(w.clone()) for w in start]
+    optimizer = Lamb([{"params": [("weight", param)]} for param in sharded], lr=1e-2)
+    reference = Lamb(unsharded, lr=1e-2)
+    for i, (param, plain) in enumerate(zip(sharded, unsharded, strict=True)):
+        plain.grad = draw(*plain.shape, seed=i + 2)
+        param.grad = distribute_tensor(plain.grad, mesh, [Shard(0)])
+    optimizer.step()
+    reference.step()
+    assert max(distances(sharded, unsharded)) <= 1e-14
+
+
+def check_partial_parameters_are_refused_by_name() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    param = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    optimizer = Lamb([("head.weight", param)])
+    param.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    try:
+        optimizer.step()
+    except ShardingError as error:
+        assert "head.weight" in str(error)
+        assert "Partial" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+def check_stages_of_a_pipeline() -> None:
+    """Attached to the group of all stages: one norm to clip by, and a NaN in one stage skips the step in all."""
+    rank = dist.get_rank()
+    start = [[draw(3 + stage, 4, seed=10 * stage + i) for i in range(stage + 1)] for stage in range(4)]
+    own = [nn.Parameter(w.clone()) for w in start[rank]]
+    everything = [[nn.Parameter(w.clone()) for w in stage] for stage in start]
+    optimizer, reference = (Lamb(params, lr=1e-2, **CLIPPED) for params in (own, sum(everything, [])))
+    optimizer.attach(process_group=dist.group.WORLD)
+    for step in range(STEPS):
+        for stage in range(4):
+            for i, plain in enumerate(everything[stage]):
+                plain.grad = draw(*plain.shape, seed=1000 * step + 10 * stage + i)
+        if step == 3:
+            everything[2][0].grad[1, 1] = torch.inf
+        if step == 5:  # one stage has no gradients at all
+            for plain in everything[1]:
+                plain.grad = None
+        for param, plain in zip(own, everything[rank], strict=True):
+            param.grad = None if plain.grad is None else plain.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert max(distances(own, everything[rank])) <= 1e-14
+    assert optimizer.skipped_steps() == reference.skipped_steps() == (1, 0)
+
+
+def check_sharded_stages_of_a_pipeline() -> None:
+    """Two stages, each sharded over two processes; attached to the group along the pipeline."""
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage = square.get_local_rank("pp")
+    start = [draw(5, 3, seed=0), draw(7, 2, seed=1)]
+    own = nn.Parameter(distribute_tensor(start[stage], square["dp"], [Shard(0)], src_data_rank=None))
+    everything = [nn.Parameter(w.clone()) for w in start]
+    optimizer, reference = Lamb([own], lr=1e-2, **CLIPPED), Lamb(everything, lr=1e-2, **CLIPPED)
+    optimizer.attach(process_group=square.get_group("pp"))
+    for step in range(STEPS):
+        for i, plain in enumerate(everything):
+            plain.grad = draw(*plain.shape, seed=10 * step + i)
+        if step == 3:
+            everything[1].grad[-1, 0] = torch.nan  # on the last process only
+        own.grad = distribute_tensor(everything[stage].grad, square["dp"], [Shard(0)], src_data_rank=None)
+        optimizer.step()
+        reference.step()
+    assert max(distances([own], [everything[stage]])) <= 1e-14
+    assert optimizer.skipped_steps() == reference.skipped_steps() == (1, 0)
+
+
+def check_steps_without_any_gradient() -> None:
+    """On all processes: nothing happens, and nobody waits for another."""
+    mesh = init_device_mesh("cpu", (4,))
+    sharded = nn.Parameter(distribute_tensor(draw(5, 3, seed=0), mesh, [Shard(0)]))
+    plain = nn.Parameter(draw(5, 3, seed=0))
+    attached = Lamb([plain])
+    attached.attach(process_group=dist.group.WORLD)
+    zero_redundancy = ZeroRedundancyOptimizer([plain, *(nn.Parameter(torch.ones(3)) for _ in range(3))], Lamb)
+    for optimizer in (Lamb([sharded]), Lamb([sharded], **CLIPPED), attached, zero_redundancy):
+        optimizer.step()
+    assert torch.equal(sharded.full_tensor(), plain)
+    assert torch.equal(plain, draw(5, 3, seed=0))
+
+
+def check_zero_redundancy_skips_and_clips_together() -> None:
+    """Each process's optimizer has some of the parameters, and only one of them meets the NaN."""
+    start = [draw(4, 3, seed=i) for i in range(6)]
+    shared, unsharded = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    optimizer = ZeroRedundancyOptimizer(shared, Lamb, lr=1e-2, **CLIPPED)
+    reference = Lamb(unsharded, lr=1e-2, **CLIPPED)
+    assert len(optimizer.optim.param_groups[0]["params"]) < len(shared)
+    for step in range(STEPS):
+        for i, (param, plain) in enumerate(zip(shared, unsharded, strict=True)):
+            plain.grad = draw(*plain.shape, seed=10 * step + i)
+            if step == 3 and i == 5:
+                plain.grad[0, 0] = torch.nan
+            param.grad = plain.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert max(distances(shared, unsharded)) <= 1e-14
+    assert optimizer.optim.skipped_steps() == (1, 0)
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    results = {}
+    for name, check in [(name, value) for name, value in globals().items() if name.startswith("check_")]:
+        torch.manual_seed(0)
+        problem = None
+        try:
+            check()
+        except Exception:  # told to the test, which names the check
+            problem = traceback.format_exc()
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        results[name] = "\n".join(f"process {i}: {p}" for i, p in enumerate(problems) if p) or None
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
