@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain test kill-test lint format types check clean
+.PHONY: help setup pretrain test test-distributed sharding-report kill-test lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,12 @@ pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)
+
+test-distributed: setup  ## run the tests on two and four processes (minutes)
+	$(RUN) pytest -m distributed $(ARGS)
+
+sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
+	$(RUN) tests.scripts.sharding_report $(ARGS)
 
 kill-test: setup  ## kill the pretraining ten times; every resumed run must end bit for bit alike (minutes)
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lamb.lamb import Lamb, check_state, check_state_dict
+from hf_lamb.lamb import Lamb
+from hf_lamb.state import check_state, check_state_dict
 
 __all__ = ["convert_state_dict"]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable
-from numbers import Real
 from types import FrameType
 from typing import Any, NamedTuple, overload
 
@@ -17,6 +15,8 @@ from torch.optim import Optimizer
 from hf_lamb import norms
 from hf_lamb.backends import Bucket, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
+from hf_lamb.options import check_options
+from hf_lamb.state import check_order, check_state, check_state_dict
 
 __all__ = ["Lamb", "LayerStats", "SkippedSteps"]
 
@@ -122,7 +122,7 @@ class Lamb(Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
-        _check_options(defaults)
+        check_options(defaults)
         self._forget()
         self._shapes: set[torch.Size] = set()
         self._seen_by = _zero_redundancy_group()
@@ -149,7 +149,7 @@ class Lamb(Optimizer):
             if "params" not in param_group:
                 has = ", ".join(map(str, param_group)) or "nothing"
                 raise ValueError(f'Lamb: a parameter group has {has}, but no "params": put its parameters there')
-            _check_options({**self.defaults, **param_group})
+            check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for index, param in enumerate(self.param_groups[-1]["params"]):
             if not param.is_floating_point() or param.is_meta:
@@ -201,13 +201,13 @@ class Lamb(Optimizer):
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in loaded]:
             return  # torch has words for this
         for group_index, (group, other) in enumerate(zip(groups, loaded, strict=True)):
-            _check_order(group.get("param_names"), other.get("param_names"))
+            check_order(group.get("param_names"), other.get("param_names"))
             if "amsgrad" in other:
                 raise ValueError(
                     "Lamb: the state dict is an Adam's (its groups have amsgrad), whose lr is not LAMB's: "
                     "see hf_lamb.convert_state_dict"
                 )
-            _check_options({**self.defaults, **other})
+            check_options({**self.defaults, **other})
             for index, (param, key) in enumerate(zip(group["params"], other["params"], strict=True)):
                 state = state_dict["state"].get(key, {})
                 if not state:
@@ -443,16 +443,6 @@ def _zero_redundancy_group() -> norms.Reduction | None:
     return None
 
 
-def _check_order(own: list[str] | None, loaded: list[str] | None) -> None:
-    """Names may differ (a wrapper's prefix, a renamed module), but not merely in their order."""
-    if own and loaded and own != loaded and sorted(own) == sorted(loaded):
-        first = next(name for name, other in zip(own, loaded, strict=True) if name != other)
-        raise ValueError(
-            f"Lamb: the state dict has the same parameters in another order, from {first} on: "
-            "build the optimizer with its groups in the order of the state dict"
-        )
-
-
 def _advance(bucket: Bucket) -> None:
     """t += 1, except where this step is skipped."""
     if bucket.finite is None:
@@ -485,92 +475,3 @@ def _backend(bucket: Bucket) -> Any:
     if use_foreach is None:
         use_foreach = bucket.device.type != "cpu"
     return foreach if use_foreach else eager
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options of another kind or out of range; the message holds the value and what is expected."""
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    _check_number("learning rate", lr, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas}: expected two numbers, (beta1, beta2)")
-    for index, beta in enumerate(betas):
-        _check_number(f"beta parameter at index {index}", beta, lambda x: 0.0 <= x < 1.0, "a number in [0, 1)")
-    for option in ("eps", "weight_decay"):
-        value = options[option]
-        _check_number(f"{option} value", value, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
-    low, high, max_grad_norm = options["min_trust_ratio"], options["max_trust_ratio"], options["max_grad_norm"]
-    if low is not None:
-        _check_number("min_trust_ratio", low, lambda x: 0.0 <= x < math.inf, "None or a number that is not negative")
-    if high is not None:
-        _check_number("max_trust_ratio", high, lambda x: x > 0.0, "None or a positive number")
-    if low is not None and high is not None and low > high:
-        raise ValueError(
-            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: turn them round"
-        )
-    if max_grad_norm is not None:
-        _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")
-    for option in ("bias_correction", "layer_adaptation", "skip_nonfinite", "maximize"):
-        if options[option] not in (True, False):
-            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True or False")
-    for option in ("foreach", "fused"):
-        if options[option] not in (True, False, None):
-            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True, False or None")
-    if options["fused"] and options["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if options["fused"]:
-        raise NotImplementedError(
-            "Lamb(fused=True): this version has no fused kernels; use foreach=True or fused=None"
-        )
-
-
-def _check_number(what: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
-    """NumPy's numbers and tensors of one element pass too; True and text do not, though float() takes them."""
-    try:
-        good = not isinstance(value, (bool, str)) and in_range(float(value))
-    except (TypeError, ValueError, RuntimeError):
-        good = False
-    if not good:
-        hint = ", not text (in YAML, write 1.0e-3 for 1e-3)" if isinstance(value, str) else ""
-        raise ValueError(f"Invalid {what}: {value!r}: expected {expected}{hint}")
-
-
-def check_state_dict(state_dict: Any, who: str) -> None:
-    """Refuse what no optimizer's `state_dict` returned."""
-    if not isinstance(state_dict, dict):
-        raise ValueError(
-            f"{who}: expected an optimizer's state dict, got {type(state_dict).__name__}: torch.load the file first"
-        )
-    if not {"state", "param_groups"} <= state_dict.keys():
-        has = ", ".join([*map(str, state_dict)][:6]) or "nothing"
-        raise ValueError(
-            f"{who}: no optimizer's state dict, it has {has}: give what optimizer.state_dict() returned, and for "
-            "DeepSpeed ZeRO make a full checkpoint first (zero_to_fp32 gives weights only)"
-        )
-    state, groups = state_dict["state"], state_dict["param_groups"]
-    whole = isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())
-    if not whole or not all(isinstance(group, dict) and "params" in group for group in groups):
-        raise ValueError(
-            f'{who}: a damaged state dict: "state" must hold dicts, and every group have "params": '
-            "take another checkpoint"
-        )
-
-
-def check_state(state: dict[str, Any], param: Tensor, who: str, name: str) -> None:
-    """Refuse moments and a step that cannot be those of this parameter."""
-    for moment in ("exp_avg", "exp_avg_sq"):
-        value = state[moment]
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
-            raise ValueError(
-                f"{who}: {moment} of {name} is {kind}: expected a floating-point tensor, so take another checkpoint"
-            )
-        if value.shape != param.shape:
-            raise ValueError(
-                f"{who}: {moment} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}: "
-                "another model, or a flat partition (ZeRO, FSDP)"
-            )
-    step = state["step"]
-    if not isinstance(step, Real) and not (isinstance(step, Tensor) and step.numel() == 1):
-        raise ValueError(f"{who}: the step of {name} is {step!r}: expected one number, so take another checkpoint")

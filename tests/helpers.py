@@ -18,9 +18,9 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     pretrain_bert.main()
 
 
-def torchrun(processes: int, *command: str) -> None:
+def torchrun(processes: int, *command: str, timeout: float = 240) -> None:
     """Run a module on several processes of this machine; torchrun finds a free port."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,9 +9,11 @@ import sys
 import traceback
 from collections.abc import Iterable
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -83,8 +85,11 @@ def same_everywhere(value: Any) -> bool:
     return all(other == value for other in values)
 
 
-def run_all_layouts(dtype: torch.dtype, grad_placements: str = "", nan_in: int | None = None, **options: Any) -> Lamb:
-    """All layouts in one optimizer, and the unsharded run: equal weights, statistics equal on all processes."""
+def run_all_layouts(dtype: torch.dtype, grad_placements: str = "", poisoned: bool = False, **options: Any) -> Lamb:
+    """All layouts in one optimizer, and the unsharded run: equal weights, statistics equal on all processes.
+
+    `poisoned`: at every other step there is a NaN in one layer after another, where it is sharded in one shard.
+    """
     cases = layouts()
     start = [draw(*shape, seed=i, dtype=dtype) for i, (_, shape, _, _) in enumerate(cases)]
     sharded = [nn.Parameter(lay_out(w, mesh, p)) for w, (_, _, mesh, p) in zip(start, cases, strict=True)]
@@ -92,12 +97,12 @@ def run_all_layouts(dtype: torch.dtype, grad_placements: str = "", nan_in: int |
     names = [what for what, _, _, _ in cases]
     optimizer = Lamb(zip(names, sharded, strict=True), lr=1e-2, **options)
     reference = Lamb(zip(names, unsharded, strict=True), lr=1e-2, **options)
-    for step in range(STEPS):
+    for step in range(2 * len(cases) if poisoned else STEPS):
         for i, (param, plain) in enumerate(zip(sharded, unsharded, strict=True)):
             _, shape, mesh, placements = cases[i]
             plain.grad = draw(*shape, seed=1000 * (step + 1) + i, dtype=dtype)
-            if i == nan_in and step == STEPS // 2 and plain.numel():
-                plain.grad.view(-1)[-1] = torch.nan  # the last entry: one process's only, where it is sharded
+            if poisoned and step == 2 * i:
+                plain.grad.view(-1)[-1:] = torch.nan
             param.grad = lay_out(plain.grad, mesh, placements)
             if mesh is not None and grad_placements == "partial":
                 # A process's part of the sum: this one's share of the whole.
@@ -110,11 +115,8 @@ def run_all_layouts(dtype: torch.dtype, grad_placements: str = "", nan_in: int |
         reference.step()
         stats, expected = optimizer.layer_stats(), reference.layer_stats()
         for name in stats:
-            # A ratio of norms has a rounding or two more than the norms.
-            difference = max(
-                abs(a - b) / max(abs(b), 1e-300) for a, b in zip(stats[name], expected[name], strict=True)
-            )
-            assert difference <= 4 * TOLERANCE[dtype], (name, stats[name], expected[name])
+            for mine, theirs in zip(stats[name], expected[name], strict=True):
+                assert abs(mine - theirs) <= 4 * TOLERANCE[dtype] * abs(theirs), (name, stats[name], expected[name])
         assert grad_placements == "none where empty" or same_everywhere(stats)
     far = dict(zip(names, distances(sharded, unsharded), strict=True))
     assert max(far.values()) <= TOLERANCE[dtype], far
@@ -155,10 +157,8 @@ def check_no_gradient_where_the_shard_is_empty() -> None:
 
 
 def check_a_nan_in_any_shard_skips_the_step_everywhere() -> None:
-    for i, (what, shape, _, _) in enumerate(layouts()):
-        if 0 not in shape:
-            optimizer = run_all_layouts(torch.float64, nan_in=i)
-            assert optimizer.skipped_steps() == (1, 0), what
+    optimizer = run_all_layouts(torch.float64, poisoned=True)
+    assert optimizer.skipped_steps() == (sum(0 not in shape for _, shape, _, _ in layouts()), 0)
 
 
 def check_a_gradient_that_only_one_process_has() -> None:
@@ -201,13 +201,8 @@ def check_partial_parameters_are_refused_by_name() -> None:
     param = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     optimizer = Lamb([("head.weight", param)])
     param.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
-    try:
+    with pytest.raises(ShardingError, match=r"head\.weight.*Partial"):
         optimizer.step()
-    except ShardingError as error:
-        assert "head.weight" in str(error)
-        assert "Partial" in str(error)
-    else:
-        raise AssertionError("no error")
 
 
 def check_stages_of_a_pipeline() -> None:
@@ -216,7 +211,7 @@ def check_stages_of_a_pipeline() -> None:
     start = [[draw(3 + stage, 4, seed=10 * stage + i) for i in range(stage + 1)] for stage in range(4)]
     own = [nn.Parameter(w.clone()) for w in start[rank]]
     everything = [[nn.Parameter(w.clone()) for w in stage] for stage in start]
-    optimizer, reference = (Lamb(params, lr=1e-2, **CLIPPED) for params in (own, sum(everything, [])))
+    optimizer, reference = (Lamb(params, lr=1e-2, **CLIPPED) for params in (own, chain(*everything)))
     optimizer.attach(process_group=dist.group.WORLD)
     for step in range(STEPS):
         for stage in range(4):
@@ -263,8 +258,7 @@ def check_steps_without_any_gradient() -> None:
     plain = nn.Parameter(draw(5, 3, seed=0))
     attached = Lamb([plain])
     attached.attach(process_group=dist.group.WORLD)
-    zero_redundancy = ZeroRedundancyOptimizer([plain, *(nn.Parameter(torch.ones(3)) for _ in range(3))], Lamb)
-    for optimizer in (Lamb([sharded]), Lamb([sharded], **CLIPPED), attached, zero_redundancy):
+    for optimizer in (Lamb([sharded]), Lamb([sharded], **CLIPPED), attached, ZeroRedundancyOptimizer([plain], Lamb)):
         optimizer.step()
     assert torch.equal(sharded.full_tensor(), plain)
     assert torch.equal(plain, draw(5, 3, seed=0))
@@ -272,7 +266,12 @@ def check_steps_without_any_gradient() -> None:
 
 def check_zero_redundancy_skips_and_clips_together() -> None:
     """Each process's optimizer has some of the parameters, and only one of them meets the NaN."""
-    start = [draw(4, 3, seed=i) for i in range(6)]
+    for layers in (6, 2):  # two leave two processes without any
+        run_zero_redundancy(layers)
+
+
+def run_zero_redundancy(layers: int) -> None:
+    start = [draw(4, 3, seed=i) for i in range(layers)]
     shared, unsharded = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
     optimizer = ZeroRedundancyOptimizer(shared, Lamb, lr=1e-2, **CLIPPED)
     reference = Lamb(unsharded, lr=1e-2, **CLIPPED)
@@ -280,7 +279,7 @@ def check_zero_redundancy_skips_and_clips_together() -> None:
     for step in range(STEPS):
         for i, (param, plain) in enumerate(zip(shared, unsharded, strict=True)):
             plain.grad = draw(*plain.shape, seed=10 * step + i)
-            if step == 3 and i == 5:
+            if step == 3 and i == layers - 1:
                 plain.grad[0, 0] = torch.nan
             param.grad = plain.grad.clone()
         optimizer.step()

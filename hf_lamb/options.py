@@ -1,0 +1,60 @@
+"""Which options Lamb takes: one line for each that it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["check_options"]
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options of another kind or out of range; the message holds the value and what is expected."""
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    _check_number("learning rate", lr, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas}: expected two numbers, (beta1, beta2)")
+    for index, beta in enumerate(betas):
+        _check_number(f"beta parameter at index {index}", beta, lambda x: 0.0 <= x < 1.0, "a number in [0, 1)")
+    for option in ("eps", "weight_decay"):
+        value = options[option]
+        _check_number(f"{option} value", value, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
+    low, high, max_grad_norm = options["min_trust_ratio"], options["max_trust_ratio"], options["max_grad_norm"]
+    if low is not None:
+        _check_number("min_trust_ratio", low, lambda x: 0.0 <= x < math.inf, "None or a number that is not negative")
+    if high is not None:
+        _check_number("max_trust_ratio", high, lambda x: x > 0.0, "None or a positive number")
+    if low is not None and high is not None and low > high:
+        raise ValueError(
+            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: turn them round"
+        )
+    if max_grad_norm is not None:
+        _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")
+    for option in ("bias_correction", "layer_adaptation", "skip_nonfinite", "maximize"):
+        if options[option] not in (True, False):
+            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True or False")
+    for option in ("foreach", "fused"):
+        if options[option] not in (True, False, None):
+            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True, False or None")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if options["fused"]:
+        raise NotImplementedError(
+            "Lamb(fused=True): this version has no fused kernels; use foreach=True or fused=None"
+        )
+
+
+def _check_number(what: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
+    """NumPy's numbers and tensors of one element pass too; True and text do not, though float() takes them."""
+    try:
+        good = not isinstance(value, (bool, str)) and in_range(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        hint = ", not text (in YAML, write 1.0e-3 for 1e-3)" if isinstance(value, str) else ""
+        raise ValueError(f"Invalid {what}: {value!r}: expected {expected}{hint}")
