@@ -28,7 +28,7 @@ test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
 
 sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
-	$(RUN) tests.scripts.sharding_report $(ARGS)
+	$(RUN) tests.scripts.sharding_report
 
 kill-test: setup  ## kill the pretraining ten times; every resumed run must end bit for bit alike (minutes)
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)
@@ -44,7 +44,7 @@ format: setup  ## ruff: mend what can be mended
 types: setup  ## mypy --strict on hf_lamb/
 	$(RUN) mypy
 
-check: lint types test  ## all of the above
+check: lint types test test-distributed  ## all of the above
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

@@ -9,10 +9,12 @@ import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
@@ -24,15 +26,23 @@ logger = logging.getLogger(__name__)
 UNFINISHED = "_unfinished_checkpoints"  # being written, or being deleted: of no use to anybody after a kill
 REPLACED = "_replaced_checkpoints"  # whole, and has its name back if its successor did not get it
 
-# What a run needs to go on exactly; of each line at least one, the usual one first. `latest` is DeepSpeed's.
+# What a run needs to go on exactly; of each line at least one, the usual one first. `latest` is DeepSpeed's; .metadata
+# is what torch.distributed.checkpoint writes last into a folder of shards.
 PARTS = (
     ("trainer_state.json",),
-    ("model.safetensors", "model*.safetensors", "pytorch_model*", "**/adapter_model.*", "latest"),
-    ("optimizer.pt", "*optimizer.*", "optimizer_*", "latest"),
+    (
+        "model.safetensors",
+        "model*.safetensors",
+        "pytorch_model*.bin",
+        "pytorch_model*/.metadata",
+        "**/adapter_model.*",
+        "latest",
+    ),
+    ("optimizer.pt", "*optimizer.*", "optimizer_*.bin", "optimizer_*/.metadata", "latest"),
     ("scheduler.pt", "latest"),
     ("rng_state.pth", "rng_state_*.pth"),
 )
-READ_TO_RESUME = ("*.json", "*.safetensors", "*.pt", "*.pth", "pytorch_model*.bin")
+READ_TO_RESUME = ("*.json", "*.safetensors", "*.pt", "*.pth", "pytorch_model*.bin", "optimizer*.bin", "*/.metadata")
 
 
 class CheckpointError(ValueError):
@@ -138,15 +148,22 @@ class WholeCheckpointTrainer(Trainer):
                 raise
             first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
             raise CheckpointError(
-                f"{resume_from_checkpoint} is of another model: {first.rstrip('.')} "
-                "Resume with the options it was saved with."
+                f"{resume_from_checkpoint} is of another model: {first.rstrip('.')}; "
+                "resume with the options it was saved with"
             ) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        before = has_lamb_options(self.optimizer)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
+        if has_lamb_options(self.optimizer) and not before:  # torch's own optimizers take what they are given
+            raise CheckpointError(f"{checkpoint} does not fit this run: it holds the state of LAMB; resume with it")
+
+
+def has_lamb_options(optimizer: Any) -> bool:
+    return any("layer_adaptation" in group for group in optimizer.param_groups)
 
 
 # -- which checkpoints are whole --------------------------------------------------------------------------------------
@@ -192,8 +209,8 @@ def find_fault(checkpoint: Path) -> str | None:
     for file in (file for pattern in READ_TO_RESUME for file in sorted(checkpoint.glob(pattern))):
         try:
             open_briefly(file)
-        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-            return f"has a damaged {file.name} ({error})"
+        except (OSError, ValueError, EOFError, UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
+            return f"has a damaged {file.relative_to(checkpoint)} ({error})"
     return None
 
 
@@ -204,6 +221,10 @@ def open_briefly(file: Path) -> None:
         for shard in sorted(set(content["weight_map"].values())) if file.name.endswith(".index.json") else ():
             if not (file.parent / shard).exists():
                 raise ValueError(f"{shard} is missing")
+    elif file.name == ".metadata":
+        for shard in FileSystemReader(file.parent).read_metadata().storage_data.values():
+            if (file.parent / shard.relative_path).stat().st_size < shard.offset + shard.length:
+                raise ValueError(f"{shard.relative_path} is cut short")
     elif file.suffix == ".safetensors":
         with safe_open(file, framework="pt"):
             pass

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.fsdp import StateDictType
 from torch.optim import Optimizer
+from transformers import Trainer
 
-from hf_lamb.checkpoints import WholeCheckpointTrainer
+from hf_lamb.checkpoints import CheckpointError
 
 __all__ = ["ShardedTrainer", "tied_heads_in_one_group"]
 
@@ -53,8 +55,8 @@ def tied_heads_in_one_group(model: nn.Module) -> Iterator[None]:
         fsdp.fully_shard = stock
 
 
-class ShardedTrainer(WholeCheckpointTrainer):
-    """`WholeCheckpointTrainer`, and what FSDP2 needs.
+class ShardedTrainer(Trainer):
+    """`transformers.Trainer`, and what FSDP2 needs.
 
     * Masked LMs with tied heads train, see `tied_heads_in_one_group`.
     * A run goes on from a checkpoint of another layout: DDP or one process, FSDP2 with SHARDED_STATE_DICT or with
@@ -78,17 +80,34 @@ class ShardedTrainer(WholeCheckpointTrainer):
         finally:
             plugin.state_dict_type = of_checkpoints
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.is_fsdp_enabled and state_dict:  # gathered one by one: tied parameters would be written twice
+            assert self.model is not None
+            first: dict[int, str] = {}
+            for name, param in self.model.named_parameters(remove_duplicate=False):
+                if name in state_dict:
+                    state_dict[name] = state_dict[first.setdefault(id(param), name)]
+        super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_of_another_layout(resume_from_checkpoint):
-            model = model or self.model
-            assert model is not None
-            load_model(model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            if self._is_of_another_layout(resume_from_checkpoint):
+                model = model or self.model
+                assert model is not None
+                load_model(model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except CheckpointException as error:  # which is no Exception
+            fault, _ = next(iter(error.failures.values()))
+            raise CheckpointError(
+                f"{resume_from_checkpoint} is of another model: {fault}; resume with the options it was saved with"
+            ) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._is_of_another_layout(checkpoint):
-            assert self.model is not None and self.optimizer is not None and self.lr_scheduler is not None
+            assert self.model is not None
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
             load_optimizer(self.model, self.optimizer, Path(checkpoint))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
         else:
@@ -126,6 +145,10 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
         else:
             whole = {k: v for file in checkpoint.glob("model*.safetensors") for k, v in load_file(file).items()}
             whole |= _aliases(model, whole)
+        for name, param in model.named_parameters():
+            if name in whole and whole[name].shape != param.shape:
+                has, wants = tuple(whole[name].shape), tuple(param.shape)
+                raise RuntimeError(f"size mismatch for {name}: {has} in the checkpoint, {wants} in this model")
     set_model_state_dict(model, whole, options=_from_first_process())
 
 

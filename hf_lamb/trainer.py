@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
+from hf_lamb.checkpoints import WholeCheckpointTrainer
 from hf_lamb.fsdp import ShardedTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
 
@@ -49,7 +50,7 @@ class LambTrainingArguments(TrainingArguments):
             options_of(self)  # now, not when the data are there; and Trainer does not name a malformed item
 
 
-class LambTrainer(ShardedTrainer):
+class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.

@@ -18,9 +18,13 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     pretrain_bert.main()
 
 
-def torchrun(processes: int, *command: str, timeout: float = 240) -> None:
-    """Run a module on several processes of this machine; torchrun finds a free port."""
+def torchrun(processes: int, *command: str, timeout: float = 240, max_restarts: int = 0) -> str:
+    """Run a module on several processes of this machine; torchrun finds a free port. Returns what went to stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    # Without it, restarted processes look for those before them (https://github.com/pytorch/pytorch/issues/135712).
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher += [f"--max-restarts={max_restarts}", "-m"]
     done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

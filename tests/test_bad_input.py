@@ -437,7 +437,6 @@ ARGUMENTS = [
 LAMB_ARGUMENTS = [
     ({"optim_args": {"eps": 1e-6}}, r"optim_args: \{'eps': 1e-06\} is no string; write for example \"eps=1e-6"),
     ({"optim": "lamp"}, "lamp is not a valid OptimizerNames, please select one of .*'lamb'"),
-    ({"warmup_steps": -1}, "Got warmup_steps = -1, Expected value warmup_steps >= 0"),
     ({"optim_args": "eps=1e-6;beta1=0.9"}, "'eps=1e-6;beta1=0.9' is not key=value; write for example"),
 ]
 
@@ -675,6 +674,8 @@ def test_commands_of_the_recipe(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The recipe ends before it trains, and the output directory holds nothing."""
+    if "the hub gave no such dataset" in message:
+        pytest.importorskip("datasets")
     monkeypatch.setitem(recipes.corpus.OPENERS, ".txt", no_permission(open, "locked.txt"))
     monkeypatch.setattr(os, "scandir", no_permission(os.scandir, "locked"))
     output = tmp_path / "out"

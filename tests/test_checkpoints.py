@@ -351,11 +351,12 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path: Path) -> None:
 REFUSED = [
     (["--vocab_size", "300"], r"is of another model: size mismatch for bert\.embeddings\.word_embeddings\.weight"),
     (["--size", "tiny"], r"is of another model: size mismatch for bert\.embeddings"),
+    (["--optim", "adamw_torch"], "does not fit this run: it holds the state of LAMB; resume with it"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_the_recipe_refuses_a_checkpoint_of_another_model_in_one_line(
+def test_the_recipe_refuses_a_checkpoint_of_another_run_in_one_line(
     options: list[str], message: str, finished: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--corpus", str(texts), "--output_dir", str(tmp_path), *options]

@@ -1,5 +1,6 @@
 """Protects the README: what it shows runs, and what it names exists."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from recipes import pretrain_bert
+from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,6 +44,14 @@ def test_recipe_lines_parse(line: str) -> None:
     assert args.gradient_accumulation_steps * args.per_device_train_batch_size == recipe.global_batch_size
 
 
+def test_the_configurations_of_accelerate_load_and_are_named() -> None:
+    """As `accelerate launch --config_file` reads them; no unknown key."""
+    named = set(re.findall(r"--config_file (\S+)", README))
+    assert named == {str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/configs/accelerate/*")}
+    types = {Path(name).stem: load_config_from_file(str(ROOT / name)).distributed_type.value for name in named}
+    assert types == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"\bmake ([a-z-]+)", README))
@@ -57,6 +68,12 @@ def test_local_links_exist() -> None:
 def test_the_table_of_sizes_is_the_recipes() -> None:
     """Generated: `python -m tests.test_readme` prints it."""
     assert size_table() in README
+
+
+def test_the_sharding_table_is_the_recorded_one() -> None:
+    """Generated: `make sharding-report` measures and writes both."""
+    records = [json.loads(line) for line in sharding_report.RESULTS.read_text().splitlines()]
+    assert sharding_report.with_table(README, records) == README
 
 
 def size_table() -> str:

@@ -59,6 +59,7 @@ def main(output: Path) -> None:
         (output / "resumed/checkpoint-4/rng_state_1.pth").unlink()
     whole.accelerator.wait_for_everyone()
     trainer(output / "resumed").train(resume_from_checkpoint=True)
+    whole.accelerator.end_training()  # a process that exits with gloo's threads running now and then aborts
 
 
 if __name__ == "__main__":

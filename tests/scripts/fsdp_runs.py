@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,9 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from transformers import BertForMaskedLM, Trainer, TrainerCallback
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
+from hf_lamb.checkpoints import CheckpointError
 from hf_lamb.fsdp import tied_heads_in_one_group
 from recipes import bert
 from tests.scripts import cpu_fsdp
@@ -52,6 +54,8 @@ def main(root: Path, whole: bool, resume: list[int]) -> None:
     if whole and n == 2:
         train(root / "2-sharded-recipe", "sharded", model=bert.BertForMaskedLM)
         assert_stock_trainer_crashes(root / "crash")
+    if n == 1 and 2 in resume:
+        assert_another_model_is_refused(root / "refused", root / f"2-sharded/checkpoint-{SAVED_AT}")
     for source, source_layout, layout in product(resume, LAYOUTS, LAYOUTS):
         folder, origin = root / f"{source}-{source_layout}-to-{n}-{layout}", root / f"{source}-{source_layout}"
         # Few processes take every way, many the usual ones.
@@ -116,7 +120,8 @@ def train(folder: Path, layout: str, checkpoint: Path | None = None, model: Any 
     if layout != "ddp":
         cpu_fsdp.assert_sharded(run.model, run.optimizer.optimizer)
     weights = full_weights(run.model)
-    run.save_model(str(folder / "model"))
+    if checkpoint is None:
+        run.save_model(str(folder / "model"))
     if dist.get_rank() == 0:
         torch.save(weights, folder / "weights.pt")
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
@@ -132,6 +137,24 @@ def assert_stock_trainer_crashes(folder: Path) -> None:
         message = str(error)
     (folder.parent / "crash.txt").write_text(message)
     forget_accelerator()
+
+
+class Smaller(BertForMaskedLM):
+    """With a smaller vocabulary."""
+
+    @classmethod
+    def from_pretrained(cls, path: Path) -> "Smaller":
+        return cls(BertConfig.from_pretrained(path, vocab_size=200))
+
+
+def assert_another_model_is_refused(folder: Path, checkpoint: Path) -> None:
+    for layout in LAYOUTS[:2]:
+        run = trainer(LambTrainer, folder, layout, Smaller)
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-3 is of another model: Size mismatch .*word_embeddings"
+        ):
+            run.train(resume_from_checkpoint=str(checkpoint))
+        forget_accelerator()
 
 
 def forget_accelerator() -> None:

@@ -1,0 +1,147 @@
+"""Measures sharded against unsharded training, of this LAMB and of others, and writes README's table.
+
+`make sharding-report`: recipes/results/sharding.jsonl gets a line for each run, and README.md the table made of them.
+Each optimizer is compared with itself. `pip install timm pytorch_optimizer` for the columns of the others.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from recipes.report import provenance, replacing
+from tests.helpers import torchrun
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "recipes/results/sharding.jsonl"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- sharding-report -->\n", "<!-- /sharding-report -->\n"
+
+MODES = {
+    "ddp": "DDP",
+    "zero_redundancy": "ZeroRedundancyOptimizer",
+    "fsdp2": "FSDP2",
+    "fsdp2_columns": "FSDP2, `Shard(1)`",
+    "fsdp2_bf16": "FSDP2, bf16 mixed precision",
+    "hsdp": "HSDP",
+    "tp": "TP",
+    "tp_sp": "TP + SP",
+    "fsdp2_tp": "FSDP2 x TP",
+}
+FOUR_ONLY = ("hsdp", "fsdp2_tp")
+TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
+
+CLIP = {"max_grad_norm": 0.1, "eps": 1e-2}  # a large eps, or Adam undoes any factor of the gradients
+Column = tuple[str, str, str, dict[str, Any]]  # heading, module, dtype, options
+OWN: list[Column] = [
+    ("float64", "hf_lamb", "float64", {}),
+    ("float64, clipping", "hf_lamb", "float64", CLIP),
+    ("float32", "hf_lamb", "float32", {"eps": 1e-3}),
+]
+PEERS: list[Column] = [
+    ("timm", "timm.optim", "float64", {"max_grad_norm": None}),
+    ("timm, clipping", "timm.optim", "float64", CLIP),
+    ("timm, `foreach=True`", "timm.optim", "float64", {"max_grad_norm": None, "foreach": True}),
+    ("pytorch_optimizer", "pytorch_optimizer", "float64", {}),
+]
+
+
+def measure(processes: int, columns: list[Column]) -> list[dict[str, Any]]:
+    """A record for each mode and column; those of one call share a launch."""
+    modes = [mode for mode in MODES if processes == 4 or mode not in FOUR_ONLY]
+    cases = [
+        {"mode": mode, "dtype": "float32" if mode == "fsdp2_bf16" else dtype, "optimizer": module, "options": options}
+        for _, module, dtype, options in columns
+        for mode in modes
+    ]
+    headings = [heading for heading, *_ in columns for _ in modes]
+    with TemporaryDirectory() as folder:
+        given, results = Path(folder) / "cases.json", Path(folder) / "results.json"
+        given.write_text(json.dumps(cases))
+        try:
+            torchrun(processes, "tests.scripts.sharded_lamb", str(given), str(results), timeout=900)
+            measured = json.loads(results.read_text())
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            measured = [{"error": f"{type(error).__name__}: all processes failed or hung"}] * len(cases)
+    records = []
+    for heading, case, result in zip(headings, cases, measured, strict=True):
+        kept = {key: result[key] for key in ("weights", "ratios", "norms", "same_weights", "error") if key in result}
+        if "collectives" in result:
+            kept["all_reduces"] = sum(operator == "allreduce" for operator, _ in result["collectives"][0])
+        records.append({"column": heading, "processes": processes, **case, **kept})
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown, with what crashes explained below."""
+    found = {(record["column"], record["mode"], record["processes"]): record for record in records}
+    peers = [heading for heading, *_ in PEERS if any(record["column"] == heading for record in records)]
+    crashes: dict[str, str] = {}
+
+    def weights(heading: str, mode: str, processes: int) -> str:
+        record = found[heading, mode, processes]
+        if "error" in record:
+            error = re.sub(r"0x[0-9a-f]+", "0x...", record["error"])
+            return f"crash ({crashes.setdefault(error, chr(ord('a') + len(crashes)))})"
+        return _cell(record["weights"], record["dtype"])
+
+    def ratios(heading: str, mode: str, processes: int) -> str:
+        return _cell(found[heading, mode, processes]["ratios"], found[heading, mode, processes]["dtype"])
+
+    def sent(heading: str, mode: str, processes: int) -> str:
+        count = found[heading, mode, processes].get("all_reduces")
+        return f" ({count})" if count else ""
+
+    own = [heading for heading, *_ in OWN]
+    lines = [
+        "| sharded by | processes | all-reduces a step | "
+        + " | ".join([f"{heading}: w, r" for heading in own] + [f"{heading}: w (all-reduces)" for heading in peers])
+        + " |",
+        "| --- " * (3 + len(own) + len(peers)) + "|",
+    ]
+    for processes in (2, 4):
+        for mode, title in MODES.items():
+            if (own[0], mode, processes) not in found:
+                continue
+            cells = [f"{weights(h, mode, processes)}, {ratios(h, mode, processes)}" for h in own]
+            cells += [weights(heading, mode, processes) + sent(heading, mode, processes) for heading in peers]
+            count = found[own[0], mode, processes]["all_reduces"]
+            lines.append(f"| {title} | {processes} | {count} | " + " | ".join(cells) + " |")
+    lines += [f"\n({letter}) `{error}`" for error, letter in crashes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(difference: float, dtype: str) -> str:
+    text = "0" if difference == 0 else f"{difference:.0e}".replace("e-0", "e-")
+    return text if difference <= TOLERANCE[dtype] else f"**wrong: {text}**"
+
+
+def with_table(readme: str, records: list[dict[str, Any]]) -> str:
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + table(records) + END + rest.split(END)[1]
+
+
+def main() -> None:
+    records = []
+    installed = [column for column in PEERS if find_spec(column[1].split(".")[0])]
+    packages = sorted({module.split(".")[0] for _, module, _, _ in installed})
+    facts = provenance()
+    facts["versions"] |= {package: version(package) for package in packages}
+    for processes in (2, 4):
+        for columns in [OWN, *([column] for column in installed)]:
+            print(f"{processes} processes: {', '.join(heading for heading, *_ in columns)}", file=sys.stderr)
+            records += measure(processes, columns)
+    with replacing(RESULTS) as unfinished:
+        unfinished.write_text("".join(json.dumps({**facts, **record}) + "\n" for record in records))
+    with replacing(README) as unfinished:
+        unfinished.write_text(with_table(README.read_text(), records))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
