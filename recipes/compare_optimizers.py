@@ -1,0 +1,281 @@
+"""LAMB against AdamW and SGD over batch sizes, each with learning rates tuned as much as the others'.
+
+    make compare                                                     # a one-layer BERT on two CPU cores
+    python -m recipes.compare_optimizers --output_dir runs/compare   # go on with a study that was stopped
+    accelerate launch --num_processes 8 -m recipes.compare_optimizers --size mini --vocab_size 8192 \\
+        --max_seq_length 128 --batch_sizes 512 2048 8192 --train_sequences 4194304 --micro_batch_size 512
+
+Every trial pretrains a BERT on the same number of sequences of the embedded corpus, or your own, by masked language
+modelling: one trial at a time on each device that accelerate gives. The report is made anew from the trials' records
+whenever the recipe runs, also while it is incomplete (`--report_only True`).
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import HfArgumentParser
+
+from recipes.bert import SIZES, new_bert
+from recipes.compare_report import write_report
+from recipes.corpus import load_documents, split_documents
+from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
+from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate, trust_ratios
+from recipes.pretrain_bert import make_output_dir
+from recipes.sweep import Record, Search, Study, Trial
+from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+
+# Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
+FIRST_RATES = {"lamb": 2e-2, "adamw": 4e-3, "sgd": 1.0}
+
+
+@dataclass
+class CompareArguments:
+    """What is compared; the defaults end within 15 minutes on two CPU cores."""
+
+    output_dir: str = field(default="runs/compare", metadata={"help": "The folder of the study."})
+    optimizers: list[str] = field(
+        default_factory=lambda: list(FIRST_RATES), metadata={"help": f"Of {', '.join(FIRST_RATES)}."}
+    )
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [16, 64, 256], metadata={"help": "Sequences in a step, from small to large."}
+    )
+    size: str = field(default="micro", metadata={"help": "Model size.", "choices": list(SIZES)})
+    corpus: list[str] = field(
+        default_factory=lambda: ["embedded"], metadata={"help": "As in recipes.pretrain_bert: files, or a hub dataset."}
+    )
+    vocab_size: int = field(default=512, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    max_seq_length: int = field(default=32, metadata={"help": "Tokens in a sequence."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    train_sequences: int = field(default=32_768, metadata={"help": "Sequences that every trial is trained on."})
+    micro_batch_size: int = field(
+        default=64, metadata={"help": "Sequences on the device at once; a larger batch is accumulated."}
+    )
+    eval_sequences: int = field(default=1024, metadata={"help": "Held-out sequences that the loss is measured on."})
+    evaluations: int = field(default=16, metadata={"help": "Points of every loss curve."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
+    seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate, and of the untuned one."})
+    min_steps: int = field(default=500, metadata={"help": "With fewer steps than this, nothing is compared."})
+    target_margin: float = field(
+        default=0.1, metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+
+
+class Data(NamedTuple):
+    """Ids of the training split, [n, length], and one held-out batch with fixed masks, on the device of the trials."""
+
+    train: Tensor
+    held_out: dict[str, Tensor]
+    tokenizer: Any
+    unigram_loss: float
+
+
+def main() -> None:
+    """Run what is missing, then leave table, pictures and page in the output directory."""
+    (arguments,) = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    try:
+        check(arguments)
+        study = Study(Path(arguments.output_dir), search_of(arguments), facts_of(arguments))
+        if arguments.report_only:
+            records = study.records()
+            if not records:
+                raise ValueError(f"there is no trial in {study.path}: run without --report_only first")
+        else:
+            make_output_dir(arguments.output_dir)
+            state = PartialState(cpu=arguments.use_cpu)
+            with state.main_process_first():
+                data = load_data(arguments, state.device)
+            train = partial(train_bert, arguments=arguments, data=data)
+            records = study.run(train, show_progress=state.is_main_process)
+            if not state.is_main_process:
+                return
+        print(write_report(study, records, arguments.min_steps, arguments.target_margin))
+    except (ValueError, OSError) as error:
+        sys.exit(f"compare_optimizers: {' '.join(str(error).split())}")
+
+
+def check(arguments: CompareArguments) -> None:
+    """Raise ValueError for options that would fail later, or compare nothing."""
+    if unknown := [o for o in arguments.optimizers if o not in FIRST_RATES]:
+        raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(FIRST_RATES)}")
+    for option in ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations", "seeds"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
+    sizes = arguments.batch_sizes
+    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
+        raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
+    for size in sizes:
+        if size % min(size, arguments.micro_batch_size):
+            raise ValueError(f"--batch_sizes {size} is no multiple of --micro_batch_size {arguments.micro_batch_size}")
+        if arguments.train_sequences // size < arguments.evaluations:
+            raise ValueError(
+                f"--batch_sizes {size}: --train_sequences {arguments.train_sequences} are {arguments.train_sequences // size} steps, "
+                f"fewer than --evaluations {arguments.evaluations}: raise the sequences or leave this size out"
+            )
+
+
+def search_of(arguments: CompareArguments) -> Search:
+    """Rates follow the square root of the batch size from the smallest batch on."""
+    smallest = arguments.batch_sizes[0]
+    return Search(
+        optimizers=arguments.optimizers,
+        settings=arguments.batch_sizes,
+        first_rates=FIRST_RATES,
+        carry=lambda rate, batch_size: rate * math.sqrt(batch_size / smallest),
+        seeds=arguments.seeds,
+    )
+
+
+def facts_of(arguments: CompareArguments) -> Record:
+    """What decides the outcome of a trial beside its optimizer, batch size, rate and seed."""
+    no_part = ("output_dir", "optimizers", "batch_sizes", "seeds", "min_steps", "target_margin", "use_cpu", "report_only")
+    return {name: value for name, value in asdict(arguments).items() if name not in no_part}
+
+
+def load_data(arguments: CompareArguments, device: torch.device) -> Data:
+    """The corpus, split by document. Raises ValueError where it is smaller than the largest batch."""
+    train, held_out = split_documents(load_documents(arguments.corpus))
+    tokenizer = load_or_train_tokenizer((document.text for document in train), arguments.vocab_size)
+    blocks = tokenize_into_blocks(train, tokenizer, arguments.max_seq_length)
+    if len(blocks) < max(arguments.batch_sizes):
+        raise ValueError(
+            f"--batch_sizes {max(arguments.batch_sizes)} is more than the corpus' {len(blocks)} training sequences of "
+            f"{arguments.max_seq_length} tokens: leave it out, or give a larger --corpus"
+        )
+    held_out_blocks = tokenize_into_blocks(held_out, tokenizer, arguments.max_seq_length)
+    every = max(1, len(held_out_blocks) // arguments.eval_sequences)  # of all documents, not of the first ones
+    masked = MaskedBlocks(
+        held_out_blocks[::every][: arguments.eval_sequences], tokenizer, arguments.mlm_probability, dynamic=False
+    )
+    rows = masked.__getitems__(range(len(masked)))
+    unigram_loss, _ = unigram_baseline(blocks, masked, masked.special_ids, len(tokenizer))
+    batch = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+    return Data(blocks.to(device), batch, tokenizer, unigram_loss)
+
+
+# -- a trial ----------------------------------------------------------------------------------------------------------
+
+
+def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) -> Record:
+    """Train a BERT; what came out of it.
+
+    The seed decides the initial weights, the order of the data and the masks: the same for all optimizers, rates and
+    batch sizes. Gradients are clipped to a global norm of 1.
+    """
+    device, batch_size = data.train.device, trial.setting
+    set_seed(trial.seed)
+    model = new_bert(arguments.size, data.tokenizer, arguments.max_seq_length).to(device)
+    optimizer = new_optimizer(trial.optimizer, model, trial.learning_rate, arguments.weight_decay)
+    masks = torch.Generator(device).manual_seed(trial.seed)
+    order = shuffled(len(data.train), arguments.train_sequences, trial.seed).to(device)
+    steps = arguments.train_sequences // batch_size
+    evaluate_at = {round(steps * (i + 1) / arguments.evaluations) for i in range(arguments.evaluations)}
+    special_ids = torch.tensor(data.tokenizer.all_special_ids, device=device)
+
+    record: Record = {"steps": steps, "parameters": model.num_parameters(), "unigram_loss": data.unigram_loss}
+    record |= {"curve": [], "trust_ratios": [], "noise": []}
+    squared_norms: list[tuple[Tensor, Tensor]] = []
+    for step in range(steps):
+        ids = data.train[order[step * batch_size : (step + 1) * batch_size]].long()
+        batch = masked(ids, data.tokenizer, special_ids, arguments.mlm_probability, masks)
+        small = backward(model, batch, arguments.micro_batch_size)
+        large = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        squared_norms.append((small**2, large**2))
+        set_rate(optimizer, trial.learning_rate * rate_factor(step, steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in evaluate_at:
+            loss = held_out_loss(model, data.held_out, arguments.micro_batch_size)
+            if not math.isfinite(loss):
+                break
+            record["curve"].append((step + 1, round(loss, 4)))
+            ratios = trust_ratios(optimizer, model)
+            record["trust_ratios"].append({name: float(f"{ratio:.4g}") for name, ratio in ratios.items()})
+            if batch_size > arguments.micro_batch_size:
+                record["noise"].append((step + 1, noise_scale(squared_norms, arguments.micro_batch_size, batch_size)))
+            squared_norms.clear()
+            say(f"step {step + 1} of {steps}, {loss:.3f} nats")
+    finished = bool(record["curve"]) and record["curve"][-1][0] == steps
+    return {"objective": record["curve"][-1][1] if finished else None, **record}
+
+
+def shuffled(rows: int, wanted: int, seed: int) -> Tensor:
+    """`wanted` indices below `rows`, every epoch in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
+    return torch.cat(epochs)[:wanted]
+
+
+def masked(ids: Tensor, tokenizer: Any, special_ids: Tensor, probability: float, generator: torch.Generator) -> Record:
+    """BERT's mask, drawn on the device: of the tokens chosen, 80 % become [MASK], 10 % random, 10 % stay."""
+    draw = partial(torch.rand, ids.shape, generator=generator, device=ids.device)
+    chosen = (draw() < probability) & ~torch.isin(ids, special_ids)
+    chosen[:, 1] |= ~chosen.any(dim=1)  # every row has a label; position 1 holds its first token
+    fate, replacement = draw(), (draw() * (len(tokenizer) - len(special_ids))).long() + len(special_ids)
+    inputs = torch.where(chosen & (fate < 0.8), tokenizer.mask_token_id, ids)
+    return {
+        "input_ids": torch.where(chosen & (fate >= 0.9), replacement, inputs),
+        "attention_mask": (ids != tokenizer.pad_token_id).long(),
+        "labels": torch.where(chosen, ids, IGNORED),
+    }
+
+
+def backward(model: Any, batch: dict[str, Tensor], micro_batch_size: int) -> Tensor:
+    """The gradient of the mean loss over all labels of the batch, micro-batch by micro-batch.
+
+    Returns the norm of the first micro-batch's own gradient, from which the noise scale follows.
+    """
+    labels = (batch["labels"] != IGNORED).sum()
+    first_norm = torch.zeros(())
+    for number, micro in enumerate(zip(*(batch[name].split(micro_batch_size) for name in batch), strict=True)):
+        inputs = dict(zip(batch, micro, strict=True))
+        share = (inputs["labels"] != IGNORED).sum() / labels
+        with autocast(inputs["labels"].device):
+            loss = model(**inputs).loss
+        (loss * share).backward()
+        if number == 0:
+            first_norm = torch.nn.utils.get_total_norm([w.grad for w in model.parameters()]) / share
+    return first_norm
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, batch: dict[str, Tensor], micro_batch_size: int) -> float:
+    """Mean loss, nats, over all labels of the batch."""
+    model.eval()
+    total = torch.zeros((), device=batch["labels"].device)
+    for micro in zip(*(batch[name].split(4 * micro_batch_size) for name in batch), strict=True):
+        inputs = dict(zip(batch, micro, strict=True))
+        with autocast(inputs["labels"].device):
+            total += model(**inputs).loss * (inputs["labels"] != IGNORED).sum()
+    model.train()
+    return (total / (batch["labels"] != IGNORED).sum()).item()
+
+
+def autocast(device: torch.device) -> Any:
+    """bfloat16 on accelerators; plain float32 on CPUs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
+def noise_scale(squared_norms: list[tuple[Tensor, Tensor]], small: int, large: int) -> float | None:
+    """tr(Σ)/‖G‖² in sequences, from gradients of batches of two sizes (McCandlish et al. 2018, appendix A.1).
+
+    squared_norms: (small batch's, large batch's) of a run of steps. None where noise swamps the gradient.
+    """
+    of_small, of_large = torch.tensor([[float(a), float(b)] for a, b in squared_norms]).double().mean(dim=0).tolist()
+    gradient = (large * of_large - small * of_small) / (large - small)
+    noise = (of_small - of_large) / (1 / small - 1 / large)
+    return float(f"{noise / gradient:.4g}") if gradient > 0 else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Learning-rate searches that give every optimizer the same tuning, and that may be killed at any time.
+
+A study is a folder. Every finished trial is one line of its `trials.jsonl`, and what to run next is a function of these
+lines alone, so that a study goes on where it stopped. Any number of processes may work on a folder (accelerate gives
+each a device): each claims a trial with a file lock, which ends with the process that held it, however that ended.
+"""
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from recipes.report import append_json_line, provenance
+
+Record = dict[str, Any]  # a line of trials.jsonl
+TUNING_SEED = 0  # of the trials that choose a rate; those that judge it have other seeds
+
+
+class Trial(NamedTuple):
+    """One training run. setting: what is compared beside the optimizer, such as the batch size."""
+
+    optimizer: str
+    setting: Any
+    learning_rate: float
+    seed: int
+
+
+class Tuned(NamedTuple):
+    """What the search found for one optimizer in one setting."""
+
+    learning_rate: float
+    objective: float  # of the tuning seed; inf where everything diverged
+    trials: int
+    interior: bool  # both neighbours, half and twice the rate, were tried and are worse
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which trials a study consists of.
+
+    In the first setting the search starts from `first_rates[optimizer]`, in every other from `carry(rate, setting)`,
+    where `rate` is the best of the first setting: the rate that one would have used there without tuning. It tries
+    the start, its half and its double, and goes on by factors of two beyond whichever end is the best. When that has
+    ended for all optimizers of a setting, those with fewer trials get more, so that all have the same number. Then the
+    best rate and the carried one run with `seeds` fresh seeds each.
+    """
+
+    optimizers: Sequence[str]
+    settings: Sequence[Any]
+    first_rates: Mapping[str, float]
+    carry: Callable[[float, Any], float]
+    seeds: int = 3
+    least: int = 4  # trials of every optimizer in every setting
+    most: int = 12
+
+    def next_trials(self, records: Iterable[Record]) -> list[Trial]:
+        """The trials that can be run now; nothing when the study is complete."""
+        done = {trial_of(record): objective_of(record) for record in records}
+        wanted: list[Trial] = []
+        for setting in self.settings:
+            tried = {o: self.tried(done, o, setting) for o in self.optimizers}
+            starts = {o: self.start(done, o, setting) for o in self.optimizers}
+            rates = {o: self._next_rates(tried[o], start) for o, start in starts.items() if start is not None}
+            if len(rates) == len(self.optimizers) and not any(rates.values()):
+                fair = max(self.least, *(len(losses) for losses in tried.values()))
+                rates = {o: [_beyond(tried[o])] for o in self.optimizers if len(tried[o]) < fair}
+            wanted += [Trial(o, setting, rate, TUNING_SEED) for o, some in rates.items() for rate in some]
+            if self._tuned(done, setting):
+                wanted += [
+                    trial
+                    for o in self.optimizers
+                    for rate in self.judged_rates(done, o, setting)
+                    for trial in self.judging(o, setting, rate)
+                ]
+        return [trial for trial in wanted if trial not in done]
+
+    def judged_rates(self, done: Mapping[Trial, float], optimizer: str, setting: Any) -> list[float]:
+        """The best rate and the carried one, which may be the same."""
+        best, _ = best_of(self.tried(done, optimizer, setting))
+        start = self.start(done, optimizer, setting)
+        return [best] if setting == self.settings[0] or start in (best, None) else [best, start]
+
+    def judging(self, optimizer: str, setting: Any, learning_rate: float) -> list[Trial]:
+        """The trials with fresh seeds."""
+        return [Trial(optimizer, setting, learning_rate, TUNING_SEED + 1 + seed) for seed in range(self.seeds)]
+
+    def start(self, done: Mapping[Trial, float], optimizer: str, setting: Any) -> float | None:
+        """Where the search in this setting starts; None while the first setting is not tuned."""
+        first = self.settings[0]
+        if setting == first:
+            return self.first_rates[optimizer]
+        return self.carry(best_of(self.tried(done, optimizer, first))[0], setting) if self._tuned(done, first) else None
+
+    def tried(self, done: Mapping[Trial, float], optimizer: str, setting: Any) -> dict[float, float]:
+        """{rate: objective} of the tuning trials, by rate."""
+        found = {t.learning_rate: x for t, x in done.items() if t == (optimizer, setting, t.learning_rate, TUNING_SEED)}
+        return dict(sorted(found.items()))
+
+    def expected(self, records: Sequence[Record]) -> int:
+        """How many trials there will be, as far as one can tell now."""
+        done = {trial_of(record): objective_of(record) for record in records}
+        total = 0
+        for setting in self.settings:
+            most = max(self.least, *(len(self.tried(done, o, setting)) for o in self.optimizers))
+            for o in self.optimizers:
+                known = self._tuned(done, setting)
+                judged = len(self.judged_rates(done, o, setting)) if known else 1 + (setting != self.settings[0])
+                total += most + self.seeds * judged
+        return max(total, len(records))
+
+    def _tuned(self, done: Mapping[Trial, float], setting: Any) -> bool:
+        tried = [self.tried(done, o, setting) for o in self.optimizers]
+        enough = all(self.least <= len(losses) == len(tried[0]) for losses in tried)
+        return enough and not any(self._next_rates(losses, 1.0) for losses in tried)
+
+    def _next_rates(self, losses: Mapping[float, float], start: float) -> list[float]:
+        if missing := [rate for rate in (start, start / 2, start * 2) if rate not in losses and len(losses) < 3]:
+            return missing
+        best, _ = best_of(losses)
+        return [rate for rate in (best / 2, best * 2) if rate not in losses and len(losses) < self.most]
+
+
+def best_of(losses: Mapping[float, float]) -> tuple[float, float]:
+    """(rate, objective) of the best trial, the lower rate among equals."""
+    return min(losses.items(), key=lambda item: (item[1], item[0]))
+
+
+def _beyond(losses: Mapping[float, float]) -> float:
+    """The next rate outside, on the side where fewer rates lie beyond the best."""
+    rates = sorted(losses)
+    place = rates.index(best_of(losses)[0])
+    return rates[-1] * 2 if len(rates) - 1 - place <= place else rates[0] / 2
+
+
+def trial_of(record: Record) -> Trial:
+    return Trial(*(record[name] for name in Trial._fields))
+
+
+def objective_of(record: Record) -> float:
+    """What the search minimises; inf where the run diverged."""
+    return math.inf if record["objective"] is None else record["objective"]
+
+
+# -- what came out ----------------------------------------------------------------------------------------------------
+
+
+def tuned(search: Search, records: Sequence[Record], optimizer: str, setting: Any) -> Tuned:
+    done = {trial_of(record): objective_of(record) for record in records}
+    tried = search.tried(done, optimizer, setting)
+    rate, objective = best_of(tried)
+    return Tuned(rate, objective, len(tried), rate / 2 in tried and rate * 2 in tried and math.isfinite(objective))
+
+
+def judged(search: Search, records: Sequence[Record], optimizer: str, setting: Any, rate: float) -> list[Record]:
+    """The records of the fresh seeds."""
+    wanted = search.judging(optimizer, setting, rate)
+    return [record for record in records if trial_of(record) in wanted]
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over n seeds; inf where one of them diverged."""
+
+    mean: float
+    sd: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.sd:.3f}" if math.isfinite(self.mean) else "diverged"
+
+
+def spread(values: Sequence[float | None]) -> Spread:
+    numbers = [math.inf if value is None else value for value in values]
+    if not all(map(math.isfinite, numbers)):
+        return Spread(math.inf, math.nan, len(numbers))
+    return Spread(mean(numbers), stdev(numbers) if len(numbers) > 1 else math.nan, len(numbers))
+
+
+def is_tie(a: Spread, b: Spread) -> bool:
+    """Whether two means are less than two standard deviations (pooled) apart."""
+    if math.isinf(a.mean) or math.isinf(b.mean):
+        return a.mean == b.mean
+    return abs(a.mean - b.mean) < 2 * math.sqrt((a.sd**2 + b.sd**2) / 2)
+
+
+# -- a folder of trials -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """A search in a folder. facts: everything that all its trials have in common, and that decides their outcome.
+
+    Raises ValueError when the folder holds trials of other facts, or lines that are none.
+    """
+
+    folder: Path
+    search: Search
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        facts = json.loads(json.dumps(self.facts))
+        for record in self.records():
+            if differing := [key for key in facts if record["study"].get(key) != facts[key]]:
+                key = differing[0]
+                raise ValueError(
+                    f"{self.path} holds trials with {key} {record['study'].get(key)!r}, not {facts[key]!r}: give "
+                    "--output_dir for another study, or the same options to go on with this one"
+                )
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "trials.jsonl"
+
+    def records(self) -> list[Record]:
+        return read_records(self.path) if self.path.exists() else []
+
+    def run(self, train: Callable[[Trial, Callable[[str], None]], Record], show_progress: bool = True) -> list[Record]:
+        """Run what is missing, with other processes if there are any; the records of all trials.
+
+        train: takes a trial and a function that shows a line about where it is; gives what to record of it, with
+        "objective", the number to minimise, None where the run diverged.
+        """
+        (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
+        records = self.records()
+        with tqdm(unit="trial", initial=len(records), disable=not show_progress, smoothing=0) as bar:
+            while trials := self.search.next_trials(records):
+                bar.total, bar.n = self.search.expected(records), len(records)
+                bar.refresh()
+                if not self._run_one(trials, train, bar):
+                    time.sleep(0.2)  # others are at work on all that can be run now
+                records = self.records()
+            bar.total = bar.n = len(records)
+        return records
+
+    def _run_one(self, trials: list[Trial], train: Callable[..., Record], bar: Any) -> bool:
+        """Run the first trial that nobody else is running; whether there was one."""
+        for trial in trials:
+            with self._claim(trial) as mine:
+                if mine:
+                    name = f"{trial.optimizer} {trial.setting} {trial.learning_rate:.2g} seed {trial.seed}"
+                    result = train(trial, lambda text, name=name: bar.set_postfix_str(f"{name}: {text}"))
+                    record = {"study": self.facts, **provenance(), **trial._asdict(), **result}
+                    with _locked(self.folder / ".claims" / "writing"):
+                        append_json_line(self.path, record)
+                    return True
+        return False
+
+    @contextmanager
+    def _claim(self, trial: Trial) -> Iterator[bool]:
+        """Whether the trial is this process' to run: nobody else is running it, nor has run it in the meantime."""
+        name = f"{trial.optimizer}-{trial.setting}-{trial.learning_rate!r}-{trial.seed}"
+        with _locked(self.folder / ".claims" / name, wait=False) as locked:
+            yield locked and trial not in map(trial_of, self.records())
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of this name, which the system takes back from a process that dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def read_records(path: Path) -> list[Record]:
+    """The lines of a trials.jsonl. Raises ValueError with the number of a line that is no record."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            trial_of(record), record["objective"], record["study"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number} is no record of a trial: restore or remove the line") from None
+        records.append(record)
+    return records
