@@ -1,6 +1,6 @@
 """LAMB against AdamW and SGD over batch sizes, each with learning rates tuned as much as the others'.
 
-    make compare                                                     # a one-layer BERT on two CPU cores
+    make compare                                                     # a very small BERT on two CPU cores
     python -m recipes.compare_optimizers --output_dir runs/compare   # go on with a study that was stopped
     accelerate launch --num_processes 8 -m recipes.compare_optimizers --size mini --vocab_size 8192 \\
         --max_seq_length 128 --batch_sizes 512 2048 8192 --train_sequences 4194304 --micro_batch_size 512
@@ -10,7 +10,6 @@ modelling: one trial at a time on each device that accelerate gives. The report 
 whenever the recipe runs, also while it is incomplete (`--report_only True`).
 """
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from recipes.bert import SIZES, new_bert
 from recipes.compare_report import write_report
 from recipes.corpus import load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
-from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate, trust_ratios
+from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
 from recipes.pretrain_bert import make_output_dir
 from recipes.sweep import Record, Search, Study, Trial
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
@@ -48,9 +47,10 @@ class CompareArguments:
     batch_sizes: list[int] = field(
         default_factory=lambda: [16, 64, 256], metadata={"help": "Sequences in a step, from small to large."}
     )
-    size: str = field(default="micro", metadata={"help": "Model size.", "choices": list(SIZES)})
+    size: str = field(default="smoke", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
-        default_factory=lambda: ["embedded"], metadata={"help": "As in recipes.pretrain_bert: files, or a hub dataset."}
+        default_factory=lambda: ["embedded"],
+        metadata={"help": "As in recipes.pretrain_bert: files, or a hub dataset."},
     )
     vocab_size: int = field(default=512, metadata={"help": "Vocabulary of the tokenizer that is trained."})
     max_seq_length: int = field(default=32, metadata={"help": "Tokens in a sequence."})
@@ -60,7 +60,7 @@ class CompareArguments:
         default=64, metadata={"help": "Sequences on the device at once; a larger batch is accumulated."}
     )
     eval_sequences: int = field(default=1024, metadata={"help": "Held-out sequences that the loss is measured on."})
-    evaluations: int = field(default=16, metadata={"help": "Points of every loss curve."})
+    evaluations: int = field(default=12, metadata={"help": "Points of every loss curve."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate, and of the untuned one."})
     min_steps: int = field(default=500, metadata={"help": "With fewer steps than this, nothing is compared."})
@@ -82,7 +82,9 @@ class Data(NamedTuple):
 
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
-    (arguments,) = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(
+        CompareArguments, description=__doc__.splitlines()[0]
+    ).parse_args_into_dataclasses()
     try:
         check(arguments)
         study = Study(Path(arguments.output_dir), search_of(arguments), facts_of(arguments))
@@ -117,10 +119,10 @@ def check(arguments: CompareArguments) -> None:
     for size in sizes:
         if size % min(size, arguments.micro_batch_size):
             raise ValueError(f"--batch_sizes {size} is no multiple of --micro_batch_size {arguments.micro_batch_size}")
-        if arguments.train_sequences // size < arguments.evaluations:
+        if (steps := arguments.train_sequences // size) < arguments.evaluations:
             raise ValueError(
-                f"--batch_sizes {size}: --train_sequences {arguments.train_sequences} are {arguments.train_sequences // size} steps, "
-                f"fewer than --evaluations {arguments.evaluations}: raise the sequences or leave this size out"
+                f"--batch_sizes {size}: --train_sequences {arguments.train_sequences} are {steps} steps, fewer than "
+                f"--evaluations {arguments.evaluations}: raise the sequences or leave this size out"
             )
 
 
@@ -138,7 +140,16 @@ def search_of(arguments: CompareArguments) -> Search:
 
 def facts_of(arguments: CompareArguments) -> Record:
     """What decides the outcome of a trial beside its optimizer, batch size, rate and seed."""
-    no_part = ("output_dir", "optimizers", "batch_sizes", "seeds", "min_steps", "target_margin", "use_cpu", "report_only")
+    no_part = (
+        "output_dir",
+        "optimizers",
+        "batch_sizes",
+        "seeds",
+        "min_steps",
+        "target_margin",
+        "use_cpu",
+        "report_only",
+    )
     return {name: value for name, value in asdict(arguments).items() if name not in no_part}
 
 
@@ -190,7 +201,8 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
         batch = masked(ids, data.tokenizer, special_ids, arguments.mlm_probability, masks)
         small = backward(model, batch, arguments.micro_batch_size)
         large = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        squared_norms.append((small**2, large**2))
+        if small is not None:
+            squared_norms.append((small**2, large**2))
         set_rate(optimizer, trial.learning_rate * rate_factor(step, steps))
         optimizer.step()
         optimizer.zero_grad()
@@ -201,7 +213,7 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
             record["curve"].append((step + 1, round(loss, 4)))
             ratios = trust_ratios(optimizer, model)
             record["trust_ratios"].append({name: float(f"{ratio:.4g}") for name, ratio in ratios.items()})
-            if batch_size > arguments.micro_batch_size:
+            if squared_norms:
                 record["noise"].append((step + 1, noise_scale(squared_norms, arguments.micro_batch_size, batch_size)))
             squared_norms.clear()
             say(f"step {step + 1} of {steps}, {loss:.3f} nats")
@@ -230,20 +242,20 @@ def masked(ids: Tensor, tokenizer: Any, special_ids: Tensor, probability: float,
     }
 
 
-def backward(model: Any, batch: dict[str, Tensor], micro_batch_size: int) -> Tensor:
+def backward(model: Any, batch: dict[str, Tensor], micro_batch_size: int) -> Tensor | None:
     """The gradient of the mean loss over all labels of the batch, micro-batch by micro-batch.
 
-    Returns the norm of the first micro-batch's own gradient, from which the noise scale follows.
+    Returns the norm of the first micro-batch's own gradient, from which the noise scale follows; None where the
+    batch is one micro-batch.
     """
-    labels = (batch["labels"] != IGNORED).sum()
-    first_norm = torch.zeros(())
-    for number, micro in enumerate(zip(*(batch[name].split(micro_batch_size) for name in batch), strict=True)):
+    labels, first_norm = (batch["labels"] != IGNORED).sum(), None
+    for micro in zip(*(batch[name].split(micro_batch_size) for name in batch), strict=True):
         inputs = dict(zip(batch, micro, strict=True))
         share = (inputs["labels"] != IGNORED).sum() / labels
         with autocast(inputs["labels"].device):
             loss = model(**inputs).loss
         (loss * share).backward()
-        if number == 0:
+        if first_norm is None and len(inputs["labels"]) < len(batch["labels"]):
             first_norm = torch.nn.utils.get_total_norm([w.grad for w in model.parameters()]) / share
     return first_norm
 

@@ -42,9 +42,9 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 @torch.no_grad()
 def trust_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
-    """‖w‖/‖u‖ of every weight that decays: what LAMB multiplied the rate by in its last step, what it would with AdamW.
+    """‖w‖/‖u‖ of every weight that decays: what LAMB multiplied the rate by in its last step, or would with AdamW.
 
-    AdamW's is a shadow: u is computed from its moments and used for nothing. Of other optimizers, nothing.
+    AdamW's is a shadow: u is computed from its moments and used for nothing. Other optimizers have none.
     """
     if isinstance(optimizer, Lamb):
         return {name: stats.trust_ratio for name, stats in optimizer.layer_stats(adapted_only=True).items()}

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTra
 
 from hf_lamb import LambTrainer, LambTrainingArguments
 from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
-from recipes.bert import new_bert
+from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
 from recipes.report import append_json_line, hardware, plot_training, provenance
@@ -58,7 +58,7 @@ RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.05, "adamw_torch": 0.05,
 class RecipeArguments:
     """What to train on what; everything else is in `LambTrainingArguments`."""
 
-    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(DEFAULTS)})
+    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
         default_factory=lambda: ["embedded"],
         metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},

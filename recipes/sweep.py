@@ -1,8 +1,8 @@
 """Learning-rate searches that give every optimizer the same tuning, and that may be killed at any time.
 
-A study is a folder. Every finished trial is one line of its `trials.jsonl`, and what to run next is a function of these
-lines alone, so that a study goes on where it stopped. Any number of processes may work on a folder (accelerate gives
-each a device): each claims a trial with a file lock, which ends with the process that held it, however that ended.
+A study is a folder. Every finished trial is one line of its `trials.jsonl`, and what to run next is a function of
+these lines alone, so that a study goes on where it stopped. Any number of processes may work on a folder (accelerate
+gives each a device): each claims a trial with a file lock, which ends with the process that held it, however it ended.
 """
 
 import fcntl
@@ -97,11 +97,15 @@ class Search:
         first = self.settings[0]
         if setting == first:
             return self.first_rates[optimizer]
-        return self.carry(best_of(self.tried(done, optimizer, first))[0], setting) if self._tuned(done, first) else None
+        return (
+            self.carry(best_of(self.tried(done, optimizer, first))[0], setting) if self._tuned(done, first) else None
+        )
 
     def tried(self, done: Mapping[Trial, float], optimizer: str, setting: Any) -> dict[float, float]:
         """{rate: objective} of the tuning trials, by rate."""
-        found = {t.learning_rate: x for t, x in done.items() if t == (optimizer, setting, t.learning_rate, TUNING_SEED)}
+        found = {
+            t.learning_rate: x for t, x in done.items() if t == (optimizer, setting, t.learning_rate, TUNING_SEED)
+        }
         return dict(sorted(found.items()))
 
     def expected(self, records: Sequence[Record]) -> int:

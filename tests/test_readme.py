@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from recipes import bert, pretrain_bert
+from recipes import pretrain_bert
 from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_the_sharding_table_is_the_recorded_one() -> None:
 def size_table() -> str:
     rows = []
     for size, defaults in pretrain_bert.DEFAULTS.items():
-        shape = bert.SIZES[size]
+        shape = pretrain_bert.SIZES[size]
         rows.append(
             f"| `{size}` | {shape['num_hidden_layers']} x {shape['hidden_size']} | {defaults['max_seq_length']} "
             f"| {defaults['global_batch_size']:,} | {defaults['max_steps']:,} | {defaults['learning_rate']:g} |"
