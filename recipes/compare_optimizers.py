@@ -29,7 +29,7 @@ from recipes.corpus import load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
 from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
 from recipes.pretrain_bert import make_output_dir
-from recipes.sweep import Record, Search, Study, Trial
+from recipes.sweep import Record, Search, Study, Trial, shuffled
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
@@ -219,13 +219,6 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
             say(f"step {step + 1} of {steps}, {loss:.3f} nats")
     finished = bool(record["curve"]) and record["curve"][-1][0] == steps
     return {"objective": record["curve"][-1][1] if finished else None, **record}
-
-
-def shuffled(rows: int, wanted: int, seed: int) -> Tensor:
-    """`wanted` indices below `rows`, every epoch in a new order."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
-    return torch.cat(epochs)[:wanted]
 
 
 def masked(ids: Tensor, tokenizer: Any, special_ids: Tensor, probability: float, generator: torch.Generator) -> Record:

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from recipes.report import append_json_line, provenance
@@ -151,6 +153,13 @@ def trial_of(record: Record) -> Trial:
 def objective_of(record: Record) -> float:
     """What the search minimises; inf where the run diverged."""
     return math.inf if record["objective"] is None else record["objective"]
+
+
+def shuffled(rows: int, wanted: int, seed: int) -> Tensor:
+    """`wanted` indices below `rows`, every epoch in a new order: the same for all trials of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
+    return torch.cat(epochs)[:wanted]
 
 
 # -- what came out ----------------------------------------------------------------------------------------------------
