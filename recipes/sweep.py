@@ -52,7 +52,7 @@ class Search:
     where `rate` is the best of the first setting: the rate that one would have used there without tuning. It tries
     the start, its half and its double, and goes on by factors of two beyond whichever end is the best. When that has
     ended for all optimizers of a setting, those with fewer trials get more, so that all have the same number. Then the
-    best rate and the carried one run with `seeds` fresh seeds each.
+    best rate and, with `judge_carried`, the carried one run with `seeds` fresh seeds each.
     """
 
     optimizers: Sequence[str]
@@ -62,6 +62,7 @@ class Search:
     seeds: int = 3
     least: int = 4  # trials of every optimizer in every setting
     most: int = 12
+    judge_carried: bool = True
 
     def next_trials(self, records: Iterable[Record]) -> list[Trial]:
         """The trials that can be run now; nothing when the study is complete."""
@@ -88,7 +89,8 @@ class Search:
         """The best rate and the carried one, which may be the same."""
         best, _ = best_of(self.tried(done, optimizer, setting))
         start = self.start(done, optimizer, setting)
-        return [best] if setting == self.settings[0] or start in (best, None) else [best, start]
+        carries = self.judge_carried and setting != self.settings[0]
+        return [best] if not carries or start in (best, None) else [best, start]
 
     def judging(self, optimizer: str, setting: Any, learning_rate: float) -> list[Trial]:
         """The trials with fresh seeds."""
@@ -118,7 +120,11 @@ class Search:
             most = max(self.least, *(len(self.tried(done, o, setting)) for o in self.optimizers))
             for o in self.optimizers:
                 known = self._tuned(done, setting)
-                judged = len(self.judged_rates(done, o, setting)) if known else 1 + (setting != self.settings[0])
+                judged = (
+                    len(self.judged_rates(done, o, setting))
+                    if known
+                    else 1 + (self.judge_carried and setting != self.settings[0])
+                )
                 total += most + self.seeds * judged
         return max(total, len(records))
 

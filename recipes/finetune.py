@@ -1,0 +1,331 @@
+"""Fine-tunes a BERT to classify texts, with LAMB and with AdamW, from a checkpoint and from scratch.
+
+    make finetune                                                          # after `make pretrain`
+    python -m recipes.finetune --task supersense --output_dir runs/supersense
+    python -m recipes.finetune --task reviews.csv --model bert-base-uncased --starts pretrained --epochs 3
+
+Both optimizers are tuned alike on a validation part; the best rates then run with fresh seeds, and the test part is
+scored beside two baselines. A study that was stopped goes on.
+"""
+
+import hashlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+from recipes import html_report
+from recipes.compare_optimizers import autocast
+from recipes.metrics import Classification
+from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
+from recipes.plots import u_curves
+from recipes.pretrain_bert import make_output_dir
+from recipes.sweep import Record, Search, Spread, Study, Trial, is_tie, judged, shuffled, spread, tuned
+from recipes.tasks import PARTS, Example, Task, load_task
+
+# Where the search of the first start begins.
+FIRST_RATES = {"lamb": 1e-2, "adamw": 5e-4, "sgd": 0.1}
+STARTS = {"pretrained": "from the checkpoint", "scratch": "from scratch"}
+HEADER = ("start", "optimizer", "trials", "best rate", "test accuracy", "", "test macro F1")
+
+
+@dataclass
+class FinetuneArguments:
+    """What is fine-tuned on what."""
+
+    output_dir: str = field(default="runs/finetune", metadata={"help": "The folder of the study."})
+    task: str = field(
+        default="topic", metadata={"help": "topic, supersense, a .csv, .json or .jsonl file, or glue:NAME."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Of a file's rows."})
+    label_column: str = field(default="label", metadata={"help": "Of a file's rows."})
+    model: str = field(
+        default="runs/pretrain_bert/tiny-lamb", metadata={"help": "A BERT's folder, with its tokenizer, or hub name."}
+    )
+    starts: list[str] = field(
+        default_factory=lambda: list(STARTS),
+        metadata={"help": "pretrained, scratch (the same architecture), or both."},
+    )
+    optimizers: list[str] = field(
+        default_factory=lambda: ["lamb", "adamw"], metadata={"help": f"Of {', '.join(FIRST_RATES)}."}
+    )
+    epochs: int = field(default=3, metadata={"help": "Times that a run sees every training example."})
+    batch_size: int = field(default=32, metadata={"help": "Texts in an optimizer step."})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens that are read of a text."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
+    seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+
+
+class Encoded(NamedTuple):
+    """One part of a task as tensors: the tokenizer's fields, [n, length] each, and class numbers, [n]."""
+
+    fields: dict[str, Tensor]
+    labels: Tensor
+
+    def take(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Some rows, no longer than the longest of them."""
+        length = int(self.fields["attention_mask"][rows].sum(dim=1).max())
+        return {name: value[rows, :length] for name, value in self.fields.items()}, self.labels[rows]
+
+
+def main() -> None:
+    """Run what is missing, then leave table, picture and page in the output directory."""
+    parser = HfArgumentParser(FinetuneArguments, description=__doc__.splitlines()[0])
+    (arguments,) = parser.parse_args_into_dataclasses()
+    transformers.utils.logging.set_verbosity_error()  # that the classifier is new is no news
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        check(arguments)
+        task = load_task(arguments.task, arguments.text_column, arguments.label_column)
+        if len(task.train) < arguments.batch_size:
+            raise ValueError(
+                f"--batch_size {arguments.batch_size} is more than the {len(task.train)} training examples of "
+                f"{arguments.task}: lower it"
+            )
+        tokenizer, model = load_model(arguments, task)
+        study = Study(Path(arguments.output_dir), search_of(arguments), facts_of(arguments, task, model))
+        if arguments.report_only:
+            if not (records := study.records()):
+                raise ValueError(f"there is no trial in {study.path}: run without --report_only first")
+        else:
+            make_output_dir(arguments.output_dir)
+            state = PartialState(cpu=arguments.use_cpu)
+            parts = {part: encode(getattr(task, part), task, tokenizer, arguments, state.device) for part in PARTS}
+            train = partial(train_classifier, arguments=arguments, parts=parts, model=model)
+            records = study.run(train, show_progress=state.is_main_process)
+            if not state.is_main_process:
+                return
+        print(write_report(study, records, task, baselines(task)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"finetune: {' '.join(str(error).split())}")
+
+
+def check(arguments: FinetuneArguments) -> None:
+    """Raise ValueError for options that would fail later, or compare nothing."""
+    for option, known in (("optimizers", FIRST_RATES), ("starts", STARTS)):
+        given = getattr(arguments, option)
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"--{option} {unknown[0]}: expected some of {', '.join(known)}")
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"--{option} {' '.join(given)}: expected some of {', '.join(known)}, each once")
+    for option, least in {"epochs": 1, "batch_size": 1, "max_seq_length": 3, "seeds": 1}.items():
+        if getattr(arguments, option) < least:
+            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least {least}")
+
+
+def search_of(arguments: FinetuneArguments) -> Search:
+    """From scratch the search starts from the best rate of the checkpoint."""
+    return Search(
+        optimizers=arguments.optimizers,
+        settings=arguments.starts,
+        first_rates=FIRST_RATES,
+        carry=lambda rate, start: rate,
+        seeds=arguments.seeds,
+        judge_carried=False,
+    )
+
+
+def facts_of(arguments: FinetuneArguments, task: Task, model: Any) -> Record:
+    """What decides the outcome of a trial beside its optimizer, start, rate and seed."""
+    deciding = ("task", "model", "epochs", "batch_size", "max_seq_length", "weight_decay")
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.base_model.state_dict().items()):
+        if not name.startswith("pooler."):  # new in every process where the checkpoint has none
+            digest.update(weight.numpy().tobytes())
+    sizes = {part: len(getattr(task, part)) for part in PARTS}
+    kept = {name: value for name, value in asdict(arguments).items() if name in deciding}
+    return {**kept, "model_sha256": digest.hexdigest()[:16], "classes": len(task.labels), **sizes}
+
+
+def load_model(arguments: FinetuneArguments, task: Task) -> tuple[Any, Any]:
+    """(tokenizer, model with a new classifier). Raises ValueError where there is none, or it reads too few tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=len(task.labels))
+    except Exception as error:  # files of all kinds are read, by several libraries
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--model {arguments.model} cannot be loaded ({reason}): run `make pretrain` first, or name the folder of "
+            "a BERT, or a hub model that can be reached"
+        ) from None
+    if arguments.max_seq_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"--max_seq_length {arguments.max_seq_length} is more than the {model.config.max_position_embeddings} "
+            f"positions of {arguments.model}: lower it"
+        )
+    return tokenizer, model
+
+
+def encode(
+    examples: Sequence[Example], task: Task, tokenizer: Any, arguments: FinetuneArguments, device: torch.device
+) -> Encoded:
+    pairs = [example.pair for example in examples]
+    fields = tokenizer(
+        [example.text for example in examples],
+        pairs if pairs[0] is not None else None,
+        truncation=True,
+        padding="max_length",
+        max_length=arguments.max_seq_length,
+        return_tensors="pt",
+    )
+    numbers = torch.tensor([task.labels.index(example.label) for example in examples])
+    return Encoded({name: value.to(device) for name, value in fields.items()}, numbers.to(device))
+
+
+# -- a trial ----------------------------------------------------------------------------------------------------------
+
+
+def train_classifier(
+    trial: Trial, say: Callable[[str], None], arguments: FinetuneArguments, parts: dict[str, Encoded], model: Any
+) -> Record:
+    """Fine-tune; the scores. The seed decides new weights, order and dropout; gradients are clipped to a norm of 1."""
+    set_seed(trial.seed)
+    device, train = parts["train"].labels.device, parts["train"]
+    model = fresh(model, trial.setting, arguments.model).to(device).train()
+    optimizer = new_optimizer(trial.optimizer, model, trial.learning_rate, arguments.weight_decay)
+    order = shuffled(len(train.labels), arguments.epochs * len(train.labels), trial.seed).to(device)
+    steps = len(order) // arguments.batch_size
+    total = 0.0
+    for step in range(steps):
+        fields, labels = train.take(order[step * arguments.batch_size : (step + 1) * arguments.batch_size])
+        with autocast(device):
+            loss = model(**fields, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_rate(optimizer, trial.learning_rate * rate_factor(step, steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.item()
+        if (step + 1) % max(1, steps // 20) == 0:
+            say(f"step {step + 1} of {steps}, mean loss {total / (step + 1):.3f} nats")
+    scores = {part: score(model, parts[part]) for part in ("validation", "test")}
+    record = {"steps": steps, "parameters": model.num_parameters(), **scores}
+    return {"objective": 1 - scores["validation"]["accuracy"] if math.isfinite(total) else None, **record}
+
+
+def fresh(model: Any, start: str, name: str) -> Any:
+    """A new model: the checkpoint's weights under a new classifier, or all weights new."""
+    if start == "scratch":
+        return AutoModelForSequenceClassification.from_config(model.config)
+    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=model.config.num_labels)
+
+
+@torch.no_grad()
+def score(model: Any, part: Encoded) -> dict[str, float]:
+    """Accuracy and macro F1."""
+    model.eval()
+    metric = Classification()
+    for rows in torch.arange(len(part.labels), device=part.labels.device).split(256):
+        fields, labels = part.take(rows)
+        metric.add_batch(predictions=model(**fields).logits.argmax(dim=1).cpu(), references=labels.cpu())
+    return {name: round(value, 5) for name, value in metric.compute().items()}
+
+
+def baselines(task: Task) -> dict[str, dict[str, float]]:
+    """Scores on the test part without any network: always the commonest class, and a linear SVM on TF-IDF."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.pipeline import make_pipeline
+        from sklearn.svm import LinearSVC
+    except ImportError:
+        raise ValueError("the baselines need: pip install scikit-learn") from None
+
+    def texts(examples: Sequence[Example]) -> list[str]:
+        return [f"{example.text} {example.pair or ''}" for example in examples]
+
+    def scores(predicted: Sequence[str]) -> dict[str, float]:
+        numbers = [task.labels.index(label) for label in predicted]
+        actual = [task.labels.index(example.label) for example in task.test]
+        return Classification().compute(predictions=numbers, references=actual)
+
+    commonest = Counter(example.label for example in task.train).most_common(1)[0][0]
+    svm = make_pipeline(TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LinearSVC(random_state=0))
+    svm.fit(texts(task.train), [example.label for example in task.train])
+    return {
+        "the commonest class": scores([commonest] * len(task.test)),
+        "TF-IDF and a linear SVM": scores(list(svm.predict(texts(task.test)))),
+    }
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(search: Search, records: Sequence[Record], others: dict[str, dict[str, float]]) -> list[list[str]]:
+    """The table: every start and optimizer that has all its trials, then the baselines."""
+    missing = {(trial.optimizer, trial.setting) for trial in search.next_trials(records)}
+    found: dict[tuple[str, str], tuple[Any, list[Record]]] = {}
+    for start in search.settings:
+        for optimizer in search.optimizers:
+            here = any((r["optimizer"], r["setting"]) == (optimizer, start) for r in records)
+            if here and (optimizer, start) not in missing:
+                best = tuned(search, records, optimizer, start)
+                if runs := judged(search, records, optimizer, start, best.learning_rate):
+                    found[start, optimizer] = (best, runs)
+    rows = []
+    for (start, optimizer), (best, runs) in found.items():
+        accuracy, f1 = (per_cent(runs, name) for name in ("accuracy", "f1"))
+        same_start = [per_cent(r, "accuracy") for (s, _), (_, r) in found.items() if s == start]
+        highest = max(same_start, key=lambda spread: spread.mean)
+        if is_tie(accuracy, highest):
+            standing = "tie" if sum(is_tie(other, highest) for other in same_start) > 1 else "higher"
+        else:
+            standing = f"−{highest.mean - accuracy.mean:.1f}"
+        rate = f"{best.learning_rate:.3g}" + ("" if best.interior else " (edge)")
+        cells = [f"{s.mean:.1f} ± {s.sd:.1f} %" for s in (accuracy, f1)]
+        rows.append([STARTS[start], NAMES[optimizer], str(best.trials), rate, cells[0], standing, cells[1]])
+    for name, scores in others.items():
+        rows.append([name, "", "", "", f"{100 * scores['accuracy']:.1f} %", "", f"{100 * scores['f1']:.1f} %"])
+    return rows
+
+
+def per_cent(runs: Sequence[Record], metric: str) -> Spread:
+    return spread([100 * run["test"][metric] for run in runs])
+
+
+def write_report(study: Study, records: Sequence[Record], task: Task, others: dict[str, dict[str, float]]) -> str:
+    """The picture and report.html in the study's folder; returns the report for the terminal."""
+    search, folder, facts = study.search, study.folder, study.facts
+    rows = rows_of(search, records, others)
+    there = {record["setting"] for record in records}
+    titles = {start: STARTS[start] for start in search.settings if start in there}
+    errors = sorted(record["objective"] for record in records if record["objective"] is not None)
+    carried = "where the search from scratch started"
+    u_curves(folder / "u_curves.png", search, records, titles, "validation error rate", errors[-1], carried)
+    what = (
+        f"Task {task.name}: {len(task.labels)} classes, {facts['train']:,} texts to train on, {facts['validation']:,} "
+        f"to choose the rates by, {facts['test']:,} for testing. {facts['model']}, {records[0]['parameters']:,} "
+        f"parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, {facts['max_seq_length']} tokens. "
+        f"{len(records)} runs."
+    )
+    notes = (
+        f"Means ± standard deviations over {search.seeds} seeds that played no part in the tuning. Less than two "
+        "standard deviations (pooled) apart is a tie. Trials: learning rates tried, in factors of two, until the best "
+        "has a worse neighbour on either side; the same number for both optimizers. The SVM reads whole texts."
+    )
+    parts = [
+        html_report.paragraph(what),
+        html_report.table(HEADER, rows),
+        html_report.paragraph(notes),
+        html_report.figure(folder / "u_curves.png", "Validation error against learning rate, the tuning seed."),
+        html_report.paragraph(f"Commands: {'; '.join(sorted({record['command'] for record in records}))}."),
+    ]
+    html_report.write_page(folder / "report.html", f"Fine-tuning on {task.name}: LAMB and AdamW", parts)
+    table = html_report.markdown_table(HEADER, rows)
+    return "\n".join([what, "", table, notes, "", f"pictures and page: {folder}/*.png, {folder}/report.html"])
+
+
+if __name__ == "__main__":
+    main()
