@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain test test-distributed sharding-report kill-test lint format types check clean
+.PHONY: help setup pretrain compare lstm finetune test test-distributed sharding-report kill-test lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,20 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) -m recipes.pretrain_bert $(ARGS)
+
+# As many processes as cores, a thread each; on GPUs, see the recipes' `--help` and README.
+EVERY_CORE := OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$(getconf _NPROCESSORS_ONLN)
+
+compare: setup  ## LAMB against AdamW and SGD over batch sizes, on the CPU (minutes): tables, plots, a page
+	$(EVERY_CORE) -m recipes.compare_optimizers --use_cpu True $(ARGS)
+
+lstm: setup  ## an LSTM on images by rows, small and large batches, on the CPU (minutes)
+	$(EVERY_CORE) -m recipes.lstm_mnist --use_cpu True $(ARGS)
+
+finetune: setup  ## fine-tune what `make pretrain` made, against the same from scratch, on the CPU; installs [wiki]
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[wiki]'
+	test -e runs/pretrain_bert/tiny-lamb/model.safetensors || $(MAKE) pretrain ARGS=
+	$(EVERY_CORE) -m recipes.finetune --use_cpu True $(ARGS)
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)

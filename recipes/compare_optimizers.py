@@ -24,7 +24,15 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from recipes.bert import SIZES, new_bert
-from recipes.compare_report import write_report
+from recipes.compare_report import (
+    HEADER,
+    TARGET_HEADER,
+    cells_of,
+    rows_of,
+    target_of,
+    target_rows,
+    write_report,
+)
 from recipes.corpus import load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
 from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
@@ -135,6 +143,28 @@ def search_of(arguments: CompareArguments) -> Search:
         first_rates=FIRST_RATES,
         carry=lambda rate, batch_size: rate * math.sqrt(batch_size / smallest),
         seeds=arguments.seeds,
+    )
+
+
+def table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The table of recorded trials, with the default for what is too few steps."""
+    arguments = arguments_of(records)
+    return HEADER, rows_of(cells_of(search_of(arguments), records), arguments.min_steps)
+
+
+def target_table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The table of steps to the default target."""
+    arguments = arguments_of(records)
+    cells = cells_of(search_of(arguments), records)
+    return TARGET_HEADER, target_rows(cells, target_of(cells, arguments.target_margin))
+
+
+def arguments_of(records: list[Record]) -> CompareArguments:
+    """What was compared, as far as a table depends on it."""
+    return CompareArguments(
+        optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
+        batch_sizes=sorted({record["setting"] for record in records}),
+        seeds=max(record["seed"] for record in records),
     )
 
 

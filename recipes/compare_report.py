@@ -197,10 +197,8 @@ def plot_target(path: Path, cells: Sequence[Cell], target: float, min_steps: int
                     y, sd = steps.mean * unit, steps.sd * unit
                     axis.errorbar(cell.batch_size, y, sd, **style, linestyle="", capsize=4, label=name)
                 else:
-                    top = cell.steps * unit
-                    axis.plot(cell.batch_size, top, color=style["color"], marker=MARKERS[cell.optimizer], mfc="none")
-                    arrow = {"arrowstyle": "->", "color": style["color"]}
-                    axis.annotate("", (cell.batch_size, top * 1.4), (cell.batch_size, top), arrowprops=arrow)
+                    style |= {"mfc": "none", "linestyle": ""}
+                    axis.errorbar(cell.batch_size, cell.steps * unit, 0.3 * cell.steps * unit, lolims=True, **style)
             for optimizer, fit in fits.items():
                 if fit:
                     curve = (fit.e_min / grid + fit.s_min) * grid**power
@@ -215,8 +213,10 @@ def plot_target(path: Path, cells: Sequence[Cell], target: float, min_steps: int
         if math.isfinite(fewest := min(smallest)):
             straight = [fewest * sizes[0] / b for b in sizes]
             axes[0][0].plot(sizes, straight, "k--", linewidth=1, label="half the steps for twice the batch")
-        extra = [sign("not reached: more than the whole run", "o", fillstyle="none")]
-        legend_below(figure, axes[0][0], extra=extra, columns=3)
+        every = dict.fromkeys(cell.optimizer for cell in cells)
+        signs = [sign(NAMES[o], MARKERS[o], color=COLOURS[o], markersize=5) for o in every]
+        signs.append(sign("not reached: more than the whole run", "o", fillstyle="none"))
+        legend_below(figure, axes[0][0], extra=signs, columns=3)
 
 
 def plot_regret(path: Path, cells: Sequence[Cell], min_steps: int) -> None:
@@ -247,10 +247,12 @@ def plot_trust_ratios(path: Path, cells: Sequence[Cell]) -> None:
     """‖w‖/‖u‖ of every adapted weight over a run: LAMB's, and the one AdamW would have had."""
     shown = [o for o in ("lamb", "adamw") if any(c.optimizer == o for c in cells)]
     sizes = sorted({cell.batch_size for cell in cells})
-    options = {"size": (max(7, 4 * len(sizes)), 3.4 * len(shown) + 0.8), "sharex": True, "sharey": True}
-    with picture(path, len(sizes), len(shown), **options) as (figure, axes):
+    if not shown:
+        return
+    options = {"size": (4.5 * len(shown), 2.6 * len(sizes) + 0.8), "sharex": True, "sharey": True}
+    with picture(path, len(shown), len(sizes), **options) as (figure, axes):
         for cell in (cell for cell in cells if cell.optimizer in shown):
-            axis, run = axes[shown.index(cell.optimizer)][sizes.index(cell.batch_size)], cell.runs[0]
+            axis, run = axes[sizes.index(cell.batch_size)][shown.index(cell.optimizer)], cell.runs[0]
             done = [100 * step / run["steps"] for step, _ in run["curve"]]
             for name in run["trust_ratios"][0]:
                 label, colour = kind_of(name)

@@ -104,11 +104,11 @@ def main() -> None:
             make_output_dir(arguments.output_dir)
             state = PartialState(cpu=arguments.use_cpu)
             parts = {part: encode(getattr(task, part), task, tokenizer, arguments, state.device) for part in PARTS}
-            train = partial(train_classifier, arguments=arguments, parts=parts, model=model)
+            train = partial(train_classifier, arguments=arguments, parts=parts, model=model, others=baselines(task))
             records = study.run(train, show_progress=state.is_main_process)
             if not state.is_main_process:
                 return
-        print(write_report(study, records, task, baselines(task)))
+        print(write_report(study, records))
     except (ValueError, OSError) as error:
         sys.exit(f"finetune: {' '.join(str(error).split())}")
 
@@ -136,6 +136,16 @@ def search_of(arguments: FinetuneArguments) -> Search:
         seeds=arguments.seeds,
         judge_carried=False,
     )
+
+
+def table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The table of recorded trials."""
+    arguments = FinetuneArguments(
+        optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
+        starts=list(dict.fromkeys(record["setting"] for record in records)),
+        seeds=max(record["seed"] for record in records),
+    )
+    return HEADER, rows_of(search_of(arguments), records)
 
 
 def facts_of(arguments: FinetuneArguments, task: Task, model: Any) -> Record:
@@ -189,9 +199,17 @@ def encode(
 
 
 def train_classifier(
-    trial: Trial, say: Callable[[str], None], arguments: FinetuneArguments, parts: dict[str, Encoded], model: Any
+    trial: Trial,
+    say: Callable[[str], None],
+    arguments: FinetuneArguments,
+    parts: dict[str, Encoded],
+    model: Any,
+    others: dict[str, dict[str, float]],
 ) -> Record:
-    """Fine-tune; the scores. The seed decides new weights, order and dropout; gradients are clipped to a norm of 1."""
+    """Fine-tune; the scores, beside those of the others, the baselines.
+
+    The seed decides new weights, order and dropout; gradients are clipped to a norm of 1.
+    """
     set_seed(trial.seed)
     device, train = parts["train"].labels.device, parts["train"]
     model = fresh(model, trial.setting, arguments.model).to(device).train()
@@ -212,7 +230,7 @@ def train_classifier(
         if (step + 1) % max(1, steps // 20) == 0:
             say(f"step {step + 1} of {steps}, mean loss {total / (step + 1):.3f} nats")
     scores = {part: score(model, parts[part]) for part in ("validation", "test")}
-    record = {"steps": steps, "parameters": model.num_parameters(), **scores}
+    record = {"steps": steps, "parameters": model.num_parameters(), **scores, "baselines": others}
     return {"objective": 1 - scores["validation"]["accuracy"] if math.isfinite(total) else None, **record}
 
 
@@ -263,7 +281,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def rows_of(search: Search, records: Sequence[Record], others: dict[str, dict[str, float]]) -> list[list[str]]:
+def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
     """The table: every start and optimizer that has all its trials, then the baselines."""
     missing = {(trial.optimizer, trial.setting) for trial in search.next_trials(records)}
     found: dict[tuple[str, str], tuple[Any, list[Record]]] = {}
@@ -286,7 +304,7 @@ def rows_of(search: Search, records: Sequence[Record], others: dict[str, dict[st
         rate = f"{best.learning_rate:.3g}" + ("" if best.interior else " (edge)")
         cells = [f"{s.mean:.1f} ± {s.sd:.1f} %" for s in (accuracy, f1)]
         rows.append([STARTS[start], NAMES[optimizer], str(best.trials), rate, cells[0], standing, cells[1]])
-    for name, scores in others.items():
+    for name, scores in records[0]["baselines"].items():
         rows.append([name, "", "", "", f"{100 * scores['accuracy']:.1f} %", "", f"{100 * scores['f1']:.1f} %"])
     return rows
 
@@ -295,20 +313,20 @@ def per_cent(runs: Sequence[Record], metric: str) -> Spread:
     return spread([100 * run["test"][metric] for run in runs])
 
 
-def write_report(study: Study, records: Sequence[Record], task: Task, others: dict[str, dict[str, float]]) -> str:
+def write_report(study: Study, records: Sequence[Record]) -> str:
     """The picture and report.html in the study's folder; returns the report for the terminal."""
     search, folder, facts = study.search, study.folder, study.facts
-    rows = rows_of(search, records, others)
+    rows = rows_of(search, records)
     there = {record["setting"] for record in records}
     titles = {start: STARTS[start] for start in search.settings if start in there}
     errors = sorted(record["objective"] for record in records if record["objective"] is not None)
     carried = "where the search from scratch started"
     u_curves(folder / "u_curves.png", search, records, titles, "validation error rate", errors[-1], carried)
     what = (
-        f"Task {task.name}: {len(task.labels)} classes, {facts['train']:,} texts to train on, {facts['validation']:,} "
-        f"to choose the rates by, {facts['test']:,} for testing. {facts['model']}, {records[0]['parameters']:,} "
-        f"parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, {facts['max_seq_length']} tokens. "
-        f"{len(records)} runs."
+        f"Task {facts['task']}: {facts['classes']} classes, {facts['train']:,} texts to train on, "
+        f"{facts['validation']:,} to choose the rates by, {facts['test']:,} for testing. {facts['model']}, "
+        f"{records[0]['parameters']:,} parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, "
+        f"{facts['max_seq_length']} tokens. {len(records)} runs."
     )
     notes = (
         f"Means ± standard deviations over {search.seeds} seeds that played no part in the tuning. Less than two "
@@ -322,7 +340,7 @@ def write_report(study: Study, records: Sequence[Record], task: Task, others: di
         html_report.figure(folder / "u_curves.png", "Validation error against learning rate, the tuning seed."),
         html_report.paragraph(f"Commands: {'; '.join(sorted({record['command'] for record in records}))}."),
     ]
-    html_report.write_page(folder / "report.html", f"Fine-tuning on {task.name}: LAMB and AdamW", parts)
+    html_report.write_page(folder / "report.html", f"Fine-tuning on {facts['task']}: LAMB and AdamW", parts)
     table = html_report.markdown_table(HEADER, rows)
     return "\n".join([what, "", table, notes, "", f"pictures and page: {folder}/*.png, {folder}/report.html"])
 

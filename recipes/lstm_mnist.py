@@ -115,6 +115,16 @@ def search_of(arguments: LstmArguments) -> Search:
     )
 
 
+def table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The table of recorded trials."""
+    arguments = LstmArguments(
+        optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
+        batch_sizes=sorted({record["setting"] for record in records}),
+        seeds=max(record["seed"] for record in records),
+    )
+    return HEADER, rows_of(search_of(arguments), records)
+
+
 def facts_of(arguments: LstmArguments, data: Split) -> Record:
     """What decides the outcome of a trial beside its optimizer, batch size, rate and seed."""
     deciding = ("epochs", "hidden_size", "evaluations", "weight_decay")

@@ -46,7 +46,7 @@ def legend_below(figure: Any, *axes: Any, extra: Sequence[Any] = (), columns: in
 
 def sign(label: str, marker: Any, **style: Any) -> Line2D:
     """A marker for a legend."""
-    return Line2D([], [], color="black", linestyle="", marker=marker, label=label, **style)
+    return Line2D([], [], **{"color": "black", "linestyle": "", "marker": marker, "label": label, **style})
 
 
 def style_of(optimizer: str) -> dict[str, Any]:
@@ -75,24 +75,28 @@ def u_curves(
     """
     done = {trial_of(record): objective_of(record) for record in records}
     settings = [setting for setting in search.settings if setting in titles]
-    options = {"size": (max(7, 4 * len(settings)), 4.8), "sharex": True, "sharey": True}
-    with picture(path, len(settings), **options) as (figure, axes):
-        for setting, axis in zip(settings, axes[0], strict=True):
+    columns = len(settings) if len(settings) < 4 else 2
+    rows = math.ceil(len(settings) / columns)
+    options = {"size": (max(7, 4 * columns), 3.6 * rows + 1.2), "sharex": True, "sharey": True}
+    with picture(path, columns, rows, **options) as (figure, axes):
+        for axis in axes.flat[len(settings) :]:
+            axis.set_axis_off()
+        for setting, axis in zip(settings, axes.flat, strict=False):
             for optimizer in search.optimizers:
                 if tried := search.tried(done, optimizer, setting):
                     _u_curve(axis, search, records, optimizer, setting, tried, ceiling)
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(titles[setting])
-            axis.set_xlabel("peak learning rate")
             axis.grid(alpha=0.25)
-        axes[0][0].set_ylabel(quantity)
+        figure.supxlabel("peak learning rate", size="medium")
+        figure.supylabel(quantity, size="medium")
         signs = [
             sign(f"mean ± sd of {search.seeds} fresh seeds", "|", markersize=11),
             sign(carried, "o", markersize=11, fillstyle="none"),
             sign("above the scale, or diverged", 6, markersize=9),
         ]
-        legend_below(figure, *axes[0], extra=signs, columns=3)
+        legend_below(figure, *axes.flat, extra=signs, columns=3)
 
 
 def _u_curve(
