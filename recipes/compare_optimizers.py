@@ -41,7 +41,7 @@ from recipes.sweep import Record, Search, Study, Trial, shuffled
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
-FIRST_RATES = {"lamb": 1e-2, "adamw": 2e-3, "sgd": 0.1}
+FIRST_RATES = {"lamb": 2e-2, "adamw": 4e-3, "sgd": 1.0}
 
 
 @dataclass
@@ -53,7 +53,7 @@ class CompareArguments:
         default_factory=lambda: list(FIRST_RATES), metadata={"help": f"Of {', '.join(FIRST_RATES)}."}
     )
     batch_sizes: list[int] = field(
-        default_factory=lambda: [8, 32, 128, 512], metadata={"help": "Sequences in a step, from small to large."}
+        default_factory=lambda: [16, 32, 64, 256], metadata={"help": "Sequences in a step, from small to large."}
     )
     size: str = field(default="smoke", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
@@ -63,7 +63,7 @@ class CompareArguments:
     vocab_size: int = field(default=512, metadata={"help": "Vocabulary of the tokenizer that is trained."})
     max_seq_length: int = field(default=32, metadata={"help": "Tokens in a sequence."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
-    train_sequences: int = field(default=65_536, metadata={"help": "Sequences that every trial is trained on."})
+    train_sequences: int = field(default=32_768, metadata={"help": "Sequences that every trial is trained on."})
     micro_batch_size: int = field(
         default=64, metadata={"help": "Sequences on the device at once; a larger batch is accumulated."}
     )

@@ -417,7 +417,7 @@ def notes_on_losses(search: Search, cells: Sequence[Cell], min_steps: int) -> li
     """What a reader must know before believing the table."""
     notes = [
         f"Losses: nats, mean ± standard deviation over {cells[0].loss.n} seeds that played no part in the tuning. "
-        "Less than two standard deviations (pooled) apart is a tie. Trials: learning rates tried."
+        "At most two standard deviations (pooled) apart is a tie. Trials: learning rates tried."
     ]
     if short := sorted({c.batch_size for c in cells if c.steps < min_steps}):
         sizes = " and ".join(f"{b:,}" for b in short)

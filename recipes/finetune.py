@@ -62,7 +62,7 @@ class FinetuneArguments:
     )
     epochs: int = field(default=3, metadata={"help": "Times that a run sees every training example."})
     batch_size: int = field(default=32, metadata={"help": "Texts in an optimizer step."})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens that are read of a text."})
+    max_seq_length: int = field(default=32, metadata={"help": "Tokens that are read of a text."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
@@ -329,7 +329,7 @@ def write_report(study: Study, records: Sequence[Record]) -> str:
         f"{facts['max_seq_length']} tokens. {len(records)} runs."
     )
     notes = (
-        f"Means ± standard deviations over {search.seeds} seeds that played no part in the tuning. Less than two "
+        f"Means ± standard deviations over {search.seeds} seeds that played no part in the tuning. At most two "
         "standard deviations (pooled) apart is a tie. Trials: learning rates tried, in factors of two, until the best "
         "has a worse neighbour on either side; the same number for both optimizers. The SVM reads whole texts."
     )

@@ -302,7 +302,7 @@ def write_report(study: Study, records: Sequence[Record]) -> str:
     )
     notes = [
         f"Accuracies and losses are means ± standard deviations over {search.seeds} seeds that played no part in the "
-        "tuning. Less than two standard deviations (pooled) apart is a tie. Trials: learning rates tried.",
+        "tuning. At most two standard deviations (pooled) apart is a tie. Trials: learning rates tried.",
         "The same number of epochs means fewer steps for the larger batch: what it loses by that is a matter of how "
         "long one trains, not of what large batches converge to. Repeat with more --epochs.",
     ]

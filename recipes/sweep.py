@@ -141,8 +141,10 @@ class Search:
 
 
 def best_of(losses: Mapping[float, float]) -> tuple[float, float]:
-    """(rate, objective) of the best trial, the lower rate among equals."""
-    return min(losses.items(), key=lambda item: (item[1], item[0]))
+    """(rate, objective) of the best trial: of several that are equal the middle one, of diverged ones the lowest."""
+    objective = min(losses.values())
+    equal = sorted(rate for rate, value in losses.items() if value == objective)
+    return equal[len(equal) // 2 if math.isfinite(objective) else 0], objective
 
 
 def _beyond(losses: Mapping[float, float]) -> float:
@@ -203,10 +205,10 @@ def spread(values: Sequence[float | None]) -> Spread:
 
 
 def is_tie(a: Spread, b: Spread) -> bool:
-    """Whether two means are less than two standard deviations (pooled) apart."""
+    """Whether two means are at most two standard deviations (pooled) apart."""
     if math.isinf(a.mean) or math.isinf(b.mean):
         return a.mean == b.mean
-    return abs(a.mean - b.mean) < 2 * math.sqrt((a.sd**2 + b.sd**2) / 2)
+    return abs(a.mean - b.mean) <= 2 * math.sqrt((a.sd**2 + b.sd**2) / 2)
 
 
 # -- a folder of trials -----------------------------------------------------------------------------------------------
