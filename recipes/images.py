@@ -96,7 +96,9 @@ def read_idx(path: Path) -> np.ndarray:
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError(f"{str(path)!r} is no IDX file of bytes: it begins with {data[:4]!r}")
     header = 4 + 4 * data[3]
+    if len(data) < header:
+        raise ValueError(f"{str(path)!r} ends within its header: download it again")
     shape = tuple(np.frombuffer(data[4:header], ">u4").tolist())
-    if len(shape) != data[3] or len(data) - header != math.prod(shape):
+    if len(data) - header != math.prod(shape):
         raise ValueError(f"{str(path)!r} holds {len(data) - header} bytes for shape {shape}: download it again")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
