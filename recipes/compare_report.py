@@ -124,6 +124,7 @@ class Hyperbola(NamedTuple):
 
     e_min: float
     s_min: float
+    largest: float  # batch size among those it was fitted to
 
     @property
     def b_crit(self) -> float:
@@ -137,7 +138,7 @@ def fitted(batch_sizes: Sequence[float], sequences: Sequence[float]) -> Hyperbol
         return None
     b, e = np.array(batch_sizes, float), np.array(sequences, float)
     (e_min, s_min), *_ = np.linalg.lstsq(np.stack([1 / e, b / e], axis=1), np.ones_like(e), rcond=None)
-    return Hyperbola(float(e_min), float(s_min)) if e_min > 0 and s_min > 0 else None
+    return Hyperbola(float(e_min), float(s_min), max(batch_sizes)) if e_min > 0 and s_min > 0 else None
 
 
 def fits_of(cells: Sequence[Cell], target: float) -> dict[str, Hyperbola | None]:
@@ -203,7 +204,7 @@ def plot_target(path: Path, cells: Sequence[Cell], target: float, min_steps: int
                 if fit:
                     curve = (fit.e_min / grid + fit.s_min) * grid**power
                     axis.plot(grid, curve, color=COLOURS[optimizer], linewidth=1)
-                    if sizes[0] <= fit.b_crit <= sizes[-1]:
+                    if fit.b_crit <= fit.largest:
                         axis.axvline(fit.b_crit, color=COLOURS[optimizer], linestyle=":", linewidth=1)
             axis.set_yscale("log")
             axis.set_ylabel(f"{what} to {target:.2f} nats")
@@ -435,7 +436,8 @@ def notes_on_target(cells: Sequence[Cell], target: float, margin: float) -> list
     for optimizer, fit in fits_of(cells, target).items():
         if fit:
             hyperbola = f"E = {fit.e_min:,.0f} + {fit.s_min:,.0f} B sequences, so B_crit = {fit.b_crit:,.0f} sequences"
-            notes.append(f"{NAMES[optimizer]}: {hyperbola}.")
+            beyond = f", extrapolated from batches of up to {fit.largest:,}" if fit.b_crit > fit.largest else ""
+            notes.append(f"{NAMES[optimizer]}: {hyperbola}{beyond}.")
         else:
             reason = "fewer than three batch sizes reached the target, or the sequences do not grow with the batch"
             notes.append(f"{NAMES[optimizer]}: no critical batch size: {reason}.")

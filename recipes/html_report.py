@@ -13,7 +13,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; m
        max-width: 60rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 figure { margin: 1rem 0 2rem; } figcaption { color: #444; font-size: .9rem; }
-img { width: 100%; min-width: 40rem; height: auto; } .wide { overflow-x: auto; }
+img { height: auto; max-width: max(100%, 40rem); } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: bottom; }
 td { white-space: nowrap; } th { overflow-wrap: normal; }

@@ -89,8 +89,10 @@ def u_curves(
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(titles[setting])
             axis.grid(alpha=0.25)
-        figure.supxlabel("peak learning rate", size="medium")
-        figure.supylabel(quantity, size="medium")
+        for axis in axes[-1]:
+            axis.set_xlabel("peak learning rate")
+        for axis in axes[:, 0]:
+            axis.set_ylabel(quantity)
         signs = [
             sign(f"mean ± sd of {search.seeds} fresh seeds", "|", markersize=11),
             sign(carried, "o", markersize=11, fillstyle="none"),

@@ -266,7 +266,7 @@ def test_the_hyperbola_of_known_points() -> None:
     sizes = [8, 64, 512]
     fit = fitted(sizes, [1000 + 5 * b for b in sizes])
     assert fit is not None
-    assert (fit.e_min, fit.s_min, fit.b_crit) == pytest.approx((1000, 5, 200))
+    assert (fit.e_min, fit.s_min, fit.largest, fit.b_crit) == pytest.approx((1000, 5, 512, 200))
     assert fitted([8, 64], [1040, 1320]) is None
     assert fitted(sizes, [1000, 900, 500]) is None
 
