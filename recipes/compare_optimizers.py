@@ -28,12 +28,16 @@ from recipes.compare_report import (
     HEADER,
     TARGET_HEADER,
     cells_of,
+    description,
+    notes_on_losses,
+    notes_on_target,
     rows_of,
     target_of,
     target_rows,
     write_report,
 )
 from recipes.corpus import load_documents, split_documents
+from recipes.html_report import markdown_table
 from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
 from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
 from recipes.pretrain_bert import make_output_dir
@@ -146,17 +150,22 @@ def search_of(arguments: CompareArguments) -> Search:
     )
 
 
-def table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The table of recorded trials, with the default for what is too few steps."""
+def losses_of(records: list[Record]) -> list[str]:
+    """What was run, the table of losses, and its notes, in Markdown; with the default for what is too few steps."""
     arguments = arguments_of(records)
-    return HEADER, rows_of(cells_of(search_of(arguments), records), arguments.min_steps)
+    search = search_of(arguments)
+    cells = cells_of(search, records)
+    table = markdown_table(HEADER, rows_of(cells, arguments.min_steps))
+    return [description(records), table, *notes_on_losses(search, cells, arguments.min_steps)]
 
 
-def target_table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The table of steps to the default target."""
+def targets_of(records: list[Record]) -> list[str]:
+    """The table of steps to the default target, and its notes."""
     arguments = arguments_of(records)
     cells = cells_of(search_of(arguments), records)
-    return TARGET_HEADER, target_rows(cells, target_of(cells, arguments.target_margin))
+    target = target_of(cells, arguments.target_margin)
+    notes = notes_on_target(cells, target, arguments.target_margin)
+    return [markdown_table(TARGET_HEADER, target_rows(cells, target)), *notes]
 
 
 def arguments_of(records: list[Record]) -> CompareArguments:

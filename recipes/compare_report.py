@@ -352,7 +352,7 @@ def write_report(study: Study, records: Sequence[Record], min_steps: int, target
     target = target_of(cells, target_margin)
     plot_all(folder, search, records, cells, target, min_steps)
     rows, to_target = rows_of(cells, min_steps), target_rows(cells, target)
-    what = description(study, records)
+    what = description(records)
     losses, targets = notes_on_losses(search, cells, min_steps), notes_on_target(cells, target, target_margin)
 
     def figures(*names: str) -> list[str]:
@@ -372,7 +372,7 @@ def write_report(study: Study, records: Sequence[Record], min_steps: int, target
         html_report.heading("Inside the runs"),
         *figures("trust_ratios", "noise_scale"),
         html_report.heading("How it was done"),
-        *map(html_report.paragraph, protocol(search, study.facts, records)),
+        *map(html_report.paragraph, protocol(search, records)),
     ]
     html_report.write_page(folder / "report.html", "LAMB against other optimizers over batch sizes", parts)
     return "\n".join(
@@ -402,15 +402,16 @@ def plot_all(
         (folder / "noise_scale.png").unlink(missing_ok=True)
 
 
-def description(study: Study, records: Sequence[Record]) -> str:
-    facts = study.facts
+def description(records: Sequence[Record]) -> str:
+    facts = records[0]["study"]
     tokens = facts["train_sequences"] * facts["max_seq_length"]
     hardware = sorted({record["hardware"] for record in records})
     return (
         f"BERT of size {facts['size']}, {records[0]['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}, "
         f"pretrained by masked language modelling; corpus: {' '.join(facts['corpus'])}. Every run sees "
         f"{facts['train_sequences']:,} sequences of {facts['max_seq_length']} tokens ({tokens / 1e6:.3g} million), "
-        f"whatever the batch size. {len(records)} runs on {', '.join(hardware)}."
+        f"whatever the batch size. Guessing every token by its frequency: {records[0]['unigram_loss']:.3f} nats. "
+        f"{len(records)} runs on {', '.join(hardware)}."
     )
 
 
@@ -444,8 +445,9 @@ def notes_on_target(cells: Sequence[Cell], target: float, margin: float) -> list
     return notes
 
 
-def protocol(search: Search, facts: Record, records: Sequence[Record]) -> list[str]:
+def protocol(search: Search, records: Sequence[Record]) -> list[str]:
     """The tuning, the constants, the versions."""
+    facts = records[0]["study"]
     starts = ", ".join(f"{NAMES[o]} {rate:g}" for o, rate in search.first_rates.items() if o in search.optimizers)
     versions = ", ".join(f"{name} {version}" for name, version in records[-1]["versions"].items() if version)
     commands = "; ".join(sorted({record["command"] for record in records}))

@@ -138,14 +138,14 @@ def search_of(arguments: FinetuneArguments) -> Search:
     )
 
 
-def table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The table of recorded trials."""
+def results_of(records: list[Record]) -> list[str]:
+    """What was run, and the table of it, in Markdown."""
     arguments = FinetuneArguments(
         optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
         starts=list(dict.fromkeys(record["setting"] for record in records)),
         seeds=max(record["seed"] for record in records),
     )
-    return HEADER, rows_of(search_of(arguments), records)
+    return [description(records), html_report.markdown_table(HEADER, rows_of(search_of(arguments), records))]
 
 
 def facts_of(arguments: FinetuneArguments, task: Task, model: Any) -> Record:
@@ -313,6 +313,16 @@ def per_cent(runs: Sequence[Record], metric: str) -> Spread:
     return spread([100 * run["test"][metric] for run in runs])
 
 
+def description(records: Sequence[Record]) -> str:
+    facts = records[0]["study"]
+    return (
+        f"Task {facts['task']}: {facts['classes']} classes, {facts['train']:,} texts to train on, "
+        f"{facts['validation']:,} to choose the rates by, {facts['test']:,} for testing. {facts['model']}, "
+        f"{records[0]['parameters']:,} parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, "
+        f"{facts['max_seq_length']} tokens. {len(records)} runs."
+    )
+
+
 def write_report(study: Study, records: Sequence[Record]) -> str:
     """The picture and report.html in the study's folder; returns the report for the terminal."""
     search, folder, facts = study.search, study.folder, study.facts
@@ -322,12 +332,7 @@ def write_report(study: Study, records: Sequence[Record]) -> str:
     errors = sorted(record["objective"] for record in records if record["objective"] is not None)
     carried = "where the search from scratch started"
     u_curves(folder / "u_curves.png", search, records, titles, "validation error rate", errors[-1], carried)
-    what = (
-        f"Task {facts['task']}: {facts['classes']} classes, {facts['train']:,} texts to train on, "
-        f"{facts['validation']:,} to choose the rates by, {facts['test']:,} for testing. {facts['model']}, "
-        f"{records[0]['parameters']:,} parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, "
-        f"{facts['max_seq_length']} tokens. {len(records)} runs."
-    )
+    what = description(records)
     notes = (
         f"Means ± standard deviations over {search.seeds} seeds that played no part in the tuning. At most two "
         "standard deviations (pooled) apart is a tie. Trials: learning rates tried, in factors of two, until the best "

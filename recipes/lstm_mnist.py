@@ -115,14 +115,14 @@ def search_of(arguments: LstmArguments) -> Search:
     )
 
 
-def table_of(records: list[Record]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The table of recorded trials."""
+def results_of(records: list[Record]) -> list[str]:
+    """What was run, and the table of it, in Markdown."""
     arguments = LstmArguments(
         optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
         batch_sizes=sorted({record["setting"] for record in records}),
         seeds=max(record["seed"] for record in records),
     )
-    return HEADER, rows_of(search_of(arguments), records)
+    return [description(records), html_report.markdown_table(HEADER, rows_of(search_of(arguments), records))]
 
 
 def facts_of(arguments: LstmArguments, data: Split) -> Record:
@@ -280,6 +280,16 @@ def mean_curve(runs: Sequence[Record], name: str) -> tuple[list[int], list[float
     return [some[0]["step"] for some in points], [s.mean for s in spreads], [s.sd for s in spreads]
 
 
+def description(records: Sequence[Record]) -> str:
+    facts = records[0]["study"]
+    train, validation, test = facts["images"]
+    return (
+        f"{facts['data']}: {train:,} training images, {validation:,} to choose the rates by, {test:,} for testing. An "
+        f"LSTM of {facts['hidden_size']} units reads them row by row, each of them {facts['epochs']} times in every "
+        f"run, whatever the batch size. {len(records)} runs."
+    )
+
+
 def write_report(study: Study, records: Sequence[Record]) -> str:
     """The pictures and report.html in the study's folder; returns the report for the terminal."""
     search, folder, facts = study.search, study.folder, study.facts
@@ -294,12 +304,7 @@ def write_report(study: Study, records: Sequence[Record]) -> str:
     u_curves(folder / "u_curves.png", search, records, titles, quantity, ceiling, carried)
     plot_curves(folder / "curves.png", search, records)
 
-    train, validation, test = facts["images"]
-    what = (
-        f"{facts['data']}: {train:,} training images, {validation:,} to choose the rates by, {test:,} for testing. An "
-        f"LSTM of {facts['hidden_size']} units reads them row by row, each of them {facts['epochs']} times in every "
-        f"run, whatever the batch size. {len(records)} runs."
-    )
+    what = description(records)
     notes = [
         f"Accuracies and losses are means ± standard deviations over {search.seeds} seeds that played no part in the "
         "tuning. At most two standard deviations (pooled) apart is a tie. Trials: learning rates tried.",

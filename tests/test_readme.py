@@ -5,12 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import HfArgumentParser
 
-from recipes import pretrain_bert
+from recipes import pretrain_bert, readme
 from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,23 @@ def test_the_sharding_table_is_the_recorded_one() -> None:
     """Generated: `make sharding-report` measures and writes both."""
     records = [json.loads(line) for line in sharding_report.RESULTS.read_text().splitlines()]
     assert sharding_report.with_table(README, records) == README
+
+
+def test_the_tables_of_results_are_the_recorded_ones() -> None:
+    """Generated: `python -m recipes.readme` writes them."""
+    assert readme.with_results(README) == README
+
+
+@pytest.mark.parametrize("name", ["compare_optimizers", "lstm_mnist", "finetune"])
+def test_lines_of_the_other_recipes_parse(name: str) -> None:
+    """Every option exists and every value is accepted."""
+    recipe = import_module(f"recipes.{name}")
+    (arguments,) = (value for key, value in vars(recipe).items() if key.endswith("Arguments"))
+    lines = [line for line in SHELL if f"-m recipes.{name} " in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        HfArgumentParser(arguments).parse_args_into_dataclasses(words[words.index(f"recipes.{name}") + 1 :])
 
 
 def size_table() -> str:
