@@ -109,6 +109,7 @@ def main() -> None:
             state = PartialState(cpu=arguments.use_cpu)
             with state.main_process_first():
                 data = load_data(arguments, state.device)
+            state.destroy_process_group()  # from here on, the processes meet in the folder only
             train = partial(train_bert, arguments=arguments, data=data)
             records = study.run(train, show_progress=state.is_main_process)
             if not state.is_main_process:
@@ -122,9 +123,11 @@ def check(arguments: CompareArguments) -> None:
     """Raise ValueError for options that would fail later, or compare nothing."""
     if unknown := [o for o in arguments.optimizers if o not in FIRST_RATES]:
         raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(FIRST_RATES)}")
-    for option in ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations", "seeds"):
+    for option in ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
+    if arguments.seeds < 2:
+        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
     sizes = arguments.batch_sizes
     if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
         raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")

@@ -10,7 +10,7 @@ import numpy as np
 from recipes import html_report
 from recipes.optimizers import NAMES
 from recipes.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
-from recipes.sweep import Record, Search, Spread, Study, is_tie, judged, spread, tuned
+from recipes.sweep import Record, Search, Spread, Study, Tuned, judged, outcomes, spread, standing, tuned
 
 HEADER = ("batch", "steps", "optimizer", "trials", "best rate", "loss", "", "√-rule rate", "loss, not tuned", "")
 TARGET_HEADER = ("batch", "optimizer", "steps to the target", "sequences to the target")
@@ -22,9 +22,7 @@ class Cell(NamedTuple):
     optimizer: str
     batch_size: int
     steps: int
-    trials: int
-    rate: float
-    interior: bool
+    best: Tuned
     runs: list[Record]  # fresh seeds at the best rate
     carried_rate: float  # from the smallest batch, by the square root of the batch's growth
     carried_runs: list[Record]
@@ -41,24 +39,13 @@ class Cell(NamedTuple):
 def cells_of(search: Search, records: Sequence[Record]) -> list[Cell]:
     """Every optimizer at every batch size that has all its trials."""
     cells = []
-    missing = {(trial.optimizer, trial.setting) for trial in search.next_trials(records)}
-    for batch_size in search.settings:
-        for optimizer in search.optimizers:
-            here = [r for r in records if (r["optimizer"], r["setting"]) == (optimizer, batch_size)]
-            if not here or (optimizer, batch_size) in missing:
-                continue
-            best = tuned(search, records, optimizer, batch_size)
-            runs = judged(search, records, optimizer, batch_size, best.learning_rate)
-            if not runs:  # the search at this batch size waits for another optimizer
-                continue
-            rate = best.learning_rate
-            if batch_size != search.settings[0]:
-                rate = search.carry(tuned(search, records, optimizer, search.settings[0]).learning_rate, batch_size)
-            carried = judged(search, records, optimizer, batch_size, rate)
-            steps = here[0]["steps"]
-            cells.append(
-                Cell(optimizer, batch_size, steps, best.trials, best.learning_rate, best.interior, runs, rate, carried)
-            )
+    for (batch_size, optimizer), (best, runs) in outcomes(search, records).items():
+        rate = best.learning_rate
+        if batch_size != search.settings[0]:
+            rate = search.carry(tuned(search, records, optimizer, search.settings[0]).learning_rate, batch_size)
+        carried_runs = judged(search, records, optimizer, batch_size, rate)
+        steps = runs[0]["steps"]
+        cells.append(Cell(optimizer, batch_size, steps, best, runs, rate, carried_runs))
     return cells
 
 
@@ -67,32 +54,26 @@ def rows_of(cells: Sequence[Cell], min_steps: int) -> list[list[str]]:
     rows = []
     for batch_size in dict.fromkeys(cell.batch_size for cell in cells):
         here = sorted((cell for cell in cells if cell.batch_size == batch_size), key=lambda cell: cell.loss.mean)
+        losses, carried_losses = [cell.loss for cell in here], [cell.carried_loss for cell in here]
         for cell in here:
+            comparable = cell.steps >= min_steps
             rows.append(
                 [
                     f"{batch_size:,}",
                     f"{cell.steps:,}",
                     NAMES[cell.optimizer],
-                    str(cell.trials),
-                    f"{cell.rate:.3g}" + ("" if cell.interior else " (edge)"),
+                    str(cell.best.trials),
+                    f"{cell.best.learning_rate:.3g}" + ("" if cell.best.interior else " (edge)"),
                     str(cell.loss),
-                    standing(cell.loss, [other.loss for other in here], cell.steps >= min_steps),
-                    f"{cell.carried_rate:.3g}" if cell.carried_rate != cell.rate else "the best",
+                    standing(cell.loss, losses) if comparable else "too few steps",
+                    f"{cell.carried_rate:.3g}" if cell.carried_rate != cell.best.learning_rate else "the best",
                     str(cell.carried_loss),
-                    standing(cell.carried_loss, [other.carried_loss for other in here], cell.steps >= min_steps),
+                    standing(cell.carried_loss, [c.carried_loss for c in here])
+                    if cell.steps >= min_steps
+                    else "too few steps",
                 ]
             )
     return rows
-
-
-def standing(loss: Spread, all_losses: Sequence[Spread], comparable: bool) -> str:
-    """How a loss compares with the lowest: lowest, tie, or so many nats above it."""
-    if not comparable:
-        return "too few steps"
-    lowest = min(all_losses, key=lambda spread: spread.mean)
-    if is_tie(loss, lowest):
-        return "tie" if sum(is_tie(other, lowest) for other in all_losses) > 1 else "lowest"
-    return f"+{loss.mean - lowest.mean:.3f}" if math.isfinite(loss.mean) else ""
 
 
 # -- steps to a target ------------------------------------------------------------------------------------------------
@@ -240,7 +221,7 @@ def plot_regret(path: Path, cells: Sequence[Cell], min_steps: int) -> None:
 
 def standard_error(cell: Cell) -> float:
     """Of the difference between the carried rate's mean loss and the tuned one's."""
-    same = cell.carried_rate == cell.rate
+    same = cell.carried_rate == cell.best.learning_rate
     return 0.0 if same else math.hypot(cell.carried_loss.sd, cell.loss.sd) / math.sqrt(cell.loss.n)
 
 
@@ -255,13 +236,14 @@ def plot_trust_ratios(path: Path, cells: Sequence[Cell]) -> None:
         for cell in (cell for cell in cells if cell.optimizer in shown):
             axis, run = axes[sizes.index(cell.batch_size)][shown.index(cell.optimizer)], cell.runs[0]
             done = [100 * step / run["steps"] for step, _ in run["curve"]]
-            for name in run["trust_ratios"][0]:
+            for name in run["trust_ratios"][0] if run["trust_ratios"] else ():
                 label, colour = kind_of(name)
                 ratios = [ratios[name] for ratios in run["trust_ratios"]]
                 axis.plot(done, ratios, color=colour, linewidth=1.2, label=label)
             shadow = " (shadow)" if cell.optimizer == "adamw" else ""
             axis.set_title(
-                f"{NAMES[cell.optimizer]}{shadow}, batch {cell.batch_size:,}, rate {cell.rate:.3g}", size=10
+                f"{NAMES[cell.optimizer]}{shadow}, batch {cell.batch_size:,}, rate {cell.best.learning_rate:.3g}",
+                size=10,
             )
         for axis in axes.flat:
             axis.set_yscale("log")
@@ -424,7 +406,7 @@ def notes_on_losses(search: Search, cells: Sequence[Cell], min_steps: int) -> li
     if short := sorted({c.batch_size for c in cells if c.steps < min_steps}):
         sizes = " and ".join(f"{b:,}" for b in short)
         notes.append(f"Batch {sizes}: fewer than {min_steps} steps are too few to compare optimizers; no conclusion.")
-    if edges := [c for c in cells if not c.interior]:
+    if edges := [c for c in cells if not c.best.interior]:
         where = ", ".join(f"{NAMES[c.optimizer]} at {c.batch_size:,}" for c in edges)
         notes.append(f"The best rate lies on the edge of what was tried: {where}.")
     if missing := len(search.optimizers) * len(search.settings) - len(cells):

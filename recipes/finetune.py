@@ -31,7 +31,7 @@ from recipes.metrics import Classification
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
 from recipes.plots import u_curves
 from recipes.pretrain_bert import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, is_tie, judged, shuffled, spread, tuned
+from recipes.sweep import Record, Search, Spread, Study, Trial, outcomes, shuffled, spread, standing
 from recipes.tasks import PARTS, Example, Task, load_task
 
 # Where the search of the first start begins.
@@ -103,6 +103,7 @@ def main() -> None:
         else:
             make_output_dir(arguments.output_dir)
             state = PartialState(cpu=arguments.use_cpu)
+            state.destroy_process_group()  # the processes meet in the folder only
             parts = {part: encode(getattr(task, part), task, tokenizer, arguments, state.device) for part in PARTS}
             train = partial(train_classifier, arguments=arguments, parts=parts, model=model, others=baselines(task))
             records = study.run(train, show_progress=state.is_main_process)
@@ -121,7 +122,7 @@ def check(arguments: FinetuneArguments) -> None:
             raise ValueError(f"--{option} {unknown[0]}: expected some of {', '.join(known)}")
         if not given or len(set(given)) < len(given):
             raise ValueError(f"--{option} {' '.join(given)}: expected some of {', '.join(known)}, each once")
-    for option, least in {"epochs": 1, "batch_size": 1, "max_seq_length": 3, "seeds": 1}.items():
+    for option, least in {"epochs": 1, "batch_size": 1, "max_seq_length": 3, "seeds": 2}.items():
         if getattr(arguments, option) < least:
             raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least {least}")
 
@@ -283,27 +284,15 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
 def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
     """The table: every start and optimizer that has all its trials, then the baselines."""
-    missing = {(trial.optimizer, trial.setting) for trial in search.next_trials(records)}
-    found: dict[tuple[str, str], tuple[Any, list[Record]]] = {}
-    for start in search.settings:
-        for optimizer in search.optimizers:
-            here = any((r["optimizer"], r["setting"]) == (optimizer, start) for r in records)
-            if here and (optimizer, start) not in missing:
-                best = tuned(search, records, optimizer, start)
-                if runs := judged(search, records, optimizer, start, best.learning_rate):
-                    found[start, optimizer] = (best, runs)
+    found = outcomes(search, records)
     rows = []
     for (start, optimizer), (best, runs) in found.items():
         accuracy, f1 = (per_cent(runs, name) for name in ("accuracy", "f1"))
         same_start = [per_cent(r, "accuracy") for (s, _), (_, r) in found.items() if s == start]
-        highest = max(same_start, key=lambda spread: spread.mean)
-        if is_tie(accuracy, highest):
-            standing = "tie" if sum(is_tie(other, highest) for other in same_start) > 1 else "higher"
-        else:
-            standing = f"−{highest.mean - accuracy.mean:.1f}"
+        place = standing(accuracy, same_start, highest=True, digits=1)
         rate = f"{best.learning_rate:.3g}" + ("" if best.interior else " (edge)")
         cells = [f"{s.mean:.1f} ± {s.sd:.1f} %" for s in (accuracy, f1)]
-        rows.append([STARTS[start], NAMES[optimizer], str(best.trials), rate, cells[0], standing, cells[1]])
+        rows.append([STARTS[start], NAMES[optimizer], str(best.trials), rate, cells[0], place, cells[1]])
     for name, scores in records[0]["baselines"].items():
         rows.append([name, "", "", "", f"{100 * scores['accuracy']:.1f} %", "", f"{100 * scores['f1']:.1f} %"])
     return rows

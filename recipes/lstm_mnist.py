@@ -27,7 +27,7 @@ from recipes.images import Images, Split, load_images
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
 from recipes.plots import COLOURS, legend_below, picture, u_curves
 from recipes.pretrain_bert import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, is_tie, judged, shuffled, spread, tuned
+from recipes.sweep import Record, Search, Spread, Study, Trial, outcomes, shuffled, spread, standing
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
 FIRST_RATES = {"lamb": 2e-2, "adamw": 8e-3, "adam": 8e-3, "sgd": 0.5}
@@ -74,6 +74,7 @@ def main() -> None:
         else:
             make_output_dir(arguments.output_dir)
             state = PartialState(cpu=arguments.use_cpu)
+            state.destroy_process_group()  # the processes meet in the folder only
             on_device = Split(*(part.to(state.device) for part in data))
             train = partial(train_lstm, arguments=arguments, data=on_device)
             records = study.run(train, show_progress=state.is_main_process)
@@ -88,9 +89,11 @@ def check(arguments: LstmArguments, data: Split) -> None:
     """Raise ValueError for options that would fail later, or compare nothing."""
     if unknown := [o for o in arguments.optimizers if o not in FIRST_RATES]:
         raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(FIRST_RATES)}")
-    for option in ("epochs", "hidden_size", "micro_batch_size", "evaluations", "seeds"):
+    for option in ("epochs", "hidden_size", "micro_batch_size", "evaluations"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
+    if arguments.seeds < 2:
+        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
     sizes = arguments.batch_sizes or []
     if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
         raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
@@ -201,18 +204,12 @@ def finals(runs: Sequence[Record], name: str) -> Spread:
 def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
     """The table: best test accuracy first, ties called ties."""
     rows = []
-    for batch_size, optimizers in complete(search, records).items():
-        found = {}
-        for optimizer in optimizers:
-            best = tuned(search, records, optimizer, batch_size)
-            found[optimizer] = (best, judged(search, records, optimizer, batch_size, best.learning_rate))
+    every = outcomes(search, records)
+    for batch_size in dict.fromkeys(batch_size for batch_size, _ in every):
+        found = {optimizer: outcome for (size, optimizer), outcome in every.items() if size == batch_size}
         accuracy = {optimizer: finals(runs, "test_accuracy") for optimizer, (_, runs) in found.items()}
-        highest = max(accuracy.values(), key=lambda spread: spread.mean if math.isfinite(spread.mean) else -1)
-        for optimizer, (best, runs) in sorted(found.items(), key=lambda item: -accuracy[item[0]].mean):
-            tie = is_tie(accuracy[optimizer], highest)
-            alone = sum(is_tie(other, highest) for other in accuracy.values()) == 1
-            behind = f"−{highest.mean - accuracy[optimizer].mean:.1f}"
-            train, test_loss = finals(runs, "train_accuracy"), finals(runs, "test_loss")
+        for optimizer in sorted(found, key=lambda o: -accuracy[o].mean if math.isfinite(accuracy[o].mean) else 0):
+            best, runs = found[optimizer]
             rows.append(
                 [
                     f"{batch_size:,}",
@@ -220,32 +217,27 @@ def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
                     NAMES[optimizer],
                     str(best.trials),
                     f"{best.learning_rate:.3g}" + ("" if best.interior else " (edge)"),
-                    f"{accuracy[optimizer].mean:.1f} ± {accuracy[optimizer].sd:.1f} %",
-                    ("highest" if alone else "tie") if tie else behind,
-                    f"{train.mean:.1f} ± {train.sd:.1f} %",
-                    str(test_loss),
+                    per_cent(accuracy[optimizer]),
+                    standing(accuracy[optimizer], list(accuracy.values()), highest=True, digits=1),
+                    per_cent(finals(runs, "train_accuracy")),
+                    str(finals(runs, "test_loss")),
                 ]
             )
     return rows
 
 
-def complete(search: Search, records: Sequence[Record]) -> dict[int, list[str]]:
-    """{batch size: optimizers} of what has all its trials."""
-    missing = {(trial.optimizer, trial.setting) for trial in search.next_trials(records)}
-    there = {(record["optimizer"], record["setting"]) for record in records if record["seed"] == search.seeds}
-    found = {b: [o for o in search.optimizers if (o, b) in there - missing] for b in search.settings}
-    return {batch_size: optimizers for batch_size, optimizers in found.items() if optimizers}
+def per_cent(accuracy: Spread) -> str:
+    return f"{accuracy.mean:.1f} ± {accuracy.sd:.1f} %" if math.isfinite(accuracy.mean) else "diverged"
 
 
 def plot_curves(path: Path, search: Search, records: Sequence[Record]) -> None:
     """Loss and accuracy over the steps at the best rate: means of the fresh seeds, training dashed, test solid."""
-    found = complete(search, records)
-    options = {"size": (max(7, 4.5 * len(found)), 7), "sharey": "row", "sharex": "col"}
-    with picture(path, len(found), 2, **options) as (figure, axes):
-        for column, (batch_size, optimizers) in enumerate(found.items()):
-            for optimizer in optimizers:
-                rate = tuned(search, records, optimizer, batch_size).learning_rate
-                runs = judged(search, records, optimizer, batch_size, rate)
+    every = outcomes(search, records)
+    sizes = list(dict.fromkeys(batch_size for batch_size, _ in every))
+    options = {"size": (max(7, 4.5 * len(sizes)), 7), "sharey": "row", "sharex": "col"}
+    with picture(path, len(sizes), 2, **options) as (figure, axes):
+        for column, batch_size in enumerate(sizes):
+            for optimizer, runs in ((o, runs) for (size, o), (_, runs) in every.items() if size == batch_size):
                 for axis, quantity in zip(axes[:, column], ("loss", "accuracy"), strict=True):
                     for part, line in (("train", "--"), ("test", "-")):
                         steps, means, sds = mean_curve(runs, f"{part}_{quantity}")

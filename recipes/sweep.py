@@ -186,6 +186,21 @@ def judged(search: Search, records: Sequence[Record], optimizer: str, setting: A
     return [record for record in records if trial_of(record) in wanted]
 
 
+def outcomes(search: Search, records: Sequence[Record]) -> dict[tuple[Any, str], tuple[Tuned, list[Record]]]:
+    """{(setting, optimizer): (best rate, its runs with fresh seeds)} of what has all its trials, in order."""
+    missing = {(trial.setting, trial.optimizer) for trial in search.next_trials(records)}
+    there = {(record["setting"], record["optimizer"]) for record in records}
+    found = {}
+    for setting in search.settings:
+        for optimizer in search.optimizers:
+            if (setting, optimizer) in there - missing:
+                best = tuned(search, records, optimizer, setting)
+                # None as long as the search in this setting waits for another optimizer.
+                if runs := judged(search, records, optimizer, setting, best.learning_rate):
+                    found[setting, optimizer] = (best, runs)
+    return found
+
+
 class Spread(NamedTuple):
     """Mean and standard deviation over n seeds; inf where one of them diverged."""
 
@@ -209,6 +224,17 @@ def is_tie(a: Spread, b: Spread) -> bool:
     if math.isinf(a.mean) or math.isinf(b.mean):
         return a.mean == b.mean
     return abs(a.mean - b.mean) <= 2 * math.sqrt((a.sd**2 + b.sd**2) / 2)
+
+
+def standing(value: Spread, values: Sequence[Spread], highest: bool = False, digits: int = 3) -> str:
+    """How a mean compares with the best: lowest (or highest), tie, or how far off; nothing where it diverged."""
+    finite = [other for other in values if math.isfinite(other.mean)]
+    if not math.isfinite(value.mean):
+        return ""
+    best = (max if highest else min)(finite, key=lambda other: other.mean)
+    if not is_tie(value, best):
+        return f"{value.mean - best.mean:+.{digits}f}".replace("-", "−")
+    return "tie" if sum(is_tie(other, best) for other in finite) > 1 else "highest" if highest else "lowest"
 
 
 # -- a folder of trials -----------------------------------------------------------------------------------------------
