@@ -68,9 +68,7 @@ def rows_of(cells: Sequence[Cell], min_steps: int) -> list[list[str]]:
                     standing(cell.loss, losses) if comparable else "too few steps",
                     f"{cell.carried_rate:.3g}" if cell.carried_rate != cell.best.learning_rate else "the best",
                     str(cell.carried_loss),
-                    standing(cell.carried_loss, [c.carried_loss for c in here])
-                    if cell.steps >= min_steps
-                    else "too few steps",
+                    standing(cell.carried_loss, carried_losses) if comparable else "too few steps",
                 ]
             )
     return rows
