@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain test test-distributed sharding-report kill-test lint format types check clean
+.PHONY: help setup pretrain test test-slow test-distributed sharding-report kill-test lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)
+
+test-slow: setup  ## run the tests that take long
+	$(RUN) pytest -m slow $(ARGS)
 
 test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
@@ -44,7 +47,7 @@ format: setup  ## ruff: mend what can be mended
 types: setup  ## mypy --strict on hf_lamb/
 	$(RUN) mypy
 
-check: lint types test test-distributed  ## all of the above
+check: lint types test test-slow test-distributed  ## all of the above
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
