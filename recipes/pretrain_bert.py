@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase, Trainer
 
 from hf_lamb import (
     CheckpointError,
@@ -139,7 +139,18 @@ def main() -> None:
             say(summary(record, args.output_dir))
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
-    trainer.accelerator.end_training()  # or gloo may abort while the interpreter ends
+    leave_process_group(trainer)
+
+
+def leave_process_group(trainer: Trainer) -> None:
+    """Without it gloo may abort while the interpreter ends.
+
+    DDP goes first: where its reducer is the last to hold the process group, torch 2.11 to 2.13 may wait for ever
+    (~ProcessGroupGloo joins a thread that needs the interpreter's lock, which the reducer's destructor holds).
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:

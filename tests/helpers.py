@@ -8,6 +8,11 @@ import pytest
 
 from recipes import pretrain_bert
 
+# Every backend, as the options of `Lamb` that choose it.
+BACKENDS = pytest.mark.parametrize(
+    "backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["eager", "foreach", "fused"]
+)
+
 # A run of the pretraining recipe that takes a second or two.
 SMALL = ["--size", "smoke", "--use_cpu", "--max_steps", "8", "--global_batch_size", "16", "--vocab_size", "400"]
 
