@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase, Trainer
+from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_lamb import (
     CheckpointError,
@@ -35,6 +35,7 @@ from hf_lamb import (
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.processes import leave_process_group
 from recipes.report import append_json_line, hardware, plot_training, provenance
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
@@ -140,17 +141,6 @@ def main() -> None:
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
     leave_process_group(trainer)
-
-
-def leave_process_group(trainer: Trainer) -> None:
-    """Without it gloo may abort while the interpreter ends.
-
-    DDP goes first: where its reducer is the last to hold the process group, torch 2.11 to 2.13 may wait for ever
-    (~ProcessGroupGloo joins a thread that needs the interpreter's lock, which the reducer's destructor holds).
-    """
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
 
 
 def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:
