@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune test test-distributed sharding-report kill-test lint format types check clean
+.PHONY: help setup pretrain compare lstm finetune test test-slow test-distributed sharding-report kill-test lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ finetune: setup  ## fine-tune what `make pretrain` made, against the same from s
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)
 
+test-slow: setup  ## run the tests that take long
+	$(RUN) pytest -m slow $(ARGS)
+
 test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
 
@@ -58,7 +61,7 @@ format: setup  ## ruff: mend what can be mended
 types: setup  ## mypy --strict on hf_lamb/
 	$(RUN) mypy
 
-check: lint types test test-distributed  ## all of the above
+check: lint types test test-slow test-distributed  ## all of the above
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

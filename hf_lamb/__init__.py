@@ -16,9 +16,12 @@ from hf_lamb.registration import register
 
 if TYPE_CHECKING:
     from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
+    from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
+    from hf_lamb.fsdp import tied_heads_in_one_group
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
 
 __all__ = [
+    "CheckpointError",
     "Lamb",
     "LambTrainer",
     "LambTrainingArguments",
@@ -27,16 +30,23 @@ __all__ = [
     "SkippedStepsCallback",
     "TrustRatioCallback",
     "__version__",
+    "check_checkpoint",
     "convert_state_dict",
     "lamb_param_groups",
+    "newest_complete_checkpoint",
     "register",
+    "tied_heads_in_one_group",
 ]
 
 _LAZY = {
+    "CheckpointError": "hf_lamb.checkpoints",
     "LambTrainer": "hf_lamb.trainer",
     "LambTrainingArguments": "hf_lamb.trainer",
     "SkippedStepsCallback": "hf_lamb.callbacks",
     "TrustRatioCallback": "hf_lamb.callbacks",
+    "check_checkpoint": "hf_lamb.checkpoints",
+    "newest_complete_checkpoint": "hf_lamb.checkpoints",
+    "tied_heads_in_one_group": "hf_lamb.fsdp",
 }
 
 

@@ -46,7 +46,7 @@ READ_TO_RESUME = ("*.json", "*.safetensors", "*.pt", "*.pth", "pytorch_model*.bi
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that a run cannot go on from. The message says which one, what is wrong, and what to do."""
+    """A checkpoint that a run cannot go on from, or cannot write. The message says which one, why, and what to do."""
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -87,11 +87,9 @@ class WholeCheckpointTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # until every process has written its part
             if self.args.should_save:
                 publish(Path(run_dir, UNFINISHED, name), Path(run_dir, name))
-        except Exception as error:
+        except Exception as error:  # a full disk is an OSError, a RuntimeError of torch's, a SafetensorError
             shutil.rmtree(os.path.join(run_dir, UNFINISHED), ignore_errors=True)
-            free = shutil.disk_usage(run_dir).free / 1e9
-            error.add_note(f"{name} was not saved in {run_dir} ({free:.3f} GB free); those before it are whole")
-            raise
+            raise CheckpointError(f"{name} was not saved {_why(error, run_dir)}; those before it are whole") from error
         finally:
             self._staging = False
 
@@ -121,9 +119,13 @@ class WholeCheckpointTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             tidy(folder)
-        super()._save(str(folder / UNFINISHED), state_dict)
-        if self.args.should_save:
-            move_files(folder / UNFINISHED, folder)
+        try:
+            super()._save(str(folder / UNFINISHED), state_dict)
+            if self.args.should_save:
+                move_files(folder / UNFINISHED, folder)
+        except Exception as error:
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            raise CheckpointError(f"the model was not saved {_why(error, folder)}; make room and resume") from error
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
@@ -160,6 +162,12 @@ class WholeCheckpointTrainer(Trainer):
             raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
         if has_lamb_options(self.optimizer) and not before:  # torch's own optimizers take what they are given
             raise CheckpointError(f"{checkpoint} does not fit this run: it holds the state of LAMB; resume with it")
+
+
+def _why(error: Exception, folder: str | os.PathLike[str]) -> str:
+    """Where, and the error's first line."""
+    megabytes = shutil.disk_usage(folder).free / 1e6
+    return f"in {folder} ({megabytes:,.1f} MB free): {str(error).partition(chr(10))[0]}"
 
 
 def has_lamb_options(optimizer: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from hf_lamb import norms
-from hf_lamb.backends import Bucket, eager, foreach
+from hf_lamb.backends import Bucket, cpu, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
 from hf_lamb.options import check_options
 from hf_lamb.state import check_order, check_state, check_state_dict
@@ -75,13 +75,13 @@ class Lamb(Optimizer):
             or is so large that the sum of squares of all gradients overflows. Default True.
         maximize: maximise the objective. Default False.
         foreach: use torch's multi-tensor operations. Default: on accelerators.
-        fused: reserved for fused kernels; `True` raises in this version.
+        fused: use fused kernels. Default: on CPU, unless `foreach` is given. Tensors that the kernels do not take (not
+            contiguous; an accelerator's, in this version) are updated as with `foreach=True`.
 
     Raises:
         ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
             complex, integer or on the meta device.
-        NotImplementedError: `fused=True`.
-        RuntimeError: in `step`, a sparse gradient.
+        RuntimeError: `fused` and `foreach` both `True`; in `step`, a sparse gradient.
         hf_lamb.norms.ShardingError: in `step`, a parameter of which only a piece is here, with nothing to say where
             the rest is (FSDP1, DeepSpeed ZeRO). DTensors (FSDP2, tensor parallelism) are understood.
 
@@ -131,6 +131,7 @@ class Lamb(Optimizer):
     def _forget(self) -> None:
         """Start the diagnostics anew; they live outside `state`, where norms make sharded checkpoints crash."""
         self._layers: list[_Layers] = []
+        self._scratch: dict[torch.dtype, Tensor] = {}
         self._skipped: Tensor | None = None  # [in all, in a row], int64, made at the first step that may skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -253,17 +254,36 @@ class Lamb(Optimizer):
             return loss
         self._look_at_gradients(buckets, sharded)
 
-        directions = []
-        for bucket in buckets:
-            _advance(bucket)
-            directions.append(_backend(bucket).direction(bucket))
-        squares = _sum_over_shards(buckets, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], sharded)
         self._layers = []
-        for bucket, (w_sq, u_sq), (_, _, held) in zip(buckets, squares, directions, strict=True):
-            layers = _layers(bucket, w_sq.sqrt(), u_sq.sqrt())
-            _backend(bucket).apply(bucket, held, _step_sizes(bucket, layers.trust_ratio))
-            self._layers.append(layers)
+        for together, across in self._rounds(buckets, sharded):
+            directions = []
+            for bucket in together:
+                _advance(bucket)
+                directions.append(_backend(bucket).direction(bucket))
+            squares = _sum_over_shards(together, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], across)
+            for bucket, (w_sq, u_sq), (_, _, held) in zip(together, squares, directions, strict=True):
+                layers = _layers(bucket, w_sq.sqrt(), u_sq.sqrt())
+                _backend(bucket).apply(bucket, held, _step_sizes(bucket, layers.trust_ratio))
+                self._layers.append(layers)
         return loss
+
+    def _rounds(self, buckets: list[Bucket], sharded: Sharded) -> Iterator[tuple[list[Bucket], Sharded]]:
+        """What is updated together: all that is sharded, for one sum; the rest in parts, each while in the cache."""
+        for bucket in buckets:
+            if _backend(bucket) is cpu:
+                bucket.scratch = self._scratch_for(bucket)
+            if not bucket.reductions:
+                for part in bucket.parts(cpu.PART) if _backend(bucket) is cpu else [bucket]:
+                    yield [part], {}
+        if sharded:
+            yield [bucket for bucket in buckets if bucket.reductions], sharded
+
+    def _scratch_for(self, bucket: Bucket) -> Tensor:
+        scratch = self._scratch.get(bucket.math_dtype)
+        if scratch is None or scratch.numel() < cpu.scratch_size(bucket):
+            scratch = torch.empty(cpu.scratch_size(bucket), dtype=bucket.math_dtype)
+            self._scratch[bucket.math_dtype] = scratch
+        return scratch
 
     def layer_stats(self, adapted_only: bool = False) -> dict[str, LayerStats]:
         """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
@@ -359,15 +379,18 @@ class Lamb(Optimizer):
                         "use sparse=False in the embedding"
                     )
                 grad = norms.local_grad(param, param.grad)
-                key = (group_index, local.device, local.dtype, grad.dtype, reductions)
-                bucket = buckets.setdefault(key, Bucket(group, reductions))
                 state = self._state_of(param)
+                exp_avg = norms.local_shard(state["exp_avg"], name)[0]
+                exp_avg_sq = norms.local_shard(state["exp_avg_sq"], name)[0]
+                contiguous = all(tensor.is_contiguous() for tensor in (local, grad, exp_avg, exp_avg_sq))
+                key = (group_index, local.device, local.dtype, grad.dtype, reductions, contiguous)
+                bucket = buckets.setdefault(key, Bucket(group, reductions, contiguous))
                 bucket.names.append(name)
                 bucket.slots.append((group_index, index))
                 bucket.params.append(local)
                 bucket.grads.append(grad)
-                bucket.exp_avgs.append(norms.local_shard(state["exp_avg"], name)[0])
-                bucket.exp_avg_sqs.append(norms.local_shard(state["exp_avg_sq"], name)[0])
+                bucket.exp_avgs.append(exp_avg)
+                bucket.exp_avg_sqs.append(exp_avg_sq)
                 bucket.steps.append(state["step"])
         return list(buckets.values()), sharded
 
@@ -471,7 +494,10 @@ def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:
 
 
 def _backend(bucket: Bucket) -> Any:
-    use_foreach = bucket.group["foreach"]
+    use_foreach, use_fused = bucket.group["foreach"], bucket.group["fused"]
+    on_cpu = bucket.device.type == "cpu"
+    if use_fused or (use_fused is None and use_foreach is None and on_cpu):
+        return cpu if on_cpu and cpu.takes(bucket) else foreach
     if use_foreach is None:
-        use_foreach = bucket.device.type != "cpu"
+        use_foreach = not on_cpu
     return foreach if use_foreach else eager

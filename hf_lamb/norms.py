@@ -26,8 +26,9 @@ def _norm_by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     flat = x.reshape(-1)
     whole = flat.numel() - flat.numel() % _ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
-    tail = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-    norm: Tensor = (rows.square_().sum() + tail.square_()).sqrt_()
+    if whole < flat.numel():
+        rows = torch.cat((rows, torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1)))
+    norm: Tensor = torch.linalg.vector_norm(rows)
     return norm
 
 
@@ -57,7 +58,7 @@ def trust_ratio(
     Source: You et al. 2020 (arXiv 1904.00962), Algorithm 2 with φ = identity; bounds as in v1 and LAMBC.
     """
     both = (weight_norm > 0) & (adam_norm > 0)
-    ratio = torch.where(both, weight_norm / torch.where(both, adam_norm, 1.0), 1.0)
+    ratio = torch.where(both, weight_norm / adam_norm, 1.0)
     if min_trust_ratio is not None or max_trust_ratio is not None:
         ratio = ratio.clamp(min_trust_ratio, max_trust_ratio)
     return ratio

@@ -43,10 +43,6 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {option}: {options[option]!r}: expected True, False or None")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if options["fused"]:
-        raise NotImplementedError(
-            "Lamb(fused=True): this version has no fused kernels; use foreach=True or fused=None"
-        )
 
 
 def _check_number(what: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:

@@ -25,11 +25,17 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
 
-from hf_lamb import LambTrainer, LambTrainingArguments
-from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
+from hf_lamb import (
+    CheckpointError,
+    LambTrainer,
+    LambTrainingArguments,
+    check_checkpoint,
+    newest_complete_checkpoint,
+)
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.processes import leave_process_group
 from recipes.report import append_json_line, hardware, plot_training, provenance
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
@@ -122,19 +128,19 @@ def main() -> None:
     first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except CheckpointError as error:
+        seconds = time.perf_counter() - start
+        metrics = trainer.evaluate()
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            record = result(recipe, args, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
+            output = Path(args.output_dir)
+            append_json_line(output / "results.jsonl", record)
+            title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
+            plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
+            say(summary(record, args.output_dir))
+    except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
-    seconds = time.perf_counter() - start
-    metrics = trainer.evaluate()
-    trainer.save_model()
-
-    if trainer.is_world_process_zero():
-        record = result(recipe, args, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
-        output = Path(args.output_dir)
-        append_json_line(output / "results.jsonl", record)
-        title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
-        plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
-        say(summary(record, args.output_dir))
+    leave_process_group(trainer)
 
 
 def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:

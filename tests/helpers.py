@@ -8,6 +8,11 @@ import pytest
 
 from recipes import pretrain_bert
 
+# Every backend, as the options of `Lamb` that choose it.
+BACKENDS = pytest.mark.parametrize(
+    "backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["eager", "foreach", "fused"]
+)
+
 # A run of the pretraining recipe that takes a second or two.
 SMALL = ["--size", "smoke", "--use_cpu", "--max_steps", "8", "--global_batch_size", "16", "--vocab_size", "400"]
 
@@ -25,6 +30,13 @@ def torchrun(processes: int, *command: str, timeout: float = 240, max_restarts: 
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher += [f"--max-restarts={max_restarts}", "-m"]
-    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*launcher, *command], env=environment, stdout=pipe, stderr=pipe, text=True) as run:
+        try:
+            _, errors = run.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # which torchrun passes on; its workers would outlive a SIGKILL
+            _, errors = run.communicate(timeout=60)
+            pytest.fail(f"no end after {timeout} seconds: {errors[-3000:]}")
+    assert run.returncode == 0, errors[-3000:]
+    return errors

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -63,6 +64,10 @@ def assert_same_end(output: Path, whole: Path) -> None:
     assert names(output) == {f"checkpoint-{STEPS}"} | {
         name for name in names(output) if name.startswith("checkpoint-")
     }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def names(output: Path) -> set[str]:
@@ -207,13 +212,27 @@ def test_a_full_disk(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left on device") as caught:
+        message = r"^checkpoint-4 was not saved in .* \([\d,]+\.\d MB free\): .*No space left on device"
+        with pytest.raises(CheckpointError, match=f"{message}; those before it are whole$"):
             trainer(tmp_path).train()
-    (note,) = caught.value.__notes__
-    assert re.fullmatch(r"checkpoint-4 was not saved in .* \(\d+\.\d+ GB free\); those before it are whole", note)
     assert names(tmp_path) == {"checkpoint-2"}
     trainer(tmp_path).train(resume_from_checkpoint=True)
     assert_same_end(tmp_path, whole)
+
+
+def test_no_room_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there stays, and the error says so, whatever kind of error the library below raises."""
+    run = trainer(tmp_path / "run")
+    run.save_model(str(tmp_path / "model"))
+    before = contents(tmp_path / "model")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(BertForMaskedLM, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"^the model was not saved in .* MB free\): .*No space left"):
+        run.save_model(str(tmp_path / "model"))
+    assert contents(tmp_path / "model") == before
 
 
 def test_a_saved_model_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

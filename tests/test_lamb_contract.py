@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lamb import Lamb, LayerStats
 from hf_lamb.norms import ShardingError
-
-BACKENDS = pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+from tests.helpers import BACKENDS
 
 
 def params_with_grads(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -69,23 +68,19 @@ def test_bad_options_are_refused_with_their_value(options: dict[str, Any], messa
     assert len(optimizer.param_groups) == 1
 
 
-def test_fused_is_refused_until_it_exists() -> None:
-    """A silently different backend would be a lie about speed."""
-    with pytest.raises(NotImplementedError, match="this version has no fused kernels; use foreach=True or fused=None"):
-        Lamb([torch.ones(2)], fused=True)
+def test_one_kind_of_kernel_at_a_time() -> None:
+    """torch's own words."""
     with pytest.raises(RuntimeError, match="cannot be `True` together"):
         Lamb([torch.ones(2)], fused=True, foreach=True)
 
 
 @BACKENDS
-def test_options_are_per_group(foreach: bool) -> None:
+def test_options_are_per_group(backend: dict[str, bool]) -> None:
     """Each group is updated with its own options, as if it were alone."""
     a, b, alone_a, alone_b = (params_with_grads() for _ in range(4))
-    Lamb(
-        [{"params": a, "lr": 0.1, "weight_decay": 0.0}, {"params": b, "layer_adaptation": False}], foreach=foreach
-    ).step()
-    Lamb(alone_a, lr=0.1, weight_decay=0.0, foreach=foreach).step()
-    Lamb(alone_b, layer_adaptation=False, foreach=foreach).step()
+    Lamb([{"params": a, "lr": 0.1, "weight_decay": 0.0}, {"params": b, "layer_adaptation": False}], **backend).step()
+    Lamb(alone_a, lr=0.1, weight_decay=0.0, **backend).step()
+    Lamb(alone_b, layer_adaptation=False, **backend).step()
     assert same(a, alone_a)
     assert same(b, alone_b)
 
@@ -120,12 +115,12 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
 @BACKENDS
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"maximize": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_never_written(dtype: torch.dtype, options: dict[str, Any], foreach: bool) -> None:
+def test_gradients_are_never_written(dtype: torch.dtype, options: dict[str, Any], backend: dict[str, bool]) -> None:
     """apex overwrites p.grad with the update, timm clips it in place: other readers of .grad see garbage."""
     params = params_with_grads(dtype)
     grads = [p.grad for p in params]
     before = [g.clone() for g in grads]
-    Lamb(params, foreach=foreach, **options).step()
+    Lamb(params, **backend, **options).step()
     assert all(p.grad is g for p, g in zip(params, grads, strict=True))
     assert same(grads, before)
 
@@ -151,10 +146,12 @@ def test_the_guard_against_host_syncs_sees_one() -> None:
 @BACKENDS
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1, "max_trust_ratio": 10.0}, {"lr": torch.tensor(1e-3)}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_reads_no_value_back_to_the_host(dtype: torch.dtype, options: dict[str, Any], foreach: bool) -> None:
+def test_step_reads_no_value_back_to_the_host(
+    dtype: torch.dtype, options: dict[str, Any], backend: dict[str, bool]
+) -> None:
     """A host sync stalls a GPU and breaks graph capture."""
     params = params_with_grads(dtype)
-    optimizer = Lamb(params, foreach=foreach, **options)
+    optimizer = Lamb(params, **backend, **options)
     with NoHostSync():
         optimizer.step()
         optimizer.step()
@@ -163,11 +160,11 @@ def test_step_reads_no_value_back_to_the_host(dtype: torch.dtype, options: dict[
 @BACKENDS
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("at_step", [0, 2])
-def test_a_non_finite_gradient_skips_the_whole_step(at_step: int, poison: float, foreach: bool) -> None:
+def test_a_non_finite_gradient_skips_the_whole_step(at_step: int, poison: float, backend: dict[str, bool]) -> None:
     """One bad element anywhere: weights, moments and step counts of all parameters stay, to the bit.
     A finite gradient whose square overflows counts: its exp_avg_sq would be inf for ever."""
     params = params_with_grads()
-    optimizer = Lamb([{"params": params[:1]}, {"params": params[1:], "max_grad_norm": 1.0}], foreach=foreach)
+    optimizer = Lamb([{"params": params[:1]}, {"params": params[1:], "max_grad_norm": 1.0}], **backend)
     for _ in range(at_step):
         optimizer.step()
     before = snapshot(optimizer)
@@ -184,7 +181,7 @@ def test_a_non_finite_gradient_skips_the_whole_step(at_step: int, poison: float,
     params[1].grad = clean
     optimizer.step()
     other = params_with_grads()
-    undisturbed = Lamb([{"params": other[:1]}, {"params": other[1:], "max_grad_norm": 1.0}], foreach=foreach)
+    undisturbed = Lamb([{"params": other[:1]}, {"params": other[1:], "max_grad_norm": 1.0}], **backend)
     for _ in range(at_step + 1):
         undisturbed.step()
     assert same(snapshot(optimizer), snapshot(undisturbed))
@@ -300,7 +297,7 @@ def test_a_step_at_rate_zero_moves_nothing() -> None:
 
 
 @BACKENDS
-def test_layer_stats_are_the_norms_and_ratio_of_the_last_step(foreach: bool) -> None:
+def test_layer_stats_are_the_norms_and_ratio_of_the_last_step(backend: dict[str, bool]) -> None:
     """By the names the parameters were given with; a parameter that is not adapted has ratio 1."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
@@ -310,7 +307,7 @@ def test_layer_stats_are_the_norms_and_ratio_of_the_last_step(foreach: bool) -> 
         {"params": [("weight", model.weight)]},
         {"params": [("bias", model.bias)], "layer_adaptation": False},
     ]
-    optimizer = Lamb(groups, lr=0.5, weight_decay=0.0, foreach=foreach)
+    optimizer = Lamb(groups, lr=0.5, weight_decay=0.0, **backend)
     optimizer.step()
     stats = optimizer.layer_stats()
     assert set(stats) == {"weight", "bias"}
@@ -365,14 +362,14 @@ def test_step_hooks_run_around_the_step() -> None:
 
 
 @BACKENDS
-def test_a_group_added_during_training_starts_at_its_own_first_step(foreach: bool) -> None:
+def test_a_group_added_during_training_starts_at_its_own_first_step(backend: dict[str, bool]) -> None:
     params, late = params_with_grads(), params_with_grads()
-    optimizer = Lamb(params, foreach=foreach)
+    optimizer = Lamb(params, **backend)
     optimizer.step()
     optimizer.add_param_group({"params": late, "lr": 0.1})
     optimizer.step()
     fresh = params_with_grads()
-    Lamb(fresh, lr=0.1, foreach=foreach).step()
+    Lamb(fresh, lr=0.1, **backend).step()
     assert same([p.detach() for p in late], [p.detach() for p in fresh])
     assert optimizer.state[params[0]]["step"] == 2
 
@@ -391,27 +388,27 @@ def test_tied_weights_are_one_parameter_with_one_update() -> None:
 
 
 @BACKENDS
-def test_a_parameter_that_is_a_view_changes_its_part_only(foreach: bool) -> None:
+def test_a_parameter_that_is_a_view_changes_its_part_only(backend: dict[str, bool]) -> None:
     """A slice of a flat buffer is updated in place, its neighbours are not."""
     buffer = torch.ones(12)
     view = buffer[3:9].view(2, 3)
     view.grad = torch.arange(6.0).view(2, 3) - 2.5
-    Lamb([view], foreach=foreach).step()
+    Lamb([view], **backend).step()
     assert torch.equal(buffer[:3], torch.ones(3))
     assert torch.equal(buffer[9:], torch.ones(3))
     assert bool((buffer[3:9] != 1).all())
 
 
 @BACKENDS
-def test_memory_layouts_are_kept(foreach: bool) -> None:
+def test_memory_layouts_are_kept(backend: dict[str, bool]) -> None:
     """A transposed or channels-last parameter gets the values of a contiguous one, and keeps its strides."""
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(2, 3, 4, 5, generator=generator)
     plain.grad = torch.randn(2, 3, 4, 5, generator=generator)
     last = plain.clone().to(memory_format=torch.channels_last)
     last.grad = plain.grad.clone()
-    Lamb([plain], foreach=foreach).step()
-    optimizer = Lamb([last], foreach=foreach)
+    Lamb([plain], **backend).step()
+    optimizer = Lamb([last], **backend)
     optimizer.step()
     torch.testing.assert_close(plain, last, rtol=1e-6, atol=1e-7)
     assert last.is_contiguous(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_lamb import Lamb
+from tests.helpers import BACKENDS
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: int = 25, scale: float = 1.0) -> None:
@@ -19,16 +20,16 @@ def some_params(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in [(20, 30), (30,), (), (2, 3, 4)]]
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+@BACKENDS
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 def test_without_layer_adaptation_it_is_adamw(
-    dtype: torch.dtype, tolerance: float, weight_decay: float, foreach: bool
+    dtype: torch.dtype, tolerance: float, weight_decay: float, backend: dict[str, bool]
 ) -> None:
     """Not bitwise: AdamW multiplies w by 1 - lr*λ first, we add λw to the direction."""
     ours, theirs = some_params(dtype), some_params(dtype)
     options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": weight_decay}
-    run(Lamb(ours, layer_adaptation=False, foreach=foreach, **options), ours)
+    run(Lamb(ours, layer_adaptation=False, **backend, **options), ours)
     run(torch.optim.AdamW(theirs, **options), theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -88,12 +89,12 @@ def test_small_gradients_are_not_scaled_up_by_the_clip() -> None:
     assert all(torch.equal(a, b) for a, b in zip(with_clip, without, strict=True))
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
-def test_lr_as_a_tensor_is_lr_as_a_float(foreach: bool) -> None:
+@BACKENDS
+def test_lr_as_a_tensor_is_lr_as_a_float(backend: dict[str, bool]) -> None:
     """Schedulers and CUDA graphs keep the rate in a tensor and change it in place."""
     as_float, as_tensor = some_params(), some_params()
-    by_float = Lamb(as_float, lr=1e-2, foreach=foreach)
-    by_tensor = Lamb(as_tensor, lr=torch.tensor(1e-2, dtype=torch.float64), foreach=foreach)
+    by_float = Lamb(as_float, lr=1e-2, **backend)
+    by_tensor = Lamb(as_tensor, lr=torch.tensor(1e-2, dtype=torch.float64), **backend)
     run(by_float, as_float, steps=3)
     run(by_tensor, as_tensor, steps=3)
     by_float.param_groups[0]["lr"] = 3e-3

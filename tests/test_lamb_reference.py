@@ -9,6 +9,7 @@ import torch
 from hf_lamb import Lamb
 from hf_lamb.backends.bucket import one_minus_power
 from hf_lamb.norms import squared_norms, trust_ratio
+from tests.helpers import BACKENDS
 from tests.reference import ReferenceLamb
 
 STEPS = 30
@@ -51,16 +52,16 @@ def worst_difference(params: list[torch.Tensor], reference: list[np.ndarray]) ->
     return worst
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("options", [o for _, o in OPTIONS], ids=[d for d, _ in OPTIONS])
-def test_equals_the_float64_reference(options: dict, dtype: torch.dtype, foreach: bool) -> None:
+def test_equals_the_float64_reference(options: dict, dtype: torch.dtype, backend: dict[str, bool]) -> None:
     """Every option, awkward shapes and gradient scales 1e-8 ... 1e8 (changing within the run): 30 steps."""
     rng = np.random.default_rng(0)
     params = [torch.tensor(heterogeneous(shape, rng, 0.05), dtype=dtype) for shape in SHAPES]
     params.append(torch.tensor(heterogeneous((31, 17), rng), dtype=dtype).t())  # not contiguous
     params.append(torch.zeros(40, dtype=dtype))  # ‖w‖ = 0 at the first step
-    optimizer = Lamb(params, foreach=foreach, **options)
+    optimizer = Lamb(params, **backend, **options)
     reference = ReferenceLamb([p.double().numpy() for p in params], **options)
     for step in range(STEPS):
         scale = SCALES[step % len(SCALES)]
@@ -72,13 +73,13 @@ def test_equals_the_float64_reference(options: dict, dtype: torch.dtype, foreach
     assert worst_difference(params, reference.w) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+@BACKENDS
 @pytest.mark.parametrize("scale", SCALES)
-def test_equals_the_reference_at_every_gradient_scale(scale: float, foreach: bool) -> None:
+def test_equals_the_reference_at_every_gradient_scale(scale: float, backend: dict[str, bool]) -> None:
     """A constant scale per run: eps matters at 1e-8, squares reach 1e16 at 1e8."""
     rng = np.random.default_rng(1)
     params = [torch.tensor(heterogeneous(shape, rng), dtype=torch.float32) for shape in SHAPES]
-    optimizer = Lamb(params, lr=1e-2, foreach=foreach)
+    optimizer = Lamb(params, lr=1e-2, **backend)
     reference = ReferenceLamb([p.double().numpy() for p in params], lr=1e-2)
     for _ in range(STEPS):
         for param in params:
@@ -88,14 +89,14 @@ def test_equals_the_reference_at_every_gradient_scale(scale: float, foreach: boo
     assert worst_difference(params, reference.w) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_parameters_are_the_rounded_reference(dtype: torch.dtype, foreach: bool) -> None:
+def test_low_precision_parameters_are_the_rounded_reference(dtype: torch.dtype, backend: dict[str, bool]) -> None:
     """bf16/fp16 weights: fp32 arithmetic and state, one rounding a step. A reference that starts each step from
     the rounded weights is met to half a unit in the last place, plus fp32's own error."""
     rng = np.random.default_rng(2)
     params = [torch.tensor(heterogeneous(shape, rng, 0.1), dtype=dtype) for shape in [(64, 33), (7,), ()]]
-    optimizer = Lamb(params, lr=1e-2, foreach=foreach)
+    optimizer = Lamb(params, lr=1e-2, **backend)
     reference = ReferenceLamb([p.double().numpy() for p in params], lr=1e-2)
     half_ulp = torch.finfo(dtype).eps / 2
     for _ in range(STEPS):
@@ -161,16 +162,16 @@ TF_ADDONS = [
 ]
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
+@BACKENDS
 @pytest.mark.parametrize(("options", "weights", "grads", "expected"), TF_ADDONS)
 def test_golden_vectors_of_tensorflow_addons(
-    options: dict, weights: list, grads: list, expected: dict, foreach: bool
+    options: dict, weights: list, grads: list, expected: dict, backend: dict[str, bool]
 ) -> None:
     """Numbers that no change to this project may move."""
     options = dict(options)
     decay = options.pop("inverse_time_decay", 0.0)
     params = [torch.tensor(w, dtype=torch.float64) for w in weights]
-    optimizer = Lamb(params, foreach=foreach, **options)
+    optimizer = Lamb(params, **backend, **options)
     for step in range(1, max(expected) + 1):
         optimizer.param_groups[0]["lr"] = 0.001 / (1 + decay * (step - 1))
         for param, grad in zip(params, grads, strict=True):
@@ -181,12 +182,12 @@ def test_golden_vectors_of_tensorflow_addons(
                 torch.testing.assert_close(param, torch.tensor(w, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
-def test_golden_single_step_of_keras(foreach: bool) -> None:
+@BACKENDS
+def test_golden_single_step_of_keras(backend: dict[str, bool]) -> None:
     """keras/src/optimizers/lamb_test.py: one step at lr 0.5, with Keras' eps of 1e-7."""
     w = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     w.grad = torch.tensor([1.0, 6.0, 7.0, 2.0], dtype=torch.float64)
-    Lamb([w], lr=0.5, eps=1e-7, weight_decay=0.0, foreach=foreach).step()
+    Lamb([w], lr=0.5, eps=1e-7, weight_decay=0.0, **backend).step()
     exact = torch.tensor([-0.369306318777, 0.630693567114, 1.630693563854, 2.630693612757], dtype=torch.float64)
     torch.testing.assert_close(w, exact, rtol=0, atol=1e-12)
     published = torch.tensor([-0.3693, 0.6306, 1.6306, 2.6306], dtype=torch.float64)

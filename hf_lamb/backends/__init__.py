@@ -7,7 +7,7 @@ weight w and every update u (shape [n] each), and whatever it wants to hand to i
 Between the two lies the only thing that may need other processes: summing the squares.
 """
 
-from hf_lamb.backends import eager, foreach
+from hf_lamb.backends import cpu, eager, foreach
 from hf_lamb.backends.bucket import Bucket
 
-__all__ = ["Bucket", "eager", "foreach"]
+__all__ = ["Bucket", "cpu", "eager", "foreach"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ class Bucket:
 
     group: dict[str, Any]
     reductions: Reductions = ()
+    contiguous: bool = True  # all of the tensors below
     names: list[str] = field(default_factory=list)
     slots: list[tuple[int, int]] = field(default_factory=list)  # where its group has each parameter
     params: list[Tensor] = field(default_factory=list)
@@ -25,9 +27,25 @@ class Bucket:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
+    # Where a backend may keep u between the visits: the optimizer's, of the arithmetic's dtype.
+    scratch: Tensor | None = None
     # 0-dim tensors on this bucket's device; None where the option behind them is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
+
+    def parts(self, size: int) -> Iterator[Bucket]:
+        """This bucket in parts of at most `size` elements; a larger tensor is a part of its own."""
+        start, elements = 0, 0
+        for stop, param in enumerate(self.params):
+            if stop > start and elements + param.numel() > size:
+                yield self._part(slice(start, stop))
+                start, elements = stop, 0
+            elements += param.numel()
+        yield self._part(slice(start, None))
+
+    def _part(self, part: slice) -> Bucket:
+        lists = ("names", "slots", "params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+        return replace(self, **{name: getattr(self, name)[part] for name in lists})
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, Trainer
 
 from hf_lamb import LambTrainer, LambTrainingArguments
+from recipes.processes import leave_process_group
 from tests.scripts.split_batch import LENGTH, VOCAB, FixedRows
 
 STEPS = 6
@@ -58,8 +59,10 @@ def main(output: Path) -> None:
             shutil.copytree(output / f"whole/checkpoint-{step}", output / f"resumed/checkpoint-{step}")
         (output / "resumed/checkpoint-4/rng_state_1.pth").unlink()
     whole.accelerator.wait_for_everyone()
-    trainer(output / "resumed").train(resume_from_checkpoint=True)
-    whole.accelerator.end_training()  # a process that exits with gloo's threads running now and then aborts
+    whole.model_wrapped = whole.model
+    resumed = trainer(output / "resumed")
+    resumed.train(resume_from_checkpoint=True)
+    leave_process_group(resumed)
 
 
 if __name__ == "__main__":

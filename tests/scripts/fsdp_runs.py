@@ -7,6 +7,7 @@ weights.pt, what a Trainer logged in log.json, and what a plain loop ended with 
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -279,4 +280,5 @@ if __name__ == "__main__":
     logging.getLogger("hf_lamb").setLevel(logging.ERROR)
     dist.init_process_group("gloo")
     main(given.root, given.whole, given.resume)
+    gc.collect()  # DDP's reducers before the process group, see recipes.processes
     dist.destroy_process_group()

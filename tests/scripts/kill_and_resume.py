@@ -1,6 +1,6 @@
 """Kills the pretraining recipe ten times, three times during a save, and compares what the resumed runs end with.
 
-    python -m tests.scripts.kill_and_resume [SEED]
+    python -m tests.scripts.kill_and_resume [SEED [KILLS]]
 
 Each run is killed (SIGKILL, the whole process group) at a moment drawn at random, resumed with
 `--resume_from_checkpoint latest` (or started anew where there is no checkpoint yet), and must end bit for bit as the
@@ -9,6 +9,7 @@ accumulation steps. Prints a line for each kill; the exit status is 1 if a run e
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ from typing import Any
 from hf_lamb.checkpoints import UNFINISHED, newest_complete_checkpoint
 from recipes.corpus import load_documents
 
-KILLS, DURING_SAVE = 10, 3
+KILLS = 10
 STEPS, SAVE_STEPS = 40, 4
 RECIPE = [
     *("--size", "tiny", "--vocab_size", "400", "--max_seq_length", "32", "--use_cpu"),
@@ -35,7 +36,7 @@ SAVED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def main(seed: int) -> int:
+def main(seed: int = 0, kills: int = KILLS) -> int:
     rng = random.Random(seed)
     root = Path(tempfile.mkdtemp(prefix="kill_and_resume-"))
     say(f"seed {seed}, runs in {root}")
@@ -47,8 +48,8 @@ def main(seed: int) -> int:
     row = "{:>4}  {:<44}{:<36}{:<16}{}".format
     say(row("kill", "when", "checkpoints found", "resumed from", "ends equal"))
 
-    different, in_saves = 0, set(rng.sample(range(KILLS), DURING_SAVE))
-    for kill in range(KILLS):
+    different, in_saves = 0, set(rng.sample(range(kills), math.ceil(0.3 * kills)))
+    for kill in range(kills):
         output = root / f"killed-{kill + 1}"
         when = kill_in_a_save(output, rng) if kill in in_saves else kill_between(output, rng, start_up, between_saves)
         found = contents(output)
@@ -59,7 +60,7 @@ def main(seed: int) -> int:
         resumed = Path(checkpoint).name if checkpoint else "(anew)"
         say(row(kill + 1, when, found, resumed, f"NO: {', '.join(wrong)}" if wrong else "yes"))
 
-    say(f"\n{KILLS - different} of {KILLS} killed runs end bit for bit as the whole one")
+    say(f"\n{kills - different} of {kills} killed runs end bit for bit as the whole one")
     if different:
         return 1
     shutil.rmtree(root)
@@ -98,8 +99,8 @@ def run_undisturbed(output: Path) -> tuple[float, float]:
 
 
 def kill_between(output: Path, rng: random.Random, start_up: float, between_saves: float) -> str:
-    """Kill somewhere between the start and the end; a little later than drawn if the machine is slow."""
-    step = rng.randrange(0, STEPS, SAVE_STEPS)
+    """Kill somewhere between the start and the last save; a little later than drawn if the machine is slow."""
+    step = rng.randrange(0, STEPS - SAVE_STEPS, SAVE_STEPS)
     delay = rng.random() * (between_saves if step else start_up)
     run = start(output)
     if step:
@@ -184,4 +185,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 0))
+    sys.exit(main(*map(int, sys.argv[1:])))

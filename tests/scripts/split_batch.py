@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel, set_seed
 
 from hf_lamb import LambTrainer, LambTrainingArguments
+from recipes.processes import leave_process_group
 
 VOCAB, LENGTH, ROWS, STEPS = 211, 24, 640, 50
 MODELS = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification}
@@ -96,6 +97,7 @@ def main(task: str, per_device_batch: int, accumulation: int, output: Path) -> N
         output.mkdir(parents=True, exist_ok=True)
         torch.save({n: p.detach() for n, p in trainer.model.named_parameters()}, output / "weights.pt")
         (output / "log.json").write_text(json.dumps(trainer.state.log_history))
+    leave_process_group(trainer)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""The fused backend for CPUs: blocks that fit in the cache, on the kernel behind `torch.optim.AdamW(fused=True)`.
+
+That kernel, given -λw in the place of the parameter and a rate of 1, moves m and v and leaves -u there. The norms find
+it in the cache, and so does the second visit, unless the tensor is too large or waits for other processes: then u is
+computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_lamb.backends.bucket import Bucket
+from hf_lamb.norms import squared_norms
+
+# Elements. w, g, m, v and u of a block should be in the cache together, of a part w and u. Best of 2^18 to 2^21 and
+# of 2^20 to 2^24 with 2 MB of L2 and 32 MB of L3 on BERT-base, all within a fifth.
+BLOCK = 1 << 20
+PART = 1 << 21
+
+Piece = tuple[int, int, int]  # of the bucket's i-th tensor, the elements from here to there
+Held = list[tuple[list[Piece], list[Tensor]]]
+
+
+def takes(bucket: Bucket) -> bool:
+    """Whether torch has the kernel, and these tensors lie in memory one element after another, as it wants them."""
+    return bucket.contiguous and hasattr(torch, "_fused_adam_")
+
+
+def scratch_size(bucket: Bucket) -> int:
+    """Elements of scratch for this bucket and its parts: those of the largest tensor, at least of a part."""
+    sizes = [param.numel() for param in bucket.params]
+    return max(min(sum(sizes), PART), max(sizes))
+
+
+def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
+    """Move m and v; return ‖w‖², ‖u‖² and, where there is scratch for all of them, the -u."""
+    beta1, beta2 = bucket.group["betas"]
+    bias_correction, weight_decay = bucket.group["bias_correction"], bucket.group["weight_decay"]
+    # 1 - beta**inf = 1
+    steps = bucket.steps if bias_correction else [torch.full_like(step, torch.inf) for step in bucket.steps]
+    skip = None if bucket.finite is None else bucket.finite.logical_not().float()
+    scratch = _scratch(bucket)
+    keep = not bucket.reductions and sum(param.numel() for param in bucket.params) <= scratch.numel()
+
+    held: Held = []
+    owners: list[int] = []
+    squares = []
+    start = 0
+    for run in _runs(bucket):
+        w = [x.to(bucket.math_dtype) for x in _take(bucket.params, run)]
+        g = [x.to(bucket.math_dtype) for x in _take(bucket.grads, run)]
+        if bucket.clip_factor is not None:
+            g = list(torch._foreach_mul(g, bucket.clip_factor))
+        minus_u = []
+        for x in w:
+            minus_u.append(torch.mul(x, -weight_decay, out=scratch[start : start + x.numel()].view_as(x)))
+            start += x.numel()
+        torch._fused_adam_(
+            minus_u,
+            g,
+            _take(bucket.exp_avgs, run),
+            _take(bucket.exp_avg_sqs, run),
+            [],
+            [steps[i] for i, _, _ in run],
+            lr=1.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=bucket.group["eps"],
+            amsgrad=False,
+            maximize=bucket.group["maximize"],
+            found_inf=skip,
+        )
+        squares.append(torch.stack((squared_norms(w), squared_norms(minus_u))))
+        owners.extend(i for i, _, _ in run)
+        if keep:
+            held.append((run, minus_u))
+        else:
+            start = 0
+    sums = torch.zeros(2, len(bucket.params), dtype=bucket.math_dtype)
+    w_sq, u_sq = sums.index_add_(1, torch.tensor(owners), torch.cat(squares, dim=1))
+    return w_sq, u_sq, held if keep else None
+
+
+def apply(bucket: Bucket, held: Held | None, step_sizes: Tensor) -> None:
+    """w -= step_size * u, from the last block, which is still in the cache, to the first."""
+    sizes = step_sizes.unbind()
+    for run, minus_u in reversed(held) if held is not None else _computed_again(bucket):
+        for x, y, (i, _, _) in zip(_take(bucket.params, run), minus_u, run, strict=True):
+            if x.dtype == y.dtype:
+                x.addcmul_(y, sizes[i])
+            else:
+                x.copy_(torch.addcmul(x.to(y.dtype), y, sizes[i]))
+
+
+def _computed_again(bucket: Bucket) -> Iterator[tuple[list[Piece], list[Tensor]]]:
+    """-u, block by block, from the moments as `direction` left them."""
+    scratch = _scratch(bucket)
+    corrections = zip(*(c.unbind() for c in bucket.bias_corrections()), strict=True)
+    factors = [(-1 / c1, c2.sqrt()) for c1, c2 in corrections]
+    for run in _runs(bucket):
+        minus_u, start = [], 0
+        tensors = (_take(tensors, run) for tensors in (bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs))
+        for w, m, v, (i, _, _) in zip(*tensors, run, strict=True):
+            minus_inverse, root = factors[i]
+            x = scratch[start : start + w.numel()].view_as(w)
+            start += w.numel()
+            torch.sqrt(v, out=x).div_(root).add_(bucket.group["eps"])
+            torch.div(m, x, out=x).mul_(minus_inverse).sub_(w, alpha=bucket.group["weight_decay"])
+            minus_u.append(x)
+        yield run, minus_u
+
+
+def _scratch(bucket: Bucket) -> Tensor:
+    assert bucket.scratch is not None
+    return bucket.scratch
+
+
+def _runs(bucket: Bucket) -> Iterator[list[Piece]]:
+    """Pieces of about a block together: large tensors in several, small ones side by side."""
+    run: list[Piece] = []
+    size = 0
+    for i, param in enumerate(bucket.params):
+        for start in range(0, max(param.numel(), 1), BLOCK):
+            stop = min(start + BLOCK, param.numel())
+            if run and size + stop - start > BLOCK:
+                yield run
+                run, size = [], 0
+            run.append((i, start, stop))
+            size += stop - start
+    yield run
+
+
+def _take(tensors: list[Tensor], run: list[Piece]) -> list[Tensor]:
+    return [
+        tensors[i] if stop - start == tensors[i].numel() else tensors[i].view(-1)[start:stop] for i, start, stop in run
+    ]

@@ -1,0 +1,12 @@
+"""Protects what a killed run leaves: it ends, resumed, bit for bit as the run that was not killed."""
+
+import pytest
+
+from tests.scripts import kill_and_resume
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_the_whole_one(capfd: pytest.CaptureFixture[str]) -> None:
+    """Two kills of `make kill-test`, one of them during a save."""
+    assert kill_and_resume.main(seed=1, kills=2) == 0
+    assert "2 of 2 killed runs" in capfd.readouterr().out
