@@ -27,7 +27,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 from recipes import html_report
 from recipes.compare_optimizers import autocast
-from recipes.metrics import Classification
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
 from recipes.plots import u_curves
 from recipes.pretrain_bert import make_output_dir
@@ -245,6 +244,8 @@ def fresh(model: Any, start: str, name: str) -> Any:
 @torch.no_grad()
 def score(model: Any, part: Encoded) -> dict[str, float]:
     """Accuracy and macro F1."""
+    from recipes.metrics import Classification
+
     model.eval()
     metric = Classification()
     for rows in torch.arange(len(part.labels), device=part.labels.device).split(256):
@@ -259,8 +260,10 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import LinearSVC
-    except ImportError:
-        raise ValueError("the baselines need: pip install scikit-learn") from None
+
+        from recipes.metrics import Classification
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'hf_lamb[recipes]'") from None
 
     def texts(examples: Sequence[Example]) -> list[str]:
         return [f"{example.text} {example.pair or ''}" for example in examples]

@@ -147,14 +147,16 @@ def _file_examples(path: Path, text_column: str, label_column: str) -> list[Exam
 def _glue(name: str) -> Task:
     if name not in GLUE:
         raise ValueError(f"unknown GLUE task {name!r}: one of {', '.join(GLUE)}")
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"the GLUE task {name} needs: pip install datasets") from None
     try:
         parts = load_dataset("nyu-mll/glue", name)
     except Exception as error:  # whatever hub, network or builder raise; it comes in many types
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"the hub gave no GLUE {name} ({type(error).__name__}: {reason}): try again with a network, or take a "
+            f"the hub gave no GLUE task {name} ({type(error).__name__}: {reason}): try again with a network, or take a "
             "task that needs none"
         ) from error
     first, second = GLUE[name]

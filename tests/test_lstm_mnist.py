@@ -54,6 +54,7 @@ def test_mnists_files_are_read(mnist: Path) -> None:
 
 
 def test_the_digits_are_split_without_overlap() -> None:
+    pytest.importorskip("sklearn")
     data = load_images(None)
     assert [len(part) for part in data] == [1295, 143, 359]
     rows = torch.cat([part.pixels.flatten(1) for part in data])
@@ -116,6 +117,8 @@ BAD = [
 def test_bad_input_gets_one_line(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "--data_dir" not in arguments:
+        pytest.importorskip("sklearn")
     with pytest.raises(SystemExit) as exit_:
         run(monkeypatch, *SMALL, "--output_dir", str(tmp_path / "out"), *arguments)
     (line,) = str(exit_.value).splitlines()
