@@ -156,8 +156,8 @@ def _glue(name: str) -> Task:
     except Exception as error:  # whatever hub, network or builder raise; it comes in many types
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"the hub gave no GLUE task {name} ({type(error).__name__}: {reason}): try again with a network, or take a "
-            "task that needs none"
+            f"the hub gave no GLUE task {name} ({type(error).__name__}: {reason}): try again with a network, or take "
+            "a task that needs none"
         ) from error
     first, second = GLUE[name]
     labels = parts["train"].features["label"].names

@@ -21,6 +21,7 @@ from recipes.compare_optimizers import CompareArguments, Data, load_data, masked
 from recipes.compare_report import Cell, fitted, rows_of, steps_to, target_rows
 from recipes.optimizers import new_optimizer, rate_factor, trust_ratios
 from recipes.sweep import Record, Trial, Tuned, read_records, trial_of
+from tests.helpers import torchrun
 
 SMALL = ["--use_cpu", "True", "--optimizers", "lamb", "adamw", "--batch_sizes", "4", "8", "--vocab_size", "400"]
 SMALL += ["--max_seq_length", "16", "--train_sequences", "64", "--micro_batch_size", "4", "--eval_sequences", "16"]
@@ -130,6 +131,15 @@ def test_five_kills_of_the_recipe(study: Path, texts: Path, tmp_path: Path) -> N
     losses = [{trial_of(r): r["curve"] for r in records} for records in (whole, read_records(trials))]
     assert len(read_records(trials)) == len(whole)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_same_study(study: Path, texts: Path, tmp_path: Path) -> None:
+    """The same trials with the same losses, and one report."""
+    torchrun(2, "recipes.compare_optimizers", *SMALL, "--corpus", str(texts), "--output_dir", str(tmp_path))
+    runs = [{trial_of(r): r["curve"] for r in read_records(folder / "trials.jsonl")} for folder in (study, tmp_path)]
+    assert runs[0] == runs[1]
+    assert (tmp_path / "report.html").exists()
 
 
 # -- a trial ----------------------------------------------------------------------------------------------------------
