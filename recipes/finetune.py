@@ -334,7 +334,10 @@ def write_report(study: Study, records: Sequence[Record]) -> str:
         html_report.paragraph(what),
         html_report.table(HEADER, rows),
         html_report.paragraph(notes),
-        html_report.figure(folder / "u_curves.png", "Validation error against learning rate, the tuning seed."),
+        html_report.figure(
+            folder / "u_curves.png",
+            "Validation error against learning rate. Lines: the tuning runs. Bars: fresh seeds.",
+        ),
         html_report.paragraph(f"Commands: {'; '.join(sorted({record['command'] for record in records}))}."),
     ]
     html_report.write_page(folder / "report.html", f"Fine-tuning on {facts['task']}: LAMB and AdamW", parts)
