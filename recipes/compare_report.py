@@ -10,7 +10,7 @@ import numpy as np
 from recipes import html_report
 from recipes.optimizers import NAMES
 from recipes.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
-from recipes.sweep import Record, Search, Spread, Study, Tuned, judged, outcomes, spread, standing, tuned
+from recipes.sweep import Record, Search, Spread, Study, Tuned, hardware_of, judged, outcomes, spread, standing, tuned
 
 HEADER = ("batch", "steps", "optimizer", "trials", "best rate", "loss", "", "√-rule rate", "loss, not tuned", "")
 TARGET_HEADER = ("batch", "optimizer", "steps to the target", "sequences to the target")
@@ -385,13 +385,12 @@ def plot_all(
 def description(records: Sequence[Record]) -> str:
     facts = records[0]["study"]
     tokens = facts["train_sequences"] * facts["max_seq_length"]
-    hardware = sorted({record["hardware"] for record in records})
     return (
         f"BERT of size {facts['size']}, {records[0]['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}, "
         f"pretrained by masked language modelling; corpus: {' '.join(facts['corpus'])}. Every run sees "
         f"{facts['train_sequences']:,} sequences of {facts['max_seq_length']} tokens ({tokens / 1e6:.3g} million), "
         f"whatever the batch size. Guessing every token by its frequency: {records[0]['unigram_loss']:.3f} nats. "
-        f"{len(records)} runs on {', '.join(hardware)}."
+        f"{len(records)} runs on {hardware_of(records)}."
     )
 
 

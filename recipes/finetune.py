@@ -30,7 +30,7 @@ from recipes.compare_optimizers import autocast
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
 from recipes.plots import u_curves
 from recipes.pretrain_bert import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, outcomes, shuffled, spread, standing
+from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 from recipes.tasks import PARTS, Example, Task, load_task
 
 # Where the search of the first start begins.
@@ -311,7 +311,7 @@ def description(records: Sequence[Record]) -> str:
         f"Task {facts['task']}: {facts['classes']} classes, {facts['train']:,} texts to train on, "
         f"{facts['validation']:,} to choose the rates by, {facts['test']:,} for testing. {facts['model']}, "
         f"{records[0]['parameters']:,} parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, "
-        f"{facts['max_seq_length']} tokens. {len(records)} runs."
+        f"{facts['max_seq_length']} tokens. {len(records)} runs on {hardware_of(records)}."
     )
 
 

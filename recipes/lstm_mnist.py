@@ -27,7 +27,7 @@ from recipes.images import Images, Split, load_images
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
 from recipes.plots import COLOURS, legend_below, picture, u_curves
 from recipes.pretrain_bert import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, outcomes, shuffled, spread, standing
+from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
 FIRST_RATES = {"lamb": 2e-2, "adamw": 8e-3, "adam": 8e-3, "sgd": 0.5}
@@ -278,7 +278,7 @@ def description(records: Sequence[Record]) -> str:
     return (
         f"{facts['data']}: {train:,} training images, {validation:,} to choose the rates by, {test:,} for testing. An "
         f"LSTM of {facts['hidden_size']} units reads them row by row, each of them {facts['epochs']} times in every "
-        f"run, whatever the batch size. {len(records)} runs."
+        f"run, whatever the batch size. {len(records)} runs on {hardware_of(records)}."
     )
 
 

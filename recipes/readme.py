@@ -31,7 +31,10 @@ def with_results(readme: str) -> str:
         begin, end = f"<!-- results: {name} -->\n", f"<!-- /results: {name} -->\n"
         before, rest = readme.split(begin)
         records = read_records(RESULTS / f"{FILES.get(name, name)}.jsonl")
-        parts = [part if part.startswith("|") else fill(part, 120) + "\n" for part in results_of(records)]
+        parts = [
+            part if part.startswith("|") else fill(part, 120, break_on_hyphens=False) + "\n"
+            for part in results_of(records)
+        ]
         readme = before + begin + "\n".join(parts) + end + rest.split(end)[1]
     return readme
 

@@ -186,6 +186,10 @@ def judged(search: Search, records: Sequence[Record], optimizer: str, setting: A
     return [record for record in records if trial_of(record) in wanted]
 
 
+def hardware_of(records: Sequence[Record]) -> str:
+    return ", ".join(sorted({record["hardware"] for record in records}))
+
+
 def outcomes(search: Search, records: Sequence[Record]) -> dict[tuple[Any, str], tuple[Tuned, list[Record]]]:
     """{(setting, optimizer): (best rate, its runs with fresh seeds)} of what has all its trials, in order."""
     missing = {(trial.setting, trial.optimizer) for trial in search.next_trials(records)}
