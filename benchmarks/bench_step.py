@@ -144,6 +144,7 @@ def main() -> None:
     least = elements * (5 * 4 + 2 * params[0].element_size())  # read w, g, m, v; write w, m, v; moments are fp32
     rows = {}
     for name, optimizer in optimizers.items():
+        getattr(optimizer, "_scratch", {}).clear()  # hf_lamb's, which it would keep for the next step
         rows[name] = {
             "milliseconds_min": round(1e3 * min(seconds[name]), 3),
             "milliseconds_median": round(1e3 * median(seconds[name]), 3),
