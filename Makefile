@@ -4,7 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune test test-slow test-distributed sharding-report kill-test lint format types check clean
+.PHONY: help setup pretrain compare lstm finetune test test-slow test-distributed sharding-report kill-test bench \
+	lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,16 @@ sharding-report: setup  ## measure sharded against unsharded runs, of other LAMB
 
 kill-test: setup  ## kill the pretraining ten times; every resumed run must end bit for bit alike (minutes)
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)
+
+bench: setup  ## what a step costs, beside the other LAMBs that are installed; README's table (minutes)
+	rm -f benchmarks/results/*.jsonl
+	$(RUN) benchmarks.bench_step --output benchmarks/results/step.jsonl
+	$(RUN) benchmarks.bench_step --dtype bfloat16 --output benchmarks/results/step.jsonl
+	$(RUN) benchmarks.bench_step --shapes many-small --output benchmarks/results/step.jsonl
+	$(RUN) benchmarks.bench_step --shapes one-huge --output benchmarks/results/step.jsonl
+	for n in 2 4; do OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$n \
+		-m benchmarks.bench_sharded_step --hidden_size 256 --output benchmarks/results/sharded_step.jsonl || exit 1; done
+	$(RUN) benchmarks.tables
 
 lint: setup  ## ruff: lint and format check
 	$(RUN) ruff check .

@@ -25,10 +25,13 @@ _ROW = 4096
 def _norm_by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     flat = x.reshape(-1)
     whole = flat.numel() - flat.numel() % _ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
+    rows = flat[:whole].view(-1, _ROW)
+    # Of another dtype, torch would copy all of a tensor: not more than 256 rows at a time.
+    some = (rows,) if x.dtype == dtype else torch.split(rows, 256)
+    norms = [torch.linalg.vector_norm(y, dim=1, dtype=dtype) for y in some]
     if whole < flat.numel():
-        rows = torch.cat((rows, torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1)))
-    norm: Tensor = torch.linalg.vector_norm(rows)
+        norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms) if len(norms) > 1 else norms[0])
     return norm
 
 

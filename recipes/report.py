@@ -43,6 +43,13 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         unfinished.write_text(before + json.dumps(record) + "\n")
 
 
+def between_markers(text: str, name: str, content: str) -> str:
+    """The text with `content` between `<!-- NAME -->` and `<!-- /NAME -->`, whatever stood there."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = text.split(begin)
+    return before + begin + content + end + rest.split(end)[1]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what shall replace `path`, which happens in one rename when the block ends.

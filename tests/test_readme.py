@@ -7,11 +7,13 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import HfArgumentParser
 
+from benchmarks import scaling_model, tables
 from recipes import pretrain_bert, readme
 from tests.scripts import sharding_report
 
@@ -93,6 +95,29 @@ def test_lines_of_the_other_recipes_parse(name: str) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         HfArgumentParser(arguments).parse_args_into_dataclasses(words[words.index(f"recipes.{name}") + 1 :])
+
+
+@pytest.mark.parametrize(("file", "markers", "name", "table"), tables.TABLES)
+def test_the_tables_of_benchmarks_are_the_recorded_ones(file: str, markers: str, name: str, table: Any) -> None:
+    """Generated: `make bench` measures, `python -m benchmarks.tables` writes them."""
+    text = (ROOT / file).read_text()
+    assert tables.with_table(text, markers, name, table) == text
+
+
+def test_the_table_of_predictions_is_the_models() -> None:
+    """Generated: `python -m benchmarks.scaling_model` prints it."""
+    assert scaling_model.table() in (ROOT / "docs/scaling.md").read_text()
+
+
+def test_the_score_of_make_pretrain_is_the_recorded_one() -> None:
+    (line,) = (ROOT / "recipes/results/pretrain_bert.jsonl").read_text().splitlines()
+    run = json.loads(line)
+    loss, unigrams = run["held_out_loss"], run["unigram_loss"]
+    assert f"{unigrams - loss:.3f} nats below the unigram" in README
+    assert f"held-out loss {loss:.3f} against {unigrams:.3f} nats" in README
+    assert f"accuracy {run['held_out_accuracy']:.1%} against {run['unigram_accuracy']:.1%}" in README.replace(
+        " %", "%"
+    )
 
 
 def size_table() -> str:

@@ -14,13 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from recipes.report import provenance, replacing
+from recipes.report import between_markers, provenance, replacing
 from tests.helpers import torchrun
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "recipes/results/sharding.jsonl"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- sharding-report -->\n", "<!-- /sharding-report -->\n"
 
 MODES = {
     "ddp": "DDP",
@@ -122,8 +121,7 @@ def _cell(difference: float, dtype: str) -> str:
 
 
 def with_table(readme: str, records: list[dict[str, Any]]) -> str:
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table(records) + END + rest.split(END)[1]
+    return between_markers(readme, "sharding-report", table(records))
 
 
 def main() -> None:

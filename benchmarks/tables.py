@@ -1,0 +1,67 @@
+"""Writes the tables and the picture of what a step costs, from the committed records.
+
+python -m benchmarks.tables
+"""
+
+from collections.abc import Callable
+from json import loads
+from pathlib import Path
+from typing import Any
+
+from recipes.report import between_markers, replacing
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+Record = dict[str, Any]
+
+
+def step_table(records: list[Record]) -> str:
+    """One row an optimizer, one column a set of tensors: ratio of minima to AdamW(fused=True), and scratch memory."""
+    names = list(dict.fromkeys(name for record in records for name in record["steps"]))
+    heads = [f"{record['shapes']}, {record['dtype']}" for record in records]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for name in names:
+        cells = [cell(record["steps"].get(name)) for record in records]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for key, label in (("copy", "a copy"), ("adamw", "AdamW fused")):
+        rates = [f"{record[f'gigabytes_per_second_{key}']:.0f} GB/s" for record in records]
+        lines.append(f"| {label} moves | " + " | ".join(rates) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, float] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ratio_of_minima']:.2f} ({row['ratio_of_medians']:.2f}), {row['scratch_megabytes']:,.0f} MB"
+
+
+def sharded_table(records: list[Record]) -> str:
+    """One row an optimizer, one column a number of processes: ratio of medians, and collectives a step."""
+    heads = [f"{record['processes']} processes" for record in records]
+    lines = ["| | collectives | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 2) + "|"]
+    for name, row in records[0]["steps"].items():
+        cells = [
+            f"{record['steps'][name]['milliseconds']:,.0f} ms, {record['steps'][name]['ratio_to_adamw_foreach']:.2f}"
+            for record in records
+        ]
+        lines.append(f"| {name} | {row['collectives']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# (file, name of the markers, name of the records, the table)
+TABLES: tuple[tuple[str, str, str, Callable[[list[Record]], str]], ...] = (
+    ("README.md", "bench: step", "step", step_table),
+    ("docs/scaling.md", "bench: sharded step", "sharded_step", sharded_table),
+)
+
+
+def with_table(text: str, markers: str, name: str, table: Callable[[list[Record]], str]) -> str:
+    """The text of a file with its table as it is recorded."""
+    records = [loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    return between_markers(text, markers, table(records))
+
+
+if __name__ == "__main__":
+    for file, *table in TABLES:
+        with replacing(ROOT / file) as unfinished:
+            unfinished.write_text(with_table((ROOT / file).read_text(), *table))
