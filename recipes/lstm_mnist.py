@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 from recipes import html_report
 from recipes.images import Images, Split, load_images
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
-from recipes.plots import COLOURS, legend_below, picture, u_curves
+from recipes.plots import COLOURS, legend_below, picture, plain_log, u_curves
 from recipes.pretrain_bert import make_output_dir
 from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 
@@ -249,6 +249,7 @@ def plot_curves(path: Path, search: Search, records: Sequence[Record]) -> None:
                             axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             axes[0][column].set_title(f"batch {batch_size:,}")
             axes[0][column].set_yscale("log")
+            plain_log(axes[0][column].yaxis)
             axes[1][column].set_xlabel("optimizer steps")
         for axis in axes.flat:
             axis.grid(alpha=0.25)

@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[list[Record]], list[str]]] = {
     "compare_targets": compare_optimizers.targets_of,
     "lstm_digits": lstm_mnist.results_of,
     "lstm_digits_longer": lstm_mnist.results_of,
+    "lstm_fashion": lstm_mnist.results_of,
     "finetune_topic": finetune.results_of,
 }
 FILES = {"compare_targets": "compare_optimizers"}  # a second table of the same records
