@@ -16,6 +16,15 @@ from hf_lamb.registration import register
 
 if TYPE_CHECKING:
     from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
+    from hf_lamb.sharpness import (
+        SharpnessCallback,
+        adaptive_sharpness,
+        alpha_scale,
+        epsilon_flatness,
+        epsilon_sharpness,
+        lambda_max,
+        weighted_trace,
+    )
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
 
 __all__ = [
@@ -23,20 +32,34 @@ __all__ = [
     "LambTrainer",
     "LambTrainingArguments",
     "LayerStats",
+    "SharpnessCallback",
     "SkippedSteps",
     "SkippedStepsCallback",
     "TrustRatioCallback",
     "__version__",
+    "adaptive_sharpness",
+    "alpha_scale",
     "convert_state_dict",
+    "epsilon_flatness",
+    "epsilon_sharpness",
     "lamb_param_groups",
+    "lambda_max",
     "register",
+    "weighted_trace",
 ]
 
 _LAZY = {
     "LambTrainer": "hf_lamb.trainer",
     "LambTrainingArguments": "hf_lamb.trainer",
+    "SharpnessCallback": "hf_lamb.sharpness",
     "SkippedStepsCallback": "hf_lamb.callbacks",
     "TrustRatioCallback": "hf_lamb.callbacks",
+    "adaptive_sharpness": "hf_lamb.sharpness",
+    "alpha_scale": "hf_lamb.sharpness",
+    "epsilon_flatness": "hf_lamb.sharpness",
+    "epsilon_sharpness": "hf_lamb.sharpness",
+    "lambda_max": "hf_lamb.sharpness",
+    "weighted_trace": "hf_lamb.sharpness",
 }
 
 
