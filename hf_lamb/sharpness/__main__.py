@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=positive, default=64, help="rows at a time; changes nothing but memory and rounding")
     add("--max_length", type=positive, default=128, help="tokens in a row")
     add("--epsilon", type=float, default=1e-3, help="of Keskar's box")
-    add("--rho", type=float, default=2e-3, help="largest relative change of a weight")
+    add("--rho", type=float, default=1e-2, help="largest relative change of a weight")
     add("--steps", type=positive, default=20, help="steps of the ascent")
     add("--subspace", type=positive, help="also Keskar's sharpness in so many random directions")
     add("--curvature", action="store_true", help="also the largest eigenvalue and traces of the Hessian")

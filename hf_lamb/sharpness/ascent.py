@@ -22,11 +22,16 @@ from hf_lamb.sharpness.objective import LossFn, Objective, check_loss, objective
 
 
 class Sharpness(NamedTuple):
-    """A sharpness, the loss at the weights themselves, and the highest loss that was found nearby, in nats."""
+    """A sharpness, the loss at the weights themselves, the highest loss found nearby, and what the slope accounts for.
+
+    slope: Σ bᵢ|∂L/∂wᵢ|, the value that the gradient alone would give, in the value's unit. Where it is most of the
+    value, the weights are not at a minimum, and what was measured is how far training is from having settled.
+    """
 
     value: float
     loss: float
     highest_loss: float
+    slope: float
 
 
 def epsilon_sharpness(
@@ -72,15 +77,16 @@ def epsilon_sharpness(
             region: Region = WholeSpace(problem, lambda w: epsilon * (w.abs() + 1), seed)
         else:
             region = RandomSubspace(problem, epsilon, subspace, seed)
-        loss, highest = ascend(problem, region, steps, f"sharpness, ε = {epsilon:g}")
-    return Sharpness(100 * (highest - loss) / (1 + loss), loss, highest)
+        found = ascend(problem, region, steps, f"sharpness, ε = {epsilon:g}")
+    percent = 100 / (1 + found.loss)
+    return found._replace(value=percent * found.value, slope=percent * found.slope)
 
 
 def adaptive_sharpness(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Iterable[Any],
-    rho: float = 2e-3,
+    rho: float = 1e-2,
     *,
     steps: int = 20,
     seed: int = 0,
@@ -101,15 +107,14 @@ def adaptive_sharpness(
     _check("rho", rho, steps)
     with objective(model, loss_fn, batches, process_group) as problem:
         region = WholeSpace(problem, lambda w: rho * w.abs(), seed)
-        loss, highest = ascend(problem, region, steps, f"adaptive sharpness, ρ = {rho:g}")
-    return Sharpness(highest - loss, loss, highest)
+        return ascend(problem, region, steps, f"adaptive sharpness, ρ = {rho:g}")
 
 
 def layer_sharpness(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Iterable[Any],
-    rho: float = 2e-3,
+    rho: float = 1e-2,
     *,
     steps: int = 10,
     seed: int = 0,
@@ -132,8 +137,7 @@ def layer_sharpness(
                 y.grad = None
             problem.weights = {name: whole[name] for name in names}
             region = WholeSpace(problem, lambda w: rho * w.abs(), seed)
-            loss, highest = ascend(problem, region, steps, f"adaptive sharpness of {layer}")
-            found[layer] = Sharpness(highest - loss, loss, highest)
+            found[layer] = ascend(problem, region, steps, f"adaptive sharpness of {layer}")
             region.back()
     return found
 
@@ -141,8 +145,11 @@ def layer_sharpness(
 class Region(Protocol):
     """The box that the weights may move in."""
 
-    def move(self, step: float) -> None:
-        """One step of sign-gradient ascent, in units of half the box's width, from the gradient in `y.grad`."""
+    def move(self, step: float) -> float:
+        """One step of sign-gradient ascent, in units of half the box's width, from the gradient in `y.grad`.
+
+        Returns Σ bᵢ|gᵢ| of that gradient, along the box's sides.
+        """
 
 
 class WholeSpace:
@@ -155,14 +162,17 @@ class WholeSpace:
         self.random: torch.Generator | None = torch.Generator(problem.device).manual_seed(seed)
 
     @torch.no_grad()
-    def move(self, step: float) -> None:
+    def move(self, step: float) -> float:
         """See `Region`."""
+        slope = torch.zeros((), dtype=torch.float64, device=self.problem.device)
         for w, y in self.problem.pairs():
             assert y.grad is not None
             b = self.half_width(w)
+            slope += (b * y.grad.abs()).sum(dtype=torch.float64)
             y.add_(_signs(y.grad, self.random) * b, alpha=step)
             torch.clamp(y, w - b, w + b, out=y)
         self.random = None
+        return slope.item()
 
     @torch.no_grad()
     def back(self) -> None:
@@ -191,16 +201,17 @@ class RandomSubspace:
         self.z = torch.zeros_like(self.b)
 
     @torch.no_grad()
-    def move(self, step: float) -> None:
+    def move(self, step: float) -> float:
         """See `Region`."""
-        slope = torch.zeros_like(self.z)  # Aᵀ∇L
+        gradient = torch.zeros_like(self.z)  # Aᵀ∇L
         for (_, y), rows, a in self._blocks():
             assert y.grad is not None
-            slope += (a.T @ y.grad.flatten()[rows]).double()
-        self.z = torch.clamp(self.z + step * self.b * _signs(slope, self.random), -self.b, self.b)
+            gradient += (a.T @ y.grad.flatten()[rows]).double()
+        self.z = torch.clamp(self.z + step * self.b * _signs(gradient, self.random), -self.b, self.b)
         self.random = None
         for (w, y), rows, a in self._blocks():
             y.view(-1)[rows] = w.flatten()[rows] + a @ self.z.to(a.dtype)
+        return torch.sum(self.b * gradient.abs()).item()
 
     def _blocks(self, rows: int = 8192) -> Iterator[tuple[tuple[Tensor, nn.Parameter], slice, Tensor]]:
         """((w, y), rows, A's entries for them), drawn from the same seed every time."""
@@ -216,19 +227,21 @@ class RandomSubspace:
                 )
 
 
-def ascend(problem: Objective, region: Region, steps: int, description: str) -> tuple[float, float]:
-    """(L at the center, the highest L met on the way up)."""
+def ascend(problem: Objective, region: Region, steps: int, description: str) -> Sharpness:
+    """From the center up: the value is the highest L met on the way less that at the center."""
     loss = highest = check_loss(problem.gradient())
+    slope = 0.0
     with progress(steps, description) as advance:
         for k in range(steps):
-            region.move(2 * (1 - k / steps))
+            rise = region.move(2 * (1 - k / steps))
+            slope = slope if k else rise
             # The last point needs no gradient to go on from.
             here = problem.gradient() if k < steps - 1 else problem.value()
-            if not math.isfinite(here):
-                return loss, math.inf
-            highest = max(highest, here)
+            highest = max(highest, here if math.isfinite(here) else math.inf)
             advance()
-    return loss, highest
+            if math.isinf(highest):
+                break
+    return Sharpness(highest - loss, loss, highest, slope)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class SharpnessCallback(TrainerCallback):
         interval: int,
         loss_fn: LossFn = labels_loss,
         *,
-        rho: float = 2e-3,
+        rho: float = 1e-2,
         epsilon: float = 1e-3,
         steps: int = 20,
     ) -> None:

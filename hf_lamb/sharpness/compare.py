@@ -146,7 +146,7 @@ class Comparison:
 
 
 # What alpha_scale and every other rescaling that leaves the function alone does not change.
-INVARIANT = ("adaptive sharpness", "weighted trace")
+INVARIANT = ("adaptive sharpness", "adaptive sharpness, slope alone", "weighted trace")
 
 
 def compare(
@@ -158,7 +158,7 @@ def compare(
     *,
     names: tuple[str, str] = ("small batch", "large batch"),
     epsilon: float = 1e-3,
-    rho: float = 2e-3,
+    rho: float = 1e-2,
     steps: int = 20,
     subspace: int | None = None,
     layers: bool = True,
@@ -183,9 +183,13 @@ def compare(
     batches, held_out = list(batches), list(held_out)
     sides, a, b = [], _load(small), _load(large)
     for name, given, model in zip(names, (small, large), (a, b), strict=True):
+        adaptive = adaptive_sharpness(model, loss_fn, batches, rho, steps=steps, seed=seed)
+        keskar = epsilon_sharpness(model, loss_fn, batches, epsilon, steps=steps, seed=seed)
         metrics = {
-            "adaptive sharpness": adaptive_sharpness(model, loss_fn, batches, rho, steps=steps, seed=seed).value,
-            "Keskar's sharpness": epsilon_sharpness(model, loss_fn, batches, epsilon, steps=steps, seed=seed).value,
+            "adaptive sharpness": adaptive.value,
+            "adaptive sharpness, slope alone": adaptive.slope,
+            "Keskar's sharpness": keskar.value,
+            "Keskar's sharpness, slope alone": keskar.slope,
         }
         if subspace is not None:
             metrics[f"Keskar's, {subspace} random directions"] = epsilon_sharpness(
