@@ -2,9 +2,10 @@
 
 Both maximise L over a box |yᵢ - wᵢ| ≤ bᵢ by projected sign-gradient ascent,
 
-    y ← clamp(y + ηₖ b sign ∇L(y), w - b, w + b)        ηₖ = 2(1 - k/K), k = 0..K-1
+    y ← clamp(y + η b sign ∇L(y), w - b, w + b)
 
-so the first steps go from corner to corner (for a convex L no such step can lead downhill), and the later ones settle.
+η = 2 goes from corner to corner, and for a convex L never downhill. It is halved whenever the loss has not risen. A
+corner that the gradient at it points to is a local maximum: what steps remain go on from a random corner.
 """
 
 from __future__ import annotations
@@ -142,13 +143,20 @@ def layer_sharpness(
     return found
 
 
+class Move(NamedTuple):
+    """What a step of the ascent has seen and done: Σ bᵢ|gᵢ| along the box's sides, and whether anything moved."""
+
+    slope: float
+    moved: bool
+
+
 class Region(Protocol):
     """The box that the weights may move in."""
 
-    def move(self, step: float) -> float:
-        """One step of sign-gradient ascent, in units of half the box's width, from the gradient in `y.grad`.
+    def move(self, step: float, at_random: bool) -> Move:
+        """One step of sign-gradient ascent, `step` half widths of the box, by the gradient in `y.grad`.
 
-        Returns Σ bᵢ|gᵢ| of that gradient, along the box's sides.
+        at_random: where the gradient is zero, go up or down by lot; else stay.
         """
 
 
@@ -158,21 +166,22 @@ class WholeSpace:
     def __init__(self, problem: Objective, half_width: Callable[[Tensor], Tensor], seed: int) -> None:
         self.problem = problem
         self.half_width = half_width
-        # For the first step: at a minimum there is no slope to follow.
-        self.random: torch.Generator | None = torch.Generator(problem.device).manual_seed(seed)
+        self.random = torch.Generator(problem.device).manual_seed(seed)
 
     @torch.no_grad()
-    def move(self, step: float) -> float:
+    def move(self, step: float, at_random: bool) -> Move:
         """See `Region`."""
+        moved = torch.zeros((), dtype=torch.bool, device=self.problem.device)
         slope = torch.zeros((), dtype=torch.float64, device=self.problem.device)
         for w, y in self.problem.pairs():
             assert y.grad is not None
             b = self.half_width(w)
             slope += (b * y.grad.abs()).sum(dtype=torch.float64)
-            y.add_(_signs(y.grad, self.random) * b, alpha=step)
-            torch.clamp(y, w - b, w + b, out=y)
-        self.random = None
-        return slope.item()
+            signs = _signs(y.grad, self.random if at_random else None)
+            there = torch.clamp(signs.mul_(b).mul_(step).add_(y), w - b, w + b)
+            moved |= (there != y).any()
+            y.copy_(there)
+        return Move(slope.item(), bool(moved.item()))
 
     @torch.no_grad()
     def back(self) -> None:
@@ -191,7 +200,7 @@ class RandomSubspace:
         self.problem = problem
         self.columns = columns
         self.seed = seed
-        self.random: torch.Generator | None = torch.Generator(problem.device).manual_seed(seed + 1)
+        self.random = torch.Generator(problem.device).manual_seed(seed + 1)
         gram = torch.zeros(columns, columns, dtype=torch.float64, device=problem.device)
         projected = torch.zeros(columns, dtype=torch.float64, device=problem.device)
         for (w, _), rows, a in self._blocks():
@@ -201,17 +210,17 @@ class RandomSubspace:
         self.z = torch.zeros_like(self.b)
 
     @torch.no_grad()
-    def move(self, step: float) -> float:
+    def move(self, step: float, at_random: bool) -> Move:
         """See `Region`."""
         gradient = torch.zeros_like(self.z)  # Aᵀ∇L
         for (_, y), rows, a in self._blocks():
             assert y.grad is not None
             gradient += (a.T @ y.grad.flatten()[rows]).double()
-        self.z = torch.clamp(self.z + step * self.b * _signs(gradient, self.random), -self.b, self.b)
-        self.random = None
+        before, signs = self.z, _signs(gradient, self.random if at_random else None)
+        self.z = torch.clamp(before + step * self.b * signs, -self.b, self.b)
         for (w, y), rows, a in self._blocks():
             y.view(-1)[rows] = w.flatten()[rows] + a @ self.z.to(a.dtype)
-        return torch.sum(self.b * gradient.abs()).item()
+        return Move(torch.sum(self.b * gradient.abs()).item(), not torch.equal(self.z, before))
 
     def _blocks(self, rows: int = 8192) -> Iterator[tuple[tuple[Tensor, nn.Parameter], slice, Tensor]]:
         """((w, y), rows, A's entries for them), drawn from the same seed every time."""
@@ -229,18 +238,26 @@ class RandomSubspace:
 
 def ascend(problem: Objective, region: Region, steps: int, description: str) -> Sharpness:
     """From the center up: the value is the highest L met on the way less that at the center."""
-    loss = highest = check_loss(problem.gradient())
-    slope = 0.0
+    loss = highest = previous = check_loss(problem.gradient())
+    slope, step = 0.0, 2.0
     with progress(steps, description) as advance:
         for k in range(steps):
-            rise = region.move(2 * (1 - k / steps))
-            slope = slope if k else rise
+            # At a minimum there is no slope to follow, so the first step goes by lot where there is none.
+            move = region.move(step, at_random=k == 0)
+            slope = slope if k else move.slope
+            if not move.moved:
+                for y in problem.weights.values():
+                    y.grad = torch.zeros_like(y)
+                region.move(2.0, at_random=True)
+                previous, step = -math.inf, 2.0
             # The last point needs no gradient to go on from.
             here = problem.gradient() if k < steps - 1 else problem.value()
-            highest = max(highest, here if math.isfinite(here) else math.inf)
             advance()
-            if math.isinf(highest):
-                break
+            if not math.isfinite(here):
+                return Sharpness(math.inf, loss, math.inf, slope)
+            highest = max(highest, here)
+            step = step if here > previous else step / 2
+            previous = here
     return Sharpness(highest - loss, loss, highest, slope)
 
 
