@@ -479,16 +479,18 @@ torch.set_num_threads(1)
 model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000, bias=False) for _ in range(25)))
 data = [(torch.randn(1, 1000), torch.tensor([3]))] * 2
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-cross_entropy(model, data[0])
+def measure(model):
+    epsilon_sharpness(model, cross_entropy, data, steps=2)
+    adaptive_sharpness(model, cross_entropy, data, steps=2)
+    epsilon_flatness(model, cross_entropy, data, directions=1, steps=1)
+    interpolate(model, model, cross_entropy, data, [0.5])
+measure(model[:1])  # what is imported on the way
 before = peak()
-epsilon_sharpness(model, cross_entropy, data, steps=2)
-adaptive_sharpness(model, cross_entropy, data, steps=2)
-epsilon_flatness(model, cross_entropy, data, directions=1, steps=1)
-interpolate(model, model, cross_entropy, data, [0.5])
+measure(model)
 print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
-    assert 1.5 < float(done.stdout) < 2.6
+    assert 1.5 < float(done.stdout) < 2.4
 
 
 # -- what it takes ---------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def epsilon_sharpness(
     _check("epsilon", epsilon, steps)
     with objective(model, loss_fn, batches, process_group) as problem:
         if subspace is None:
-            region: Region = WholeSpace(problem, lambda w: epsilon * (w.abs() + 1), seed)
+            region: Region = WholeSpace(problem, lambda w: w.abs().add_(1).mul_(epsilon), seed)
         else:
             region = RandomSubspace(problem, epsilon, subspace, seed)
         found = ascend(problem, region, steps, f"sharpness, ε = {epsilon:g}")
@@ -107,7 +107,7 @@ def adaptive_sharpness(
     """
     _check("rho", rho, steps)
     with objective(model, loss_fn, batches, process_group) as problem:
-        region = WholeSpace(problem, lambda w: rho * w.abs(), seed)
+        region = WholeSpace(problem, lambda w: w.abs().mul_(rho), seed)
         return ascend(problem, region, steps, f"adaptive sharpness, ρ = {rho:g}")
 
 
@@ -137,7 +137,7 @@ def layer_sharpness(
                 y.requires_grad_(name in names)
                 y.grad = None
             problem.weights = {name: whole[name] for name in names}
-            region = WholeSpace(problem, lambda w: rho * w.abs(), seed)
+            region = WholeSpace(problem, lambda w: w.abs().mul_(rho), seed)
             found[layer] = ascend(problem, region, steps, f"adaptive sharpness of {layer}")
             region.back()
     return found
@@ -171,14 +171,17 @@ class WholeSpace:
     @torch.no_grad()
     def move(self, step: float, at_random: bool) -> Move:
         """See `Region`."""
-        moved = torch.zeros((), dtype=torch.bool, device=self.problem.device)
         slope = torch.zeros((), dtype=torch.float64, device=self.problem.device)
+        moved = torch.zeros((), dtype=torch.bool, device=self.problem.device)
         for w, y in self.problem.pairs():
             assert y.grad is not None
-            b = self.half_width(w)
-            slope += (b * y.grad.abs()).sum(dtype=torch.float64)
-            signs = _signs(y.grad, self.random if at_random else None)
-            there = torch.clamp(signs.mul_(b).mul_(step).add_(y), w - b, w + b)
+            b, g = self.half_width(w), y.grad
+            slope += torch.linalg.vector_norm(b * g, ord=1, dtype=torch.float64)
+            # In the gradient's place, which is not needed any more: an embedding is a large part of a model.
+            offset = _to_signs(g, self.random if at_random else None).mul_(b).mul_(step).add_(y).sub_(w)
+            torch.minimum(offset, b, out=offset)
+            torch.maximum(offset, b.neg_(), out=offset)
+            there = offset.add_(w)
             moved |= (there != y).any()
             y.copy_(there)
         return Move(slope.item(), bool(moved.item()))
@@ -216,11 +219,12 @@ class RandomSubspace:
         for (_, y), rows, a in self._blocks():
             assert y.grad is not None
             gradient += (a.T @ y.grad.flatten()[rows]).double()
-        before, signs = self.z, _signs(gradient, self.random if at_random else None)
+        before, slope = self.z, torch.sum(self.b * gradient.abs()).item()
+        signs = _to_signs(gradient, self.random if at_random else None)
         self.z = torch.clamp(before + step * self.b * signs, -self.b, self.b)
         for (w, y), rows, a in self._blocks():
             y.view(-1)[rows] = w.flatten()[rows] + a @ self.z.to(a.dtype)
-        return Move(torch.sum(self.b * gradient.abs()).item(), not torch.equal(self.z, before))
+        return Move(slope, not torch.equal(self.z, before))
 
     def _blocks(self, rows: int = 8192) -> Iterator[tuple[tuple[Tensor, nn.Parameter], slice, Tensor]]:
         """((w, y), rows, A's entries for them), drawn from the same seed every time."""
@@ -271,13 +275,13 @@ def progress(total: int, description: str) -> Iterator[Callable[[], object]]:
         yield bar.update
 
 
-def _signs(gradient: Tensor, random: torch.Generator | None) -> Tensor:
-    """sign(gradient), and a random sign where that is zero, unless `random` is None."""
-    signs = gradient.sign()
-    if random is None:
-        return signs
-    coin = torch.randint(0, 2, gradient.shape, generator=random, device=gradient.device, dtype=gradient.dtype)
-    return torch.where(signs == 0, 2 * coin - 1, signs)
+def _to_signs(gradient: Tensor, random: torch.Generator | None) -> Tensor:
+    """Make it its own signs, in place; where it is zero, a random sign, unless `random` is None."""
+    signs = gradient.sign_()
+    if random is not None:
+        coin = torch.empty_like(signs).bernoulli_(0.5, generator=random).mul_(2).sub_(1)
+        signs.add_(coin.mul_(signs == 0))
+    return signs
 
 
 def _check(name: str, radius: float, steps: int) -> None:
