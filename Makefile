@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain test test-distributed sharding-report kill-test lint format types check clean
+.PHONY: help setup pretrain sharp-minima test test-distributed sharding-report kill-test lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) -m recipes.pretrain_bert $(ARGS)
+
+sharp-minima: setup  ## small batch against large batch: sharpness of the minima, with a report (minutes)
+	$(RUN) recipes.sharp_minima $(ARGS)
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)

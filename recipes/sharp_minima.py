@@ -40,16 +40,25 @@ from recipes.report import provenance, replacing
 
 OUTPUT = Path("runs/sharp_minima")
 
-# Part 1. Three rates for every optimizer and batch size, two times apart; the one with the lowest validation loss is
+# Part 1. Four rates for every optimizer and batch size, two times apart; the one with the lowest validation loss is
 # run again with two more seeds.
 SMALL, LARGE = 16, 1200
 RATES = {
-    ("lamb", SMALL): (2.5e-3, 5e-3, 1e-2),
-    ("lamb", LARGE): (5e-3, 1e-2, 2e-2),
-    ("adamw", SMALL): (2.5e-3, 5e-3, 1e-2),
-    ("adamw", LARGE): (2.5e-3, 5e-3, 1e-2),
-    ("sgd", SMALL): (2.5e-2, 5e-2, 1e-1),
-    ("sgd", LARGE): (1e-1, 2e-1, 4e-1),
+    ("lamb", SMALL): (2.5e-3, 5e-3, 1e-2, 2e-2),
+    ("lamb", LARGE): (2.5e-3, 5e-3, 1e-2, 2e-2),
+    ("adamw", SMALL): (2.5e-3, 5e-3, 1e-2, 2e-2),
+    ("adamw", LARGE): (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+    ("sgd", SMALL): (2.5e-2, 5e-2, 1e-1, 2e-1),
+    ("sgd", LARGE): (5e-2, 1e-1, 2e-1, 4e-1),
+}
+# Steps times rate that were found to lead to the target: where the search for the number of steps begins.
+PROGRESS = {
+    ("lamb", SMALL): 9.8,
+    ("lamb", LARGE): 4.8,
+    ("adamw", SMALL): 10.0,
+    ("adamw", LARGE): 2.1,
+    ("sgd", SMALL): 110,
+    ("sgd", LARGE): 152,
 }
 TARGET = 0.01  # nats of training loss, at which all networks are compared
 SETTLED = 0.04  # relative distance from the target that counts as reached
@@ -173,21 +182,23 @@ def best(optimizer: str, batch_size: int, runs: dict[Run, dict[str, Any]]) -> Ru
     )
 
 
-def train_to_target(run: Run, most_steps: int = 8000, trials: int = 8) -> dict[str, Any]:
+def train_to_target(run: Run, most_steps: int = 8000, trials: int = 10) -> dict[str, Any]:
     """Train with a number of steps such that the run, rate warmed up and decayed to zero, ends at the target loss.
 
     Stopping a run at the target would leave it where its rate is still high, off the floor of its valley, and
     sharpness would measure that. So the number of steps is found by trial: interpolating the logarithms.
     """
     digits = load_digits()
-    steps, below, above = (1200 if run.batch_size == SMALL else 400), None, None
+    guess = PROGRESS[run.optimizer, run.batch_size] / run.rate * (TARGET / run.target) ** 0.5
+    steps, below, above = min(round(guess), most_steps), None, None
     closest: tuple[float, nn.Sequential, list[list[float]], int] | None = None
     for _ in range(trials):
         model, curve = train(run, steps, digits)
         error = math.log(curve[-1][2] / run.target)
         if closest is None or abs(error) < abs(closest[0]):
             closest = (error, model, curve, steps)
-        if abs(math.expm1(error)) <= SETTLED or (error > 0 and steps == most_steps):
+        more_do_not_help = error > 0 and (steps == most_steps or (below is not None and error >= below[1]))
+        if abs(math.expm1(error)) <= SETTLED or more_do_not_help:
             break
         if error > 0:
             below = (steps, error)

@@ -35,8 +35,8 @@ def tables(records: list[Record]) -> str:
 def digits_table(records: list[Record]) -> str:
     """The best rate of every optimizer and batch size, over its seeds."""
     lines = [
-        "| optimizer | batch | rate | steps | training loss | test accuracy | adaptive sharpness | Keskar's sharpness | "
-        "largest eigenvalue | Σ w²H |",
+        "| optimizer | batch | rate | steps | training loss | test accuracy | adaptive sharpness "
+        "| Keskar's sharpness | largest eigenvalue | Σ w²H |",
         "| --- " * 10 + "|",
     ]
     for optimizer, title in OPTIMIZERS.items():
@@ -315,7 +315,8 @@ HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Sharp mini
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 figure{margin:1.5rem 0}img{max-width:100%;height:auto}figcaption{color:#555}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}
+table{border-collapse:collapse;font-size:.9rem}
+td,th{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}
 td:first-child,th:first-child{text-align:left}pre{overflow-x:auto;font-size:.85rem}</style>
 """
 
