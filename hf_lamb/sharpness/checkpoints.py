@@ -59,6 +59,8 @@ def load_batches(
     texts, labels = _texts(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if os.path.isdir(checkpoint) and not any(Path(checkpoint).glob("*token*")):
+            raise ValueError("no file of one")  # transformers makes an empty one up
     except Exception as error:  # as above
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -16,7 +16,7 @@ from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness, laye
 from hf_lamb.sharpness.flatness import epsilon_flatness
 from hf_lamb.sharpness.hessian import hessian_trace, lambda_max, weighted_trace
 from hf_lamb.sharpness.objective import LossFn, Scores, objective
-from hf_lamb.sharpness.paths import ALPHAS, Point, interpolate
+from hf_lamb.sharpness.paths import ALPHAS, Point, check_one_architecture, interpolate
 
 # The largest relative difference of two training losses at which a comparison of sharpness means something.
 # docs/sharpness.md: at unequal loss the network with the lower one measures flatter, whatever the batch size.
@@ -173,7 +173,7 @@ def compare(
         loss_fn, batches: training data, as for `epsilon_sharpness`.
         held_out: other data, to tell the gap between training and held-out loss; default none.
         epsilon, subspace: of `epsilon_sharpness`; rho: of `adaptive_sharpness`; steps, seed: of both.
-        layers: also `layer_sharpness`, which takes half as long as all the rest again for every layer.
+        layers: also `layer_sharpness`, with half the steps.
         curvature: also `lambda_max`, `hessian_trace` and `weighted_trace`.
         alphas: of `interpolate`.
 
@@ -182,6 +182,7 @@ def compare(
     """
     batches, held_out = list(batches), list(held_out)
     sides, a, b = [], _load(small), _load(large)
+    check_one_architecture(a, b)
     for name, given, model in zip(names, (small, large), (a, b), strict=True):
         adaptive = adaptive_sharpness(model, loss_fn, batches, rho, steps=steps, seed=seed)
         keskar = epsilon_sharpness(model, loss_fn, batches, epsilon, steps=steps, seed=seed)
@@ -203,7 +204,7 @@ def compare(
                 "largest eigenvalue": lambda_max(model, loss_fn, batches, seed=seed).value,
                 "trace": hessian_trace(model, loss_fn, batches, seed=seed).value,
             }
-        by_layer = layer_sharpness(model, loss_fn, batches, rho, seed=seed) if layers else {}
+        by_layer = layer_sharpness(model, loss_fn, batches, rho, steps=max(1, steps // 2), seed=seed) if layers else {}
         sides.append(
             Measured(
                 name,

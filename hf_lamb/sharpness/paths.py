@@ -43,16 +43,9 @@ def interpolate(
 
     Source: Keskar et al. 2017 (arXiv 1609.04836), figure 3; Goodfellow et al. 2015 (arXiv 1412.6544).
     """
+    check_one_architecture(a, b)
     ends = {name: p.detach() for name, p in b.named_parameters()}
     stops = {name: buffer for name, buffer in b.named_buffers() if buffer.is_floating_point()}
-    shapes = {name: tuple(p.shape) for name, p in a.named_parameters()}
-    for name in sorted(shapes.keys() | ends.keys()):
-        here, there = shapes.get(name), tuple(ends[name].shape) if name in ends else None
-        if here != there:
-            raise ValueError(
-                f"the networks differ: {name} has shape {here or 'none'} in one and {there or 'none'} in the other; "
-                "give two of one architecture"
-            )
     points = []
     with objective(a, loss_fn, batches) as problem, progress(len(alphas), "parametric plot") as advance:
         buffers = {name: buffer for name, buffer in problem.model.named_buffers() if name in stops}
@@ -67,6 +60,17 @@ def interpolate(
             points.append(Point(alpha, *problem.scores()))
             advance()
     return points
+
+
+def check_one_architecture(a: nn.Module, b: nn.Module) -> None:
+    """Raise ValueError for two networks whose parameters differ in names or shapes."""
+    here, there = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in (a, b))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"the networks differ: {name} has shape {here.get(name, 'none')} in one and "
+                f"{there.get(name, 'none')} in the other; give two of one architecture"
+            )
 
 
 def alpha_scale(
