@@ -383,6 +383,19 @@ def test_half_precision_is_measured_in_float32() -> None:
         assert adaptive_sharpness(single, labels_loss, masked_rows()) == expected
 
 
+def test_compiled_models_are_measured_as_they_were_written() -> None:
+    """Wrapped by torch.compile or compiled in place; second derivatives too."""
+    model = trained(0, 8, nn.ReLU, 20)
+    metrics = (adaptive_sharpness, lambda_max)
+    expected = [metric(model, cross_entropy, [digits(20)]).value for metric in metrics]
+    wrapped = torch.compile(model, backend="eager")
+    assert [metric(wrapped, cross_entropy, [digits(20)]).value for metric in metrics] == expected
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    assert [metric(model, cross_entropy, [digits(20)]).value for metric in metrics] == expected
+    assert model._compiled_call_impl is compiled
+
+
 # -- no trace --------------------------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,7 @@ class Objective:
 
     def _total(self, visit: Callable[[Tensor], None] | None) -> tuple[float, float | None, float]:
         """(mean loss, accuracy, items) over all batches of all processes; `visit` sees each batch's summed loss."""
-        torch.manual_seed(0)  # a loss that draws random numbers is the same function every time
+        _seed(0)  # a loss that draws random numbers is the same function every time
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, items, correct, batches that count it
         for batch in self.batches:
             given = self.loss_fn(self.model, _to(batch, self.device))
@@ -202,7 +202,7 @@ def objective(
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         group = model.process_group
-    model = _unwrapped(model)
+    model = unwrapped(model)
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state())
         fixed = list(batches)
@@ -244,10 +244,7 @@ def fixed_batches(
         raise ValueError(f"{len(dataset)} rows make no batch of {batch_size}: lower batch_size")
     rows = [i * len(dataset) // (count * batch_size) for i in range(count * batch_size)]
     with preserved_random_state():
-        random.seed(seed)
-        if (numpy := sys.modules.get("numpy.random")) is not None:
-            numpy.seed(seed)
-        torch.manual_seed(seed)
+        _seed(seed)
         starts = range(0, len(rows), batch_size)
         return [collate_fn([dataset[i] for i in rows[start : start + batch_size]]) for start in starts]
 
@@ -269,6 +266,16 @@ def preserved_random_state() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _seed(seed: int) -> None:
+    """All generators that `preserved_random_state` will put back; `torch.manual_seed` would seed CUDA for later, too."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        numpy.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
@@ -297,7 +304,9 @@ def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict
     parameters = [(m, n, p) for m in modules for n, p in m._parameters.items() if p is not None]
     buffers = [(m, n, b) for m in modules for n, b in m._buffers.items() if b is not None]
     # accelerate's mixed precision wraps `forward` in an autocast of its own and keeps the original beside it.
-    wrapped = {m: m.__dict__["forward"] for m in modules if "_original_forward" in m.__dict__ and "forward" in vars(m)}
+    wrapped = {m: m.__dict__["forward"] for m in modules if {"_original_forward", "forward"} <= vars(m).keys()}
+    # Compiled for the original parameters, and not to be differentiated twice.
+    compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
     try:
         for module in modules:
             module.training = False
@@ -308,9 +317,13 @@ def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict
             module._buffers[name] = buffer.to(_wide(buffer.dtype), copy=True)
         for module in wrapped:
             module.__dict__["forward"] = module.__dict__["_original_forward"]
+        for module in compiled:
+            module._compiled_call_impl = None
         centers = {name: p.detach() for name, p in trainable.items()}
         yield centers, {name: stand_in(p) for name, p in trainable.items()}
     finally:
+        for module, implementation in compiled.items():
+            module._compiled_call_impl = implementation
         for module, forward in wrapped.items():
             module.__dict__["forward"] = forward
         for module, name, buffer in buffers:
@@ -323,7 +336,7 @@ def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict
 
 def refuse_sharded(model: nn.Module) -> None:
     """Raise ShardingError, with the name, for a parameter of which this process holds a part only."""
-    for name, p in _unwrapped(model).named_parameters():
+    for name, p in unwrapped(model).named_parameters():
         if hasattr(p, "placements"):
             kind = f"a DTensor with placements {tuple(p.placements)}"
         elif getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
@@ -338,7 +351,7 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):

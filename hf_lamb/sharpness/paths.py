@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lamb.sharpness.ascent import progress
-from hf_lamb.sharpness.objective import LossFn, objective, preserved_random_state
+from hf_lamb.sharpness.objective import LossFn, objective, preserved_random_state, unwrapped
 
 ALPHAS = tuple(-1 + 3 * i / 24 for i in range(25))
 
@@ -44,8 +44,8 @@ def interpolate(
     Source: Keskar et al. 2017 (arXiv 1609.04836), figure 3; Goodfellow et al. 2015 (arXiv 1412.6544).
     """
     check_one_architecture(a, b)
-    ends = {name: p.detach() for name, p in b.named_parameters()}
-    stops = {name: buffer for name, buffer in b.named_buffers() if buffer.is_floating_point()}
+    ends = {name: p.detach() for name, p in unwrapped(b).named_parameters()}
+    stops = {name: buffer for name, buffer in unwrapped(b).named_buffers() if buffer.is_floating_point()}
     points = []
     with objective(a, loss_fn, batches) as problem, progress(len(alphas), "parametric plot") as advance:
         buffers = {name: buffer for name, buffer in problem.model.named_buffers() if name in stops}
@@ -64,7 +64,7 @@ def interpolate(
 
 def check_one_architecture(a: nn.Module, b: nn.Module) -> None:
     """Raise ValueError for two networks whose parameters differ in names or shapes."""
-    here, there = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in (a, b))
+    here, there = ({name: tuple(p.shape) for name, p in unwrapped(model).named_parameters()} for model in (a, b))
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise ValueError(
