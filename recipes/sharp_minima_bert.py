@@ -17,7 +17,6 @@ from hf_lamb.sharpness import (
     fixed_batches,
     interpolate,
     labels_loss,
-    lambda_max,
     weighted_trace,
 )
 from recipes.bert import new_bert
@@ -46,7 +45,7 @@ def run(output: Path, keep: Callable[..., Any]) -> dict[str, Any]:
     """Train both, compare the checkpoints, rescale one of them: records for results.jsonl and data for pictures."""
     folders = {name: output / f"bert-{setting.batch_size}" for name, setting in SETTINGS.items()}
     tokenizer, train, held_out = load_text()
-    measured_on = fixed_batches(train, 128, 2)
+    measured_on = fixed_batches(train, 64, 2)
     for name, setting in SETTINGS.items():
         if not (folders[name] / "model.safetensors").exists():
             pretrain(setting, folders[name], tokenizer, train, measured_on)
@@ -57,8 +56,8 @@ def run(output: Path, keep: Callable[..., Any]) -> dict[str, Any]:
             folders["large batch"],
             labels_loss,
             measured_on,
-            fixed_batches(held_out, 128, 2),
-            curvature=True,
+            fixed_batches(held_out, 64, 8),
+            steps=10,
         )
         comparison.save(output / "bert-compared")
         record = {"part": "bert", **{name: setting._asdict() for name, setting in SETTINGS.items()}}
@@ -119,8 +118,7 @@ def rescaled(model: Any, batches: list[Any]) -> tuple[list[dict[str, Any]], list
                 "train_loss": adaptive.loss,
                 "adaptive": adaptive.value,
                 "keskar": epsilon_sharpness(scaled, labels_loss, batches).value,
-                "lambda_max": lambda_max(scaled, labels_loss, batches).value,
-                "weighted_trace": weighted_trace(scaled, labels_loss, batches).value,
+                "weighted_trace": weighted_trace(scaled, labels_loss, batches, samples=5).value,
             }
         )
     path = interpolate(model, negated, labels_loss, batches, [-0.25 + 1.5 * i / 24 for i in range(25)])

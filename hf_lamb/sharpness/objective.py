@@ -269,7 +269,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def _seed(seed: int) -> None:
-    """All generators that `preserved_random_state` will put back; `torch.manual_seed` would seed CUDA for later, too."""
+    """The generators that `preserved_random_state` puts back; `torch.manual_seed` would seed CUDA for later, too."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy.random")) is not None:
         numpy.seed(seed)
