@@ -63,6 +63,7 @@ PROGRESS = {
 TARGET = 0.01  # nats of training loss, at which all networks are compared
 SETTLED = 0.04  # relative distance from the target that counts as reached
 SEEDS = (0, 1, 2)
+ON_THE_WAY = (0.1, 0.03)  # losses at which runs of the chosen rates end as well, for sharpness against loss
 # The same large-batch run, trained on: what a comparison at unequal loss would say.
 FURTHER = 0.001
 
@@ -109,14 +110,15 @@ def main() -> None:
 
     runs = digits_runs(keep, options.processes)
     scaled = keep("dinh", lambda: dinh(runs[best("adamw", SMALL, runs)]["weights"]))
+    negated = keep("negated", negated_path)
     paths = keep("paths", lambda: digits_paths(runs))
     bert = sharp_minima_bert.run(options.output_dir, keep)
 
-    records = [*(run["record"] for run in runs.values()), *scaled, *bert["records"]]
+    records = [*(run["record"] for run in runs.values()), *scaled, negated["record"], bert["record"]]
     facts = provenance() | {"seconds_in_all": round(time.perf_counter() - start)}
     with replacing(options.output_dir / "results.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
-    written = sharp_minima_report.write(options.output_dir, runs, records, paths, bert)
+    written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
     print(f"{sharp_minima_report.tables(records)}\n{time.perf_counter() - start:.0f} s; {written}")
 
 
@@ -143,9 +145,9 @@ def load_digits() -> Digits:
     return Digits((x[:1200], y[:1200]), (x[1200:1497], y[1200:1497]), (x[1497:], y[1497:]))
 
 
-def network() -> nn.Sequential:
-    """64 - 128 - 10 with rectifiers."""
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+def network(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """64 - 128 - 10."""
+    return nn.Sequential(nn.Linear(64, 128), activation(), nn.Linear(128, 10))
 
 
 # -- part 1: to one training loss with every optimizer and batch size ------------------------------------------------
@@ -157,6 +159,7 @@ def digits_runs(keep: Callable[..., Any], processes: int) -> dict[Run, dict[str,
     runs = run_all(sweep, keep, processes, "digits, rates")
     again = [best(optimizer, size, runs) for optimizer, size in RATES]
     more = [run._replace(seed=seed) for run in again for seed in SEEDS[1:]]
+    more += [run._replace(target=target) for run in again for target in ON_THE_WAY]
     more.append(best("adamw", LARGE, runs)._replace(target=FURTHER))
     return runs | run_all(more, keep, processes, "digits, seeds")
 
@@ -223,16 +226,18 @@ def train_to_target(run: Run, most_steps: int = 8000, trials: int = 10) -> dict[
     return {"record": record, "weights": model.state_dict(), "curve": curve}
 
 
-def train(run: Run, steps: int, digits: Digits) -> tuple[nn.Sequential, list[list[float]]]:
+def train(
+    run: Run, steps: int, digits: Digits, activation: type[nn.Module] = nn.ReLU
+) -> tuple[nn.Sequential, list[list[float]]]:
     """(the network, its curve); rows of the curve: step, epoch, training loss, validation loss, sharpness."""
     torch.manual_seed(run.seed)
-    model = network()
+    model = network(activation)
     optimizer = make_optimizer(run, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
     )
     (images, classes), curve = digits.train, []
-    looks = {round(steps ** (i / 14)) for i in range(15)}
+    looks = {round(steps ** (i / 9)) for i in range(10)} | {round(steps * i / 8) for i in range(1, 9)}
     batches = shuffled(len(images), run.batch_size, run.seed)
     for step in range(1, steps + 1):
         rows = next(batches)
@@ -328,6 +333,22 @@ def dinh(weights: dict[str, Tensor]) -> list[dict[str, Any]]:
                 {"part": "dinh", "alpha": alpha, "logits_difference": difference, **measure(scaled, digits)}
             )
     return records
+
+
+def negated_path() -> dict[str, Any]:
+    """From a tanh network with the layers (A, B) to (-A, -B), which is the same function: the line and the ends."""
+    digits = load_digits()
+    model, _ = train(Run("adamw", SMALL, 5e-3), 1500, digits, nn.Tanh)
+    negated = alpha_scale(model, -1, "0", "2", digits.train[0])
+    points = interpolate(model, negated, cross_entropy, [digits.train])
+    record: dict[str, Any] = {"part": "negated"}
+    for name, end in (("(A, B)", model), ("(-A, -B)", negated)):
+        adaptive, keskar = (
+            metric(end, cross_entropy, [digits.train]) for metric in (adaptive_sharpness, epsilon_sharpness)
+        )
+        record[name] = {"train_loss": adaptive.loss, "adaptive": adaptive.value, "keskar": keskar.value}
+    record["highest_loss_between"] = max(point.loss for point in points if 0 <= point.alpha <= 1)
+    return {"record": record, "path": [list(point) for point in points]}
 
 
 if __name__ == "__main__":

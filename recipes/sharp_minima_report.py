@@ -14,7 +14,7 @@ from typing import Any
 from hf_lamb.sharpness.paths import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
 from recipes.report import replacing
-from recipes.sharp_minima import FURTHER, LARGE, SMALL, TARGET, Run, best
+from recipes.sharp_minima import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "recipes/results/sharp_minima.jsonl", ROOT / "README.md"
@@ -107,7 +107,8 @@ def spread(values: list[float], percent: bool = False) -> str:
         return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f} %"
     if all(isinstance(value, int) for value in values):
         return f"{mean(values):,.0f} ± {stdev(values):,.0f}"
-    return f"{number(mean(values))} ± {number(stdev(values), 1)}"
+    decimals = len(number(mean(values)).partition(".")[2])
+    return f"{mean(values):,.{decimals}f} ± {stdev(values):,.{decimals}f}"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -156,20 +157,22 @@ def plot_paths(runs: dict[Run, Any], paths: dict[str, Any], path: Path) -> None:
 
 
 def plot_sharpness_against_loss(runs: dict[Run, Any], path: Path) -> None:
-    """Along the training of the chosen runs: Keskar's figure 6, with adaptive sharpness."""
-    figure, panels = _three_panels("Digits: sharpness against loss while training, seed 0", height=4)
+    """Networks whose rate had decayed to zero at each loss, and (pale) the way of the last of them."""
+    figure, panels = _three_panels("Digits: adaptive sharpness against training loss, seed 0", height=4)
     for axes, optimizer in zip(panels, OPTIMIZERS, strict=True):
         curves, styles = {}, {}
         for size in (SMALL, LARGE):
-            chosen = runs[best(optimizer, size, runs)]
-            name = f"batch {size:,}"
-            curves[name] = [(row[2], row[4]) for row in chosen["curve"]]
-            styles[name] = {"color": COLORS[size], "marker": ".", "linewidth": 1}
-            axes.plot(*curves[name][-1], "o", color=COLORS[size], markersize=9)
+            chosen = best(optimizer, size, runs)
+            ends = [runs[chosen._replace(target=target)]["record"] for target in (*ON_THE_WAY, TARGET)]
+            settled, on_the_way = f"batch {size:,}, settled", f"batch {size:,}, while training"
+            curves[settled] = [(end["train_loss"], end["adaptive"]) for end in ends]
+            curves[on_the_way] = [(row[2], row[4]) for row in runs[chosen]["curve"]]
+            styles[settled] = {"color": COLORS[size], "marker": "o", "linewidth": 2}
+            styles[on_the_way] = {"color": COLORS[size], "marker": ".", "linewidth": 1, "alpha": 0.35}
         draw_against_loss(axes, curves, styles, "")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("adaptive sharpness, ρ = 0.01 (nats)")
-    panels[0].legend(fontsize="small", title="large dot: the end")
+    panels[0].legend(fontsize="small")
     _save(figure, path)
 
 
@@ -191,6 +194,9 @@ def plot_rates(records: list[Record], path: Path) -> None:
         rows[0][column].set_xscale("log")
         rows[0][column].set_yscale("log")
         rows[1][column].set_xlabel("learning rate, at its peak")
+        rates = sorted({rate for size in (SMALL, LARGE) for rate in RATES[optimizer, size]})
+        rows[1][column].set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize="small")
+        rows[1][column].minorticks_off()
         for row in rows:
             row[column].grid(alpha=0.3)
     rows[0][0].set_ylabel("adaptive sharpness, ρ = 0.01 (nats)")
@@ -231,17 +237,20 @@ def plot_dinh(records: list[Record], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_negated(points: list[list[Any]], loss: float, path: Path) -> None:
-    """From a BERT to itself with the signs of value and output projection flipped."""
+def plot_negated(points: list[list[Any]], path: Path) -> None:
+    """From a network to itself with the signs of both layers flipped."""
     plt = require_matplotlib()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    figure.suptitle("A hill between two copies of one BERT: (V, O) and (-V, -O)")
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure.suptitle("One function at both ends: a tanh network (A, B) and (-A, -B)")
+    loss = next(point[1] for point in points if point[0] == 0)
     axes.set_title(f"training loss {loss:.4f} nats at both", fontsize="small")
     axes.plot([point[0] for point in points], [point[1] for point in points], color=BLUE)
     for end in (0, 1):
         axes.axvline(end, color="gray", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("α: 0 is (V, O), 1 is (-V, -O)")
-    axes.set_ylabel("masked-LM loss (nats)")
+    axes.set_yscale("log")
+    axes.set_xlabel("α: 0 is (A, B), 1 is (-A, -B)")
+    axes.set_ylabel("training loss (nats)")
+    axes.grid(alpha=0.3)
     _save(figure, path)
 
 
@@ -265,17 +274,18 @@ def _save(figure: Any, path: Path) -> None:
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, runs: dict[Run, Any], records: list[Record], paths: Any, bert: dict[str, Any]) -> Path:
+def write(
+    folder: Path, runs: dict[Run, Any], records: list[Record], paths: Any, negated: list[Any], bert_table: str
+) -> Path:
     """The pictures, and report.html with all of them in it."""
     compared = folder / "bert-compared"
-    (unscaled,) = [record for record in of(records, "bert, rescaled") if record["alpha"] == 1]
     pictures: dict[str, Callable[[Path], None]] = {
         "learning.png": lambda path: plot_learning(runs, path),
         "parametric.png": lambda path: plot_paths(runs, paths, path),
         "sharpness_vs_loss.png": lambda path: plot_sharpness_against_loss(runs, path),
         "rates.png": lambda path: plot_rates(records, path),
         "dinh.png": lambda path: plot_dinh(records, path),
-        "bert_negated.png": lambda path: plot_negated(bert["path"], unscaled["train_loss"], path),
+        "negated.png": lambda path: plot_negated(negated, path),
     }
     for name, draw in pictures.items():
         draw(folder / name)
@@ -287,19 +297,19 @@ def write(folder: Path, runs: dict[Run, Any], records: list[Record], paths: Any,
         _html_table(digits_table(records)),
         _picture(folder / "learning.png", "Learning curves. The dotted line is the loss at which all end."),
         _picture(folder / "parametric.png", "Loss and accuracy on the line through both networks."),
-        _picture(folder / "sharpness_vs_loss.png", "Read at one loss, from top to bottom, not at one time."),
-        _picture(folder / "rates.png", "The learning rate moves sharpness as well as the batch size does."),
+        _picture(folder / "sharpness_vs_loss.png", SETTLED_FIRST),
+        _picture(folder / "rates.png", "Every point is a network; compare the colours within a panel."),
         "<h3>What a comparison at unequal loss would say</h3>",
         _html_table(unequal_table(records)),
         "<h2>2. One function, five sets of weights</h2>",
         _html_table(dinh_table(records)),
         _picture(folder / "dinh.png", "Solid: changes though the function does not. Dashed: stays."),
+        _picture(folder / "negated.png", "A hill on the line between two networks says nothing of either."),
         "<h2>3. A tiny BERT on the embedded corpus, LAMB</h2>",
-        f"<pre>{html.escape(bert['table'])}</pre>",
+        f"<pre>{html.escape(bert_table)}</pre>",
         _picture(compared / "sharpness_vs_loss.png", "As recorded by SharpnessCallback, and at the end."),
         _picture(compared / "parametric.png", "The line between the two checkpoints."),
         _picture(compared / "layers.png", "Each layer by itself."),
-        _picture(folder / "bert_negated.png", "The same function at both ends, by construction."),
     ]
     target = folder / "report.html"
     with replacing(target) as unfinished:
@@ -309,14 +319,18 @@ def write(folder: Path, runs: dict[Run, Any], records: list[Record], paths: Any,
 
 EXPLANATION = (
     "Sharper says how fast the loss rises when weights move; it does not say worse. All networks are measured on "
-    "their training data. Where two are compared, they have the same training loss, because sharpness changes with it."
+    "their training data. Networks are compared at the same training loss, because sharpness changes with it, except where it is said."
+)
+SETTLED_FIRST = (
+    "Compare the two bold lines, one above the other. While the rate is high, a small batch hovers above the floor of its "
+    "valley, and the slope there counts as sharpness (pale)."
 )
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Sharp minima</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
-figure{margin:1.5rem 0}img{max-width:100%;height:auto}figcaption{color:#555}.wide{overflow-x:auto}
+figure{margin:1.5rem 0;overflow-x:auto}img{min-width:38rem;max-width:100%;height:auto}figcaption{color:#555}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}
-td,th{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}
+td,th{white-space:nowrap;padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}
 td:first-child,th:first-child{text-align:left}pre{overflow-x:auto;font-size:.85rem}</style>
 """
 

@@ -31,10 +31,17 @@ from tests.test_sharpness import digits, trained, unchanged
 # -- the comparison --------------------------------------------------------------------------------------------------
 
 
-def compared(losses: tuple[float, float], sharpness: tuple[float, float]) -> Comparison:
+def compared(losses: tuple[float, float], sharpness: tuple[float, float], slope: float = 0.1) -> Comparison:
     """As if two networks had been measured."""
     sides = [
-        Measured(name, Scores(loss, 0.5), None, {"adaptive sharpness": value}, {}, [])
+        Measured(
+            name,
+            Scores(loss, 0.5),
+            None,
+            {"adaptive sharpness": value, "adaptive sharpness, slope alone": slope},
+            {},
+            [],
+        )
         for name, loss, value in zip(("small batch", "large batch"), losses, sharpness, strict=True)
     ]
     return Comparison(sides[0], sides[1], [], [], {"rho": 1e-2})
@@ -52,6 +59,13 @@ def test_the_verdict_says_sharper_at_equal_loss_only() -> None:
     for comparison in (compared((1.0, 1.0), (1.0, 2.0)), unequal):
         assert "worse" not in comparison.table()
         assert "small batch 1, large batch 1" in comparison.verdict, "both losses stand beside the verdict"
+
+
+def test_a_slope_is_no_curvature() -> None:
+    """Where most of the sharpness is slope the table says so: it measures how far training is from having settled."""
+    assert compared((1.0, 1.0), (1.0, 2.0), slope=0.5).note is None
+    sloping = compared((1.0, 1.0), (1.0, 2.0), slope=0.9)
+    assert "NOTE: the slope alone makes 90% and 45% of the adaptive sharpness" in sloping.table()
 
 
 def test_networks_of_digits(tmp_path: Path) -> None:

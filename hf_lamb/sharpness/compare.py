@@ -66,6 +66,18 @@ class Comparison:
         )
 
     @property
+    def note(self) -> str | None:
+        """One line where more than half of an adaptive sharpness is slope; else None."""
+        metrics = [side.metrics for side in (self.small, self.large)]
+        shares = [m["adaptive sharpness, slope alone"] / (m["adaptive sharpness"] or math.inf) for m in metrics]
+        if max(shares) <= 0.5:
+            return None
+        return (
+            f"NOTE: the slope alone makes {shares[0]:.0%} and {shares[1]:.0%} of the adaptive sharpness: on these batches "
+            "the weights are not at a minimum. Measure on more batches, and after the learning rate has decayed."
+        )
+
+    @property
     def losses(self) -> str:
         """Both training losses, to stand beside every figure."""
         return f"{self.small.name} {self.small.train.loss:.4g}, {self.large.name} {self.large.train.loss:.4g}"
@@ -96,13 +108,14 @@ class Comparison:
             "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
             for row in rows
         ]
-        return "\n".join([*lines, "", *([self.warning] if self.warning else []), self.verdict])
+        return "\n".join([*lines, "", *filter(None, (self.warning, self.note)), self.verdict])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types; a number that is infinite is null."""
         record: dict[str, Any] = asdict(self) | {
             "loss_difference": self.loss_difference,
             "warning": self.warning,
+            "note": self.note,
             "verdict": self.verdict,
         }
         for side in ("small", "large"):

@@ -32,7 +32,7 @@ def draw_path(axes: Any, train: Sequence[Point], held_out: Sequence[Point], ends
         if points:
             alphas = [point.alpha for point in points]
             axes.plot(alphas, [point.loss for point in points], style, color=BLUE, label=f"loss, {label}")
-    axes.set_yscale("log")
+    axes.set_yscale(_scale([point.loss for point in (*train, *held_out)]))
     axes.set_xlabel(f"α: 0 is {ends[0]}, 1 is {ends[1]}")
     axes.set_ylabel("loss (nats)", color=BLUE)
     lines, labels = axes.get_legend_handles_labels()
@@ -57,13 +57,15 @@ def draw_against_loss(
     styles: Mapping[str, Mapping[str, Any]],
     ylabel: str = "adaptive sharpness (nats)",
 ) -> None:
-    """Sharpness against training loss, one curve a run, both logarithmic; training goes from right to left."""
+    """Sharpness against training loss, one curve a run; the loss falls from left to right."""
     for name, points in curves.items():
         ordered = [(loss, value) for loss, value in points if loss > 0 and value > 0]
-        axes.plot(*zip(*ordered, strict=True), label=name, **styles.get(name, {})) if ordered else None
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.invert_xaxis()
+        if ordered:
+            axes.plot(*zip(*ordered, strict=True), label=name, **styles.get(name, {}))
+    lines = [(line.get_xdata(), line.get_ydata()) for line in axes.get_lines()]
+    axes.set_xscale(_scale([x for xs, _ in lines for x in xs]))
+    axes.set_yscale(_scale([y for _, ys in lines for y in ys]))
+    axes.xaxis.set_inverted(True)
     axes.set_xlabel("training loss (nats), falling")
     axes.set_ylabel(ylabel)
 
@@ -89,7 +91,6 @@ def plot_comparison_against_loss(comparison: Comparison, path: Path) -> None:
         if side.history:
             label = f"{side.name}, during training"
             draw_against_loss(axes, {label: side.history}, {label: {"color": color, "alpha": 0.5}})
-            axes.invert_xaxis()
         loss, value = side.train.loss, side.metrics["adaptive sharpness"]
         axes.plot([loss], [value], marker, color=color, markersize=9, label=f"{side.name}, loss {loss:.4g}")
     draw_against_loss(axes, {}, {}, f"adaptive sharpness, ρ = {comparison.settings['rho']:g} (nats)")
@@ -111,9 +112,15 @@ def plot_layers(comparison: Comparison, path: Path) -> None:
     axes.set_yticks(range(len(layers)), layers, fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel(f"adaptive sharpness, ρ = {comparison.settings['rho']:g} (nats)")
+    axes.xaxis.set_major_locator(plt.MaxNLocator(6))
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small")
     _save(figure, path)
+
+
+def _scale(values: Sequence[float]) -> str:
+    """Logarithmic where the values span more than a factor of five: below that its ticks are hard to read."""
+    return "log" if values and 0 < 5 * min(values) < max(values) else "linear"
 
 
 def _save(figure: Any, path: Path) -> None:
