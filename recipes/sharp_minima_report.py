@@ -319,16 +319,17 @@ def write(
 
 EXPLANATION = (
     "Sharper says how fast the loss rises when weights move; it does not say worse. All networks are measured on "
-    "their training data. Networks are compared at the same training loss, because sharpness changes with it, except where it is said."
+    "their training data, at the same training loss except where it is said, because sharpness changes with it."
 )
 SETTLED_FIRST = (
-    "Compare the two bold lines, one above the other. While the rate is high, a small batch hovers above the floor of its "
-    "valley, and the slope there counts as sharpness (pale)."
+    "Compare the two bold lines, one above the other. While the rate is high, a small batch hovers above the floor of "
+    "its valley, and the slope there counts as sharpness (pale)."
 )
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Sharp minima</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
-figure{margin:1.5rem 0;overflow-x:auto}img{min-width:38rem;max-width:100%;height:auto}figcaption{color:#555}.wide{overflow-x:auto}
+figure{margin:1.5rem 0;overflow-x:auto}img{min-width:38rem;max-width:100%;height:auto}figcaption{color:#555}
+.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}
 td,th{white-space:nowrap;padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}
 td:first-child,th:first-child{text-align:left}pre{overflow-x:auto;font-size:.85rem}</style>

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from recipes import pretrain_bert
+from recipes import pretrain_bert, sharp_minima_report
 from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +74,12 @@ def test_the_sharding_table_is_the_recorded_one() -> None:
     """Generated: `make sharding-report` measures and writes both."""
     records = [json.loads(line) for line in sharding_report.RESULTS.read_text().splitlines()]
     assert sharding_report.with_table(README, records) == README
+
+
+def test_the_tables_of_sharp_minima_are_the_recorded_ones() -> None:
+    """Generated: `make sharp-minima` measures, `python -m recipes.sharp_minima_report` writes them."""
+    records = [json.loads(line) for line in sharp_minima_report.RESULTS.read_text().splitlines()]
+    assert sharp_minima_report.with_tables(README, records) == README
 
 
 def size_table() -> str:

@@ -3,6 +3,7 @@
 The functions are quadratics with a known Hessian, and small networks trained on scikit-learn's digits.
 """
 
+import copy
 import itertools
 import math
 import random
@@ -394,6 +395,21 @@ def test_compiled_models_are_measured_as_they_were_written() -> None:
     compiled = model._compiled_call_impl
     assert [metric(model, cross_entropy, [digits(20)]).value for metric in metrics] == expected
     assert model._compiled_call_impl is compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives(rectifier: nn.Sequential) -> None:
+    """Batches may lie anywhere; the device's generator is put back too."""
+    copied = copy.deepcopy(rectifier).cuda()
+    state = torch.cuda.get_rng_state()
+    for metric in (epsilon_sharpness, adaptive_sharpness):
+        there, here = metric(rectifier, cross_entropy, [digits(400)]), metric(copied, cross_entropy, [digits(400)])
+        assert here.value == pytest.approx(there.value, rel=1e-2)
+    assert lambda_max(copied, cross_entropy, [digits(400)]).value == pytest.approx(
+        lambda_max(rectifier, cross_entropy, [digits(400)]).value, rel=1e-2
+    )
+    assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
 # -- no trace --------------------------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ class Comparison:
         if max(shares) <= 0.5:
             return None
         return (
-            f"NOTE: the slope alone makes {shares[0]:.0%} and {shares[1]:.0%} of the adaptive sharpness: on these batches "
-            "the weights are not at a minimum. Measure on more batches, and after the learning rate has decayed."
+            f"NOTE: the slope alone makes {shares[0]:.0%} and {shares[1]:.0%} of the adaptive sharpness: on these "
+            "batches the weights are not at a minimum. Measure on more, and after the learning rate has decayed."
         )
 
     @property
