@@ -1,6 +1,6 @@
 """Large batch against small batch: which minimum is sharper, by which measure, and what that is worth.
 
-    python -m recipes.sharp_minima        # four to five minutes on two cores; again, it goes on where it was stopped
+    python -m recipes.sharp_minima        # eight minutes of CPU time; stopped and called again, it goes on from there
 
 Part 1 trains a small rectifier network on scikit-learn's digits with LAMB, AdamW and SGD, with batches of 16 and of
 the whole training set, each run as long as it takes to end at the same training loss. Part 2 rescales one of these
@@ -170,6 +170,8 @@ def run_all(runs: list[Run], keep: Callable[..., Any], processes: int, title: st
     with context.Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         done = pool.imap_unordered(partial(_run_kept, keep), runs)
         found = dict(tqdm(done, total=len(runs), desc=title, unit="run"))
+        pool.close()
+        pool.join()  # left to itself, `with` kills the processes, and what they had opened with them
     return {run: found[run] for run in runs}
 
 
@@ -192,7 +194,7 @@ def train_to_target(run: Run, most_steps: int = 8000, trials: int = 10) -> dict[
     sharpness would measure that. So the number of steps is found by trial: interpolating the logarithms.
     """
     digits = load_digits()
-    guess = PROGRESS[run.optimizer, run.batch_size] / run.rate * (TARGET / run.target) ** 0.5
+    guess = PROGRESS[run.optimizer, run.batch_size] / run.rate * (TARGET / run.target) ** 0.45
     steps, below, above = min(round(guess), most_steps), None, None
     closest: tuple[float, nn.Sequential, list[list[float]], int] | None = None
     for _ in range(trials):

@@ -81,7 +81,9 @@ def dinh_table(records: list[Record]) -> str:
     lines = ["| α | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     for record in of(records, "dinh"):
         cells = [
-            f"{record[column]:.0e}".replace("e-0", "e-") if "difference" in column else number(record[column], 4)
+            f"{record[column]:.0e}".replace("e-0", "e-").replace("0e+00", "0")
+            if column == "logits_difference"
+            else number(record[column], 4)
             for column in columns.values()
         ]
         lines.append(f"| {record['alpha']:g} | " + " | ".join(cells) + " |")
@@ -327,12 +329,12 @@ SETTLED_FIRST = (
 )
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Sharp minima</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
 figure{margin:1.5rem 0;overflow-x:auto}img{min-width:38rem;max-width:100%;height:auto}figcaption{color:#555}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}
-td,th{white-space:nowrap;padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}
-td:first-child,th:first-child{text-align:left}pre{overflow-x:auto;font-size:.85rem}</style>
+td,th{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}td{white-space:nowrap}
+td:first-child,th:first-child{text-align:left}pre{white-space:pre-wrap;font-size:.85rem}</style>
 """
 
 
