@@ -89,7 +89,7 @@ def plot_comparison_against_loss(comparison: Comparison, path: Path) -> None:
         axes.set_title("the training losses are too far apart for a comparison", fontsize="small")
     for side, color, marker in ((comparison.small, BLUE, "o"), (comparison.large, ORANGE, "s")):
         if side.history:
-            label = f"{side.name}, during training"
+            label = f"{side.name}, in training, on its callback's batches"
             draw_against_loss(axes, {label: side.history}, {label: {"color": color, "alpha": 0.5}})
         loss, value = side.train.loss, side.metrics["adaptive sharpness"]
         axes.plot([loss], [value], marker, color=color, markersize=9, label=f"{side.name}, loss {loss:.4g}")
