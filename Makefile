@@ -4,8 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune test test-slow test-distributed sharding-report kill-test bench \
-	lint format types check clean
+.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-slow test-distributed sharding-report \
+	kill-test bench lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ finetune: setup  ## fine-tune what `make pretrain` made, against the same from s
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[wiki]'
 	test -e runs/pretrain_bert/tiny-lamb/model.safetensors || $(MAKE) pretrain ARGS=
 	$(EVERY_CORE) -m recipes.finetune --use_cpu True $(ARGS)
+
+sharp-minima: setup  ## small batch against large batch: sharpness of the minima, with a report (minutes)
+	$(RUN) recipes.sharp_minima $(ARGS)
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)

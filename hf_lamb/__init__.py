@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
     from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
     from hf_lamb.fsdp import tied_heads_in_one_group
+    from hf_lamb.sharpness import (
+        SharpnessCallback,
+        adaptive_sharpness,
+        alpha_scale,
+        epsilon_flatness,
+        epsilon_sharpness,
+        lambda_max,
+        weighted_trace,
+    )
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
 
 __all__ = [
@@ -26,27 +35,41 @@ __all__ = [
     "LambTrainer",
     "LambTrainingArguments",
     "LayerStats",
+    "SharpnessCallback",
     "SkippedSteps",
     "SkippedStepsCallback",
     "TrustRatioCallback",
     "__version__",
+    "adaptive_sharpness",
+    "alpha_scale",
     "check_checkpoint",
     "convert_state_dict",
+    "epsilon_flatness",
+    "epsilon_sharpness",
     "lamb_param_groups",
+    "lambda_max",
     "newest_complete_checkpoint",
     "register",
     "tied_heads_in_one_group",
+    "weighted_trace",
 ]
 
 _LAZY = {
     "CheckpointError": "hf_lamb.checkpoints",
     "LambTrainer": "hf_lamb.trainer",
     "LambTrainingArguments": "hf_lamb.trainer",
+    "SharpnessCallback": "hf_lamb.sharpness",
     "SkippedStepsCallback": "hf_lamb.callbacks",
     "TrustRatioCallback": "hf_lamb.callbacks",
+    "adaptive_sharpness": "hf_lamb.sharpness",
+    "alpha_scale": "hf_lamb.sharpness",
     "check_checkpoint": "hf_lamb.checkpoints",
+    "epsilon_flatness": "hf_lamb.sharpness",
+    "epsilon_sharpness": "hf_lamb.sharpness",
+    "lambda_max": "hf_lamb.sharpness",
     "newest_complete_checkpoint": "hf_lamb.checkpoints",
     "tied_heads_in_one_group": "hf_lamb.fsdp",
+    "weighted_trace": "hf_lamb.sharpness",
 }
 
 

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import HfArgumentParser
 
 from benchmarks import scaling_model, tables
-from recipes import pretrain_bert, readme
+from recipes import pretrain_bert, readme, sharp_minima_report
 from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +118,12 @@ def test_the_score_of_make_pretrain_is_the_recorded_one() -> None:
     assert f"accuracy {run['held_out_accuracy']:.1%} against {run['unigram_accuracy']:.1%}" in README.replace(
         " %", "%"
     )
+
+
+def test_the_tables_of_sharp_minima_are_the_recorded_ones() -> None:
+    """Generated: `make sharp-minima` measures, `python -m recipes.sharp_minima_report` writes them."""
+    records = [json.loads(line) for line in sharp_minima_report.RESULTS.read_text().splitlines()]
+    assert sharp_minima_report.with_tables(README, records) == README
 
 
 def size_table() -> str:

@@ -1,0 +1,278 @@
+"""Two networks side by side: every metric, at which loss, and whether the losses allow a comparison at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness, layer_sharpness
+from hf_lamb.sharpness.flatness import epsilon_flatness
+from hf_lamb.sharpness.hessian import hessian_trace, lambda_max, weighted_trace
+from hf_lamb.sharpness.objective import LossFn, Scores, objective
+from hf_lamb.sharpness.paths import ALPHAS, Point, check_one_architecture, interpolate
+
+# The largest relative difference of two training losses at which a comparison of sharpness means something.
+# docs/sharpness.md: at unequal loss the network with the lower one measures flatter, whatever the batch size.
+COMPARABLE = 0.10
+
+
+@dataclass
+class Measured:
+    """One network: scores on the training batches and held-out ones, and its metrics there.
+
+    history: `(training loss, adaptive sharpness)` along its training, where a `SharpnessCallback` has kept it.
+    """
+
+    name: str
+    train: Scores
+    held_out: Scores | None
+    metrics: dict[str, float]
+    layers: dict[str, float]
+    history: list[tuple[float, float]]
+
+
+@dataclass
+class Comparison:
+    """What `compare` found. `table()` for people, `to_json()` for machines, `save(folder)` for both, and pictures."""
+
+    small: Measured
+    large: Measured
+    path: list[Point]
+    held_out_path: list[Point]
+    settings: dict[str, Any]
+
+    @property
+    def loss_difference(self) -> float:
+        """|L₁ - L₂| / min(L₁, L₂) of the training losses."""
+        a, b = self.small.train.loss, self.large.train.loss
+        return abs(a - b) / min(a, b) if min(a, b) > 0 else (0.0 if a == b else math.inf)
+
+    @property
+    def warning(self) -> str | None:
+        """One line where the training losses are too far apart to compare sharpness; else None."""
+        if self.loss_difference <= COMPARABLE:
+            return None
+        return (
+            f"WARNING: the training losses differ by {self.loss_difference:.0%}, {self.losses}: sharpness falls with "
+            "the loss, so the network with the lower loss measures flatter and the ranking may reverse. Compare "
+            "checkpoints of equal loss, or sharpness against loss along the training (SharpnessCallback)."
+        )
+
+    @property
+    def note(self) -> str | None:
+        """One line where more than half of an adaptive sharpness is slope; else None."""
+        metrics = [side.metrics for side in (self.small, self.large)]
+        shares = [m["adaptive sharpness, slope alone"] / (m["adaptive sharpness"] or math.inf) for m in metrics]
+        if max(shares) <= 0.5:
+            return None
+        return (
+            f"NOTE: the slope alone makes {shares[0]:.0%} and {shares[1]:.0%} of the adaptive sharpness: on these "
+            "batches the weights are not at a minimum. Measure on more, and after the learning rate has decayed."
+        )
+
+    @property
+    def losses(self) -> str:
+        """Both training losses, to stand beside every figure."""
+        return f"{self.small.name} {self.small.train.loss:.4g}, {self.large.name} {self.large.train.loss:.4g}"
+
+    @property
+    def verdict(self) -> str:
+        """One sentence by adaptive sharpness; none at unequal loss."""
+        a, b = (side.metrics["adaptive sharpness"] for side in (self.small, self.large))
+        beside = f"by adaptive sharpness at training losses {self.losses}"
+        if self.warning:
+            return f"No verdict: {self.loss_difference:.0%} between the training losses, {self.losses}."
+        if min(a, b) <= 0 or max(a, b) / min(a, b) < 1.05:
+            return f"About equally sharp, {beside}."
+        sharper, ratio = (self.large, b / a) if b > a else (self.small, a / b)
+        return f"{sharper.name} is sharper, {ratio:.2f} times, {beside}."
+
+    def table(self) -> str:
+        """Text, every metric with the ratio of the two and whether a rescaling of the weights changes it."""
+        small, large = self.small, self.large
+        rows = [("", small.name, large.name, "ratio", ""), *_score_rows("training", small.train, large.train)]
+        if small.held_out is not None and large.held_out is not None:
+            rows += _score_rows("held-out", small.held_out, large.held_out)
+        for metric, value in small.metrics.items():
+            note = "" if metric in INVARIANT else "changes with the weights' scale"
+            rows.append(_row(metric, value, large.metrics[metric], note))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines: list[str] = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, "", *filter(None, (self.warning, self.note)), self.verdict])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types; a number that is infinite is null."""
+        record: dict[str, Any] = asdict(self) | {
+            "loss_difference": self.loss_difference,
+            "warning": self.warning,
+            "note": self.note,
+            "verdict": self.verdict,
+        }
+        for side in ("small", "large"):
+            for scores in ("train", "held_out"):
+                given = getattr(getattr(self, side), scores)
+                record[side][scores] = given and given._asdict()
+        record["path"] = [point._asdict() for point in self.path]
+        record["held_out_path"] = [point._asdict() for point in self.held_out_path]
+        return {key: finite(value) for key, value in record.items()}
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """report.json, report.txt and the pictures; each is there as a whole or not at all. Returns their paths.
+
+        Raises ValueError where matplotlib is missing, before anything is written.
+        """
+        from hf_lamb.sharpness import plots
+
+        plots.require_matplotlib()
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        text, data = self.table() + "\n", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        pictures: dict[str, Callable[[Path], None]] = {
+            "parametric.png": lambda path: plots.plot_path(self, path),
+            "sharpness_vs_loss.png": lambda path: plots.plot_comparison_against_loss(self, path),
+        }
+        if self.small.layers:
+            pictures["layers.png"] = lambda path: plots.plot_layers(self, path)
+        writers: dict[str, Callable[[Path], object]] = {
+            "report.json": lambda path: path.write_text(data),
+            "report.txt": lambda path: path.write_text(text),
+            **pictures,
+        }
+        for name, write in writers.items():
+            unfinished = root / f".{os.getpid()}.{name}"
+            try:
+                write(unfinished)
+                unfinished.replace(root / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return [root / name for name in writers]
+
+
+# What alpha_scale and every other rescaling that leaves the function alone does not change.
+INVARIANT = ("adaptive sharpness", "adaptive sharpness, slope alone", "weighted trace")
+
+
+def compare(
+    small: nn.Module | str | os.PathLike[str],
+    large: nn.Module | str | os.PathLike[str],
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    held_out: Iterable[Any] = (),
+    *,
+    names: tuple[str, str] = ("small batch", "large batch"),
+    epsilon: float = 1e-3,
+    rho: float = 1e-2,
+    steps: int = 20,
+    subspace: int | None = None,
+    layers: bool = True,
+    curvature: bool = False,
+    alphas: Sequence[float] = ALPHAS,
+    seed: int = 0,
+) -> Comparison:
+    """Both networks by every metric on the same batches, and the straight line between them.
+
+    Args:
+        small, large: modules of one architecture, or checkpoints (folders that `save_pretrained` or Trainer wrote).
+        loss_fn, batches: training data, as for `epsilon_sharpness`.
+        held_out: other data, to tell the gap between training and held-out loss; default none.
+        epsilon, subspace: of `epsilon_sharpness`; rho: of `adaptive_sharpness`; steps, seed: of both.
+        layers: also `layer_sharpness`, with half the steps.
+        curvature: also `lambda_max`, `hessian_trace` and `weighted_trace`.
+        alphas: of `interpolate`.
+
+    Raises:
+        ValueError: two architectures, checkpoints that cannot be loaded, what the metrics refuse.
+    """
+    batches, held_out = list(batches), list(held_out)
+    sides, a, b = [], _load(small), _load(large)
+    check_one_architecture(a, b)
+    for name, given, model in zip(names, (small, large), (a, b), strict=True):
+        adaptive = adaptive_sharpness(model, loss_fn, batches, rho, steps=steps, seed=seed)
+        keskar = epsilon_sharpness(model, loss_fn, batches, epsilon, steps=steps, seed=seed)
+        metrics = {
+            "adaptive sharpness": adaptive.value,
+            "adaptive sharpness, slope alone": adaptive.slope,
+            "Keskar's sharpness": keskar.value,
+            "Keskar's sharpness, slope alone": keskar.slope,
+        }
+        if subspace is not None:
+            metrics[f"Keskar's, {subspace} random directions"] = epsilon_sharpness(
+                model, loss_fn, batches, epsilon, subspace=subspace, steps=steps, seed=seed
+            ).value
+        flatness = epsilon_flatness(model, loss_fn, batches, seed=seed)
+        metrics |= {"flatness, median direction": flatness.median, "flatness, worst direction": flatness.worst}
+        if curvature:
+            metrics |= {
+                "weighted trace": weighted_trace(model, loss_fn, batches, seed=seed).value,
+                "largest eigenvalue": lambda_max(model, loss_fn, batches, seed=seed).value,
+                "trace": hessian_trace(model, loss_fn, batches, seed=seed).value,
+            }
+        by_layer = layer_sharpness(model, loss_fn, batches, rho, steps=max(1, steps // 2), seed=seed) if layers else {}
+        sides.append(
+            Measured(
+                name,
+                _scores(model, loss_fn, batches),
+                _scores(model, loss_fn, held_out) if held_out else None,
+                metrics,
+                {layer: sharpness.value for layer, sharpness in by_layer.items()},
+                [] if isinstance(given, nn.Module) else recorded_history(Path(given)),
+            )
+        )
+    path = interpolate(a, b, loss_fn, batches, alphas)
+    held_out_path = interpolate(a, b, loss_fn, held_out, alphas) if held_out else []
+    settings = {"epsilon": epsilon, "rho": rho, "steps": steps, "seed": seed, "batches": len(batches)}
+    return Comparison(sides[0], sides[1], path, held_out_path, settings)
+
+
+def recorded_history(checkpoint: Path) -> list[tuple[float, float]]:
+    """(training loss, adaptive sharpness) as `SharpnessCallback` kept them in trainer_state.json; [] without one."""
+    states = [checkpoint / "trainer_state.json", *checkpoint.glob("checkpoint-*/trainer_state.json")]
+    logs = [json.loads(path.read_text())["log_history"] for path in states if path.is_file()]
+    lines: list[dict[str, float]] = max(logs, key=len, default=[])
+    return [(line["sharpness/loss"], line["sharpness/adaptive"]) for line in lines if "sharpness/adaptive" in line]
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every infinite or undefined number in it: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _load(given: nn.Module | str | os.PathLike[str]) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    from hf_lamb.sharpness.checkpoints import load_model
+
+    return load_model(given)
+
+
+def _scores(model: nn.Module, loss_fn: LossFn, batches: list[Any]) -> Scores:
+    with objective(model, loss_fn, batches) as problem:
+        return problem.scores()
+
+
+def _score_rows(kind: str, a: Scores, b: Scores) -> list[tuple[str, str, str, str, str]]:
+    rows = [_row(f"{kind} loss (nats)", a.loss, b.loss)]
+    if a.accuracy is not None and b.accuracy is not None:
+        rows.append(_row(f"{kind} accuracy", a.accuracy, b.accuracy))
+    return rows
+
+
+def _row(name: str, a: float, b: float, note: str = "") -> tuple[str, str, str, str, str]:
+    ratio = f"{b / a:.3g}" if a and math.isfinite(a) and math.isfinite(b) else "-"
+    return name, f"{a:.4g}", f"{b:.4g}", ratio, note

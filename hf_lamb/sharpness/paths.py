@@ -1,0 +1,134 @@
+"""The straight line from one network to another, and other weights for the same function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_lamb.sharpness.ascent import progress
+from hf_lamb.sharpness.objective import LossFn, objective, preserved_random_state, unwrapped
+
+ALPHAS = tuple(-1 + 3 * i / 24 for i in range(25))
+
+
+class Point(NamedTuple):
+    """Loss (nats) and accuracy, None where the loss function counts none, at (1 - alpha) a + alpha b."""
+
+    alpha: float
+    loss: float
+    accuracy: float | None
+
+
+def interpolate(
+    a: nn.Module, b: nn.Module, loss_fn: LossFn, batches: Iterable[Any], alphas: Sequence[float] = ALPHAS
+) -> list[Point]:
+    """Keskar's parametric plot: loss and accuracy at (1 - α)a + αb, where a and b are networks of one shape.
+
+    α = 0 is a (the small batch, in the paper), 1 is b; beyond them the line goes on. What lies between says nothing
+    of either: a network and itself with hidden units in another order, or with signs flipped by `alpha_scale(-1)`,
+    have a hill between them.
+
+    Buffers (running statistics of batch norm) go from a's to b's with α and stay at the nearer end beyond.
+
+    Args:
+        alphas: default 25 from -1 to 2, as in the paper.
+        loss_fn, batches: as for `epsilon_sharpness`, and so are the errors raised.
+
+    Raises:
+        ValueError: parameters of different names or shapes.
+
+    Source: Keskar et al. 2017 (arXiv 1609.04836), figure 3; Goodfellow et al. 2015 (arXiv 1412.6544).
+    """
+    check_one_architecture(a, b)
+    ends = {name: p.detach() for name, p in unwrapped(b).named_parameters()}
+    stops = {name: buffer for name, buffer in unwrapped(b).named_buffers() if buffer.is_floating_point()}
+    points = []
+    with objective(a, loss_fn, batches) as problem, progress(len(alphas), "parametric plot") as advance:
+        buffers = {name: buffer for name, buffer in problem.model.named_buffers() if name in stops}
+        starts = {name: buffer.clone() for name, buffer in buffers.items()}
+        for alpha in alphas:
+            with torch.no_grad():
+                for (w, y), name in zip(problem.pairs(), problem.weights, strict=True):
+                    y.copy_((1 - alpha) * w + alpha * ends[name].to(y))
+                for name, buffer in buffers.items():
+                    share = min(max(alpha, 0.0), 1.0)
+                    buffer.copy_((1 - share) * starts[name] + share * stops[name].to(buffer))
+            points.append(Point(alpha, *problem.scores()))
+            advance()
+    return points
+
+
+def check_one_architecture(a: nn.Module, b: nn.Module) -> None:
+    """Raise ValueError for two networks whose parameters differ in names or shapes."""
+    here, there = ({name: tuple(p.shape) for name, p in unwrapped(model).named_parameters()} for model in (a, b))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"the networks differ: {name} has shape {here.get(name, 'none')} in one and "
+                f"{there.get(name, 'none')} in the other; give two of one architecture"
+            )
+
+
+def alpha_scale(
+    model: nn.Module, alpha: float, first: str, second: str, inputs: Tensor | Mapping[str, Any]
+) -> nn.Module:
+    """Dinh's transform, a copy of the model with (αA, B/α) for (A, B): the same function, other parameters.
+
+    A and its bias are the layer `first`, B is the weight of the layer `second` that follows, and what lies between
+    must let α pass: for α > 0 a rectifier, leaky or not, max- or mean-pooling, nothing; for α = -1 any odd function,
+    such as tanh. In a transformer `value` and the attention's output projection are such a pair for any α.
+
+    Args:
+        alpha: α, any number but zero.
+        first, second: names of modules with a `weight`, as in `model.named_modules()`.
+        inputs: what to call the model with to see that its outputs have not changed.
+
+    Returns:
+        A deep copy; the model is left as it is.
+
+    Raises:
+        ValueError: no such module; α = 0; outputs that differ by more than 1e-4 of their largest entry.
+
+    Source: Dinh et al. 2017 (arXiv 1703.04933), Definition 5.
+    """
+    if alpha == 0:
+        raise ValueError("alpha=0: expected any other number, it is divided by")
+    scaled = copy.deepcopy(model)
+    modules = dict(scaled.named_modules())
+    for name in (first, second):
+        if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
+            having = [n for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)]
+            raise ValueError(f"{name!r} is no module with a weight: expected one of {', '.join(having)}")
+    with torch.no_grad():
+        modules[first].weight.mul_(alpha)
+        if isinstance(getattr(modules[first], "bias", None), Tensor):
+            modules[first].bias.mul_(alpha)
+        modules[second].weight.div_(alpha)
+    before, after = _outputs(model, inputs), _outputs(scaled, inputs)
+    difference, largest = (after - before).abs().max().item(), before.abs().max().item()
+    if not difference <= 1e-4 * largest:
+        raise ValueError(
+            f"{first!r} times {alpha:g} and {second!r} divided by it is another function: outputs differ by "
+            f"{difference:.2g}, the largest is {largest:.2g}; what lies between them must let the factor pass, "
+            "as a rectifier does"
+        )
+    return scaled
+
+
+def _outputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), preserved_random_state():
+            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    logits = getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model gives {type(outputs).__name__}: expected a tensor, or outputs with logits")
+    return logits
