@@ -66,12 +66,12 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
             [],
             [steps[i] for i, _, _ in run],
             lr=1.0,
-            beta1=beta1,
-            beta2=beta2,
+            beta1=float(beta1),
+            beta2=float(beta2),
             weight_decay=0.0,
-            eps=bucket.group["eps"],
+            eps=float(bucket.group["eps"]),
             amsgrad=False,
-            maximize=bucket.group["maximize"],
+            maximize=bool(bucket.group["maximize"]),
             found_inf=skip,
         )
         squares.append(torch.stack((squared_norms(w), squared_norms(minus_u))))
