@@ -122,7 +122,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
-    say(describe(recipe, args, trainer.model.num_parameters(), data))
+    trainer.scale_learning_rate()
+    say(describe(recipe, args, trainer.model.num_parameters(), data, trainer.learning_rate_why))
 
     start = time.perf_counter()
     first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
@@ -150,9 +151,14 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
     """
     parser = HfArgumentParser((RecipeArguments, LambTrainingArguments), description=__doc__.splitlines()[0])
     early, _ = parser.parse_known_args(argv)
-    defaults = DEFAULTS[early.size]
+    defaults = dict(DEFAULTS[early.size])
+    defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
+    if early.base_learning_rate is not None:
+        del defaults["learning_rate"]
+    if early.max_steps > 0:
+        defaults["warmup_steps"] = min(defaults["warmup_steps"], early.max_steps)
     parser.set_defaults(
-        **defaults | {"learning_rate": defaults["learning_rate"] * RATE_BESIDE_LAMB.get(early.optim, 0.05)},
+        **defaults,
         output_dir=f"runs/pretrain_bert/{early.size}-{early.optim}",
         per_device_train_batch_size=min(32, early.global_batch_size),
         per_device_eval_batch_size=32,
@@ -327,7 +333,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(recipe: RecipeArguments, args: LambTrainingArguments, parameters: int, data: Data) -> str:
+def describe(
+    recipe: RecipeArguments, args: LambTrainingArguments, parameters: int, data: Data, why: str | None
+) -> str:
     """Before the run: what is about to happen."""
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
     return (
@@ -336,7 +344,8 @@ def describe(recipe: RecipeArguments, args: LambTrainingArguments, parameters: i
         f"{len(data.held_out):,} held out\n"
         f"global batch {recipe.global_batch_size:,} = {args.per_device_train_batch_size} sequences x "
         f"{args.gradient_accumulation_steps} accumulation steps x {args.world_size} processes; "
-        f"{args.max_steps:,} steps of {args.optim.value} at a rate of {args.learning_rate:g} on {hardware()}"
+        f"{args.max_steps:,} steps of {args.optim.value} on {hardware()}\n"
+        f"{why or f'learning rate {args.learning_rate:g}'}"
     )
 
 
@@ -358,6 +367,7 @@ def result(
         "optim": args.optim.value,
         "optim_args": args.optim_args,
         "learning_rate": args.learning_rate,
+        "learning_rate_why": trainer.learning_rate_why or "given",
         "warmup_steps": args.get_warmup_steps(args.max_steps),
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
