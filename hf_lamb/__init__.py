@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
     from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
     from hf_lamb.fsdp import tied_heads_in_one_group
+    from hf_lamb.noise_scale import noise_scale_in_words
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "convert_state_dict",
     "lamb_param_groups",
     "newest_complete_checkpoint",
+    "noise_scale_in_words",
     "register",
     "tied_heads_in_one_group",
 ]
@@ -46,6 +48,7 @@ _LAZY = {
     "TrustRatioCallback": "hf_lamb.callbacks",
     "check_checkpoint": "hf_lamb.checkpoints",
     "newest_complete_checkpoint": "hf_lamb.checkpoints",
+    "noise_scale_in_words": "hf_lamb.noise_scale",
     "tied_heads_in_one_group": "hf_lamb.fsdp",
 }
 

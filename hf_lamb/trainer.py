@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
 from hf_lamb.checkpoints import WholeCheckpointTrainer
 from hf_lamb.fsdp import ShardedTrainer
+from hf_lamb.noise_scale import NoiseScaleTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 
@@ -40,6 +41,7 @@ class LambTrainingArguments(TrainingArguments):
             `lr_scheduler_type`. 1 is the paper's decay (and Trainer's default "linear"), 0.5 NVIDIA's. Default none.
         decay_from_first_step: t is the share of all steps, not of those after warm-up, so that the rate drops at the
             end of the warm-up, as NVIDIA's does. Default False.
+        log_noise_scale: measure the gradient noise scale, see `hf_lamb.noise_scale`. Default True.
         log_trust_ratio_per_layer: log `lamb/trust_ratio/NAME` of every adapted parameter beside the summary.
             Default False.
 
@@ -70,6 +72,9 @@ class LambTrainingArguments(TrainingArguments):
     )
     decay_from_first_step: bool = field(
         default=False, metadata={"help": "With --decay_power: NVIDIA's drop of the rate at the end of the warm-up."}
+    )
+    log_noise_scale: bool = field(
+        default=True, metadata={"help": "Log the gradient noise scale, in sequences, as lamb/noise_scale."}
     )
     log_trust_ratio_per_layer: bool = field(
         default=False, metadata={"help": "Log the trust ratio of every adapted parameter beside the summary."}
@@ -113,7 +118,7 @@ class LambTrainingArguments(TrainingArguments):
             check_warmup(self.get_warmup_steps(self.max_steps), self.max_steps)
 
 
-class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
+class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -128,6 +133,8 @@ class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
     * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
     * With `LambTrainingArguments`: the learning rate of this run's global batch from one found at another, polynomial
       decay, and a warning before the run where the rate lets the weights' norms grow too far, see `hf_lamb.scaling`.
+    * The gradient noise scale, about the critical batch size, in every training log line, see
+      `hf_lamb.noise_scale.NoiseScaleTrainer`.
     * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
     * Checkpoints that are whole whenever the run is killed, and are checked before it resumes, see
       `hf_lamb.checkpoints.WholeCheckpointTrainer`.
@@ -235,13 +242,6 @@ class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
         if self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
-
-    def _count_items(self, inputs: dict[str, Any]) -> Tensor:
-        """The labels of this micro-batch, counted as Trainer counts those of the global one."""
-        labels: Tensor = inputs.get("shift_labels", inputs["labels"])
-        if self._loss_shifts_labels and "shift_labels" not in inputs:
-            labels = labels[..., 1:]
-        return labels.ne(-100).sum()
 
     def _is_mean(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether the loss stays the same when `num_items_in_batch` doubles; found out once, by all processes."""

@@ -31,6 +31,7 @@ from hf_lamb import (
     LambTrainingArguments,
     check_checkpoint,
     newest_complete_checkpoint,
+    noise_scale_in_words,
 )
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
@@ -378,6 +379,7 @@ def result(
         "max_seq_length": recipe.max_seq_length,
         "steps": trainer.state.global_step,
         "seed": args.seed,
+        "noise_scale": trainer.noise_scale.value(),
         "held_out_loss": metrics["eval_loss"],
         "held_out_accuracy": metrics["eval_accuracy"],
         "unigram_loss": data.unigram_loss,
@@ -392,10 +394,15 @@ def summary(record: dict[str, Any], output_dir: str) -> str:
     loss, unigram_loss = record["held_out_loss"], record["unigram_loss"]
     verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
     minutes = record["seconds"] / 60
+    noise_scale, batch = record["noise_scale"], record["global_batch_size"]
+    noise = "not measured: it takes accumulation or several processes, and some steps"
+    if noise_scale is not None:
+        noise = noise_scale_in_words(noise_scale, batch)
     return f"""
 held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}
 held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {record["unigram_accuracy"]:.1%}
 time                     {record["steps"]:,} steps in {minutes:.1f} minutes, {record["tokens_per_second"]:,} tokens/s
+noise scale              {noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
 results, picture         {output_dir}/results.jsonl, {output_dir}/training.png"""
 
