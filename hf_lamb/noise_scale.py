@@ -158,7 +158,7 @@ class NoiseScaleTrainer(Trainer):
     def _share_of(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
         """The part of the global batch that this micro-batch is: by labels where the loss is a mean over labels."""
         if num_items_in_batch is None or "labels" not in inputs:
-            return 1 / (self.current_gradient_accumulation_steps * self.args.world_size)
+            return float(1 / (self.current_gradient_accumulation_steps * self.args.world_size))
         processes = 1 if self.args.average_tokens_across_devices else self.args.world_size
         share: Tensor = self._count_items(inputs) / (num_items_in_batch * processes)
         return share
