@@ -13,9 +13,10 @@ from hf_lamb.convert import convert_state_dict
 from hf_lamb.lamb import Lamb, LayerStats, SkippedSteps
 from hf_lamb.param_groups import lamb_param_groups
 from hf_lamb.registration import register
+from hf_lamb.trust_ratios import trust_ratio_warnings
 
 if TYPE_CHECKING:
-    from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
+    from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback, trust_ratio_history
     from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
     from hf_lamb.fsdp import tied_heads_in_one_group
     from hf_lamb.noise_scale import noise_scale_in_words
@@ -38,6 +39,8 @@ __all__ = [
     "noise_scale_in_words",
     "register",
     "tied_heads_in_one_group",
+    "trust_ratio_history",
+    "trust_ratio_warnings",
 ]
 
 _LAZY = {
@@ -50,6 +53,7 @@ _LAZY = {
     "newest_complete_checkpoint": "hf_lamb.checkpoints",
     "noise_scale_in_words": "hf_lamb.noise_scale",
     "tied_heads_in_one_group": "hf_lamb.fsdp",
+    "trust_ratio_history": "hf_lamb.callbacks",
 }
 
 

@@ -32,12 +32,14 @@ from hf_lamb import (
     check_checkpoint,
     newest_complete_checkpoint,
     noise_scale_in_words,
+    trust_ratio_history,
+    trust_ratio_warnings,
 )
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
 from recipes.processes import leave_process_group
-from recipes.report import append_json_line, hardware, plot_training, provenance
+from recipes.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
@@ -139,6 +141,7 @@ def main() -> None:
             append_json_line(output / "results.jsonl", record)
             title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
+            plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
             say(summary(record, args.output_dir))
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
@@ -360,6 +363,7 @@ def result(
     steps_now: int,
 ) -> dict[str, Any]:
     """The line of results.jsonl."""
+    history = trust_ratio_history(trainer.state)
     return {
         "recipe": "pretrain_bert",
         **provenance(),
@@ -379,6 +383,8 @@ def result(
         "max_seq_length": recipe.max_seq_length,
         "steps": trainer.state.global_step,
         "seed": args.seed,
+        "trust_ratios": {layer: row[-1] for layer, row in history.get("ratios", {}).items() if row},
+        "trust_ratio_warnings": trust_ratio_warnings(history),
         "noise_scale": trainer.noise_scale.value(),
         "held_out_loss": metrics["eval_loss"],
         "held_out_accuracy": metrics["eval_accuracy"],
@@ -404,7 +410,7 @@ held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {reco
 time                     {record["steps"]:,} steps in {minutes:.1f} minutes, {record["tokens_per_second"]:,} tokens/s
 noise scale              {noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
-results, picture         {output_dir}/results.jsonl, {output_dir}/training.png"""
+results, picture         {output_dir}/results.jsonl, {output_dir}/training.png, trust_ratios.png"""
 
 
 if __name__ == "__main__":
