@@ -38,11 +38,11 @@ def record_trust_ratios(history: dict[str, Any], step: int, ratios: dict[str, fl
 
 
 def trust_ratio_warnings(history: dict[str, Any]) -> list[str]:
-    """What stays wrong for the whole second half of the history, a line each; nothing for fewer than four columns.
+    """What is wrong in the second half of the history, a line each; nothing for fewer than four columns.
 
-    * The median layer's ratio is above 4: ‖w‖ has grown, so the learning rate is too high.
-    * A layer's own ratio is, when the median layer's is not: its weights are large or hardly get a gradient.
-    * A layer's ratio is less than 1/20 of the median layer's: it moves that much less than the others.
+    * The median layer's ratio is mostly above 4: ‖w‖ has grown, so the learning rate is too high. If not:
+    * A layer's ratio is always above 4: its weights are large or hardly get a gradient.
+    * A layer's ratio is always less than 1/20 of the median layer's: it moves that much less than the others.
     """
     half = len(history.get("steps", [])) // 2
     if half < 2:
@@ -50,10 +50,10 @@ def trust_ratio_warnings(history: dict[str, Any]) -> list[str]:
     rows = {name: row[half:] for name, row in history["ratios"].items()}
     middle = [median(column) for column in zip(*rows.values(), strict=True)]
     since = f"since step {history['steps'][half]}"
-    if min(middle) > TOO_HIGH:
+    if (typical := median(middle)) > TOO_HIGH:
         return [
-            f"trust ratios above {TOO_HIGH:g} in the median layer {since} (now {middle[-1]:.3g}): the weights' norms "
-            "have grown, the learning rate is too high; good runs have ratios well below 1"
+            f"trust ratio of the median layer mostly above {TOO_HIGH:g} {since} (its median is {typical:.3g}): the "
+            "weights' norms have grown, the learning rate is too high; good runs have ratios well below 1"
         ]
     warnings = []
     for name, row in rows.items():
