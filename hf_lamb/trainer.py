@@ -184,7 +184,15 @@ class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
         warning = norm_growth_warning(self.args.learning_rate, max_steps) if self.args.optim == "lamb" else None
         if warning and self.args.should_log:
             logger.warning(warning)
-        return super()._prepare_for_training(max_steps, *args, **kwargs)
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        peaks = {float(rate) for rate in getattr(self.lr_scheduler, "base_lrs", ())}
+        wanted = self.args.learning_rate
+        if self.learning_rate_why and self.args.should_log and any(not math.isclose(r, wanted) for r in peaks):
+            logger.warning(
+                f"the peak learning rate in force is {', '.join(f'{r:.4g}' for r in sorted(peaks))}, that of the "
+                f"checkpoint or of the optimizer that was passed, not {wanted:.4g}"
+            )
+        return prepared
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """As Trainer's, and the polynomial of `decay_power`."""

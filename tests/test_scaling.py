@@ -158,6 +158,22 @@ def test_a_halved_micro_batch_gets_its_own_rate(tmp_path: Path) -> None:
     assert first == pytest.approx(4e-3 * math.sqrt(batch / 64))
 
 
+def test_a_checkpoint_of_another_batch_keeps_its_rate_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainer restores the schedule with its peak; the line with the scaled rate must not stand alone."""
+    scaled_trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+    with caplog.at_level(logging.WARNING, logger="hf_lamb"):
+        scaled_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not any("in force" in message for message in caplog.messages)
+        run = scaled_trainer(tmp_path, gradient_accumulation_steps=4)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (line,) = [message for message in caplog.messages if "in force" in message]
+    assert "in force is 0.001," in line
+    assert line.endswith("not 0.002")
+    assert run.state.log_history[3]["learning_rate"] == pytest.approx(1e-3 / 2)
+
+
 def test_too_high_a_rate_is_said_before_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):
         scaled_trainer(tmp_path, base_learning_rate=8.0, max_steps=1).train()
