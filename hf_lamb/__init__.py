@@ -13,11 +13,13 @@ from hf_lamb.convert import convert_state_dict
 from hf_lamb.lamb import Lamb, LayerStats, SkippedSteps
 from hf_lamb.param_groups import lamb_param_groups
 from hf_lamb.registration import register
+from hf_lamb.trust_ratios import trust_ratio_warnings
 
 if TYPE_CHECKING:
-    from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
+    from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback, trust_ratio_history
     from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
     from hf_lamb.fsdp import tied_heads_in_one_group
+    from hf_lamb.noise_scale import noise_scale_in_words
     from hf_lamb.sharpness import (
         SharpnessCallback,
         adaptive_sharpness,
@@ -49,8 +51,11 @@ __all__ = [
     "lamb_param_groups",
     "lambda_max",
     "newest_complete_checkpoint",
+    "noise_scale_in_words",
     "register",
     "tied_heads_in_one_group",
+    "trust_ratio_history",
+    "trust_ratio_warnings",
     "weighted_trace",
 ]
 
@@ -68,7 +73,9 @@ _LAZY = {
     "epsilon_sharpness": "hf_lamb.sharpness",
     "lambda_max": "hf_lamb.sharpness",
     "newest_complete_checkpoint": "hf_lamb.checkpoints",
+    "noise_scale_in_words": "hf_lamb.noise_scale",
     "tied_heads_in_one_group": "hf_lamb.fsdp",
+    "trust_ratio_history": "hf_lamb.callbacks",
     "weighted_trace": "hf_lamb.sharpness",
 }
 

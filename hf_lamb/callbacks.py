@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from statistics import median
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lamb.lamb import Lamb
+from hf_lamb.trust_ratios import record_trust_ratios, trust_ratio_warnings
 
-__all__ = ["SkippedStepsCallback", "TrustRatioCallback"]
+__all__ = ["SkippedStepsCallback", "TrustRatioCallback", "trust_ratio_history"]
+
+logger = logging.getLogger(__name__)
+
+
+def trust_ratio_history(state: TrainerState) -> dict[str, Any]:
+    """Of a run with a `TrustRatioCallback`: `steps`, `[n]`, and `ratios`, name to `[n]`, n at most 256; or `{}`.
+
+    It is in `trainer_state.json`, so that a resumed run goes on with it.
+    """
+    kept: Any = state.stateful_callbacks
+    history: dict[str, Any] = kept.setdefault("trust_ratios", {"attributes": {}})["attributes"]
+    return history
 
 
 class TrustRatioCallback(TrainerCallback):
     """Adds `lamb/trust_ratio_min`, `_median` and `_max` over the adapted layers to every training log line.
+
+    Keeps every layer's ratio beside (`trust_ratio_history`), and at the end of the run warns in words of what has
+    stayed out of the ordinary (`hf_lamb.trust_ratios.trust_ratio_warnings`).
 
     `LambTrainer` has one. With a stock Trainer it must come before the reporters, which Trainer puts first, to reach
     TensorBoard and W&B too: `trainer.callback_handler.callbacks.insert(0, TrustRatioCallback())`; added in the
@@ -41,6 +58,7 @@ class TrustRatioCallback(TrainerCallback):
         ratios = {name: stats.trust_ratio for name, stats in lamb.layer_stats(adapted_only=True).items()}
         if not ratios:
             return
+        record_trust_ratios(trust_ratio_history(state), state.global_step, ratios)
         summary = {
             "lamb/trust_ratio_min": min(ratios.values()),
             "lamb/trust_ratio_median": median(ratios.values()),
@@ -50,6 +68,13 @@ class TrustRatioCallback(TrainerCallback):
             summary |= {f"lamb/trust_ratio/{name}": ratio for name, ratio in ratios.items()}
         logs.update(summary)
         state.log_history[-1].update(summary)  # Trainer has copied `logs` there before it calls us
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_log:
+            for line in trust_ratio_warnings(trust_ratio_history(state)):
+                logger.warning(line)
 
 
 class SkippedStepsCallback(TrainerCallback):

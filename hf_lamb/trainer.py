@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
 from hf_lamb.checkpoints import WholeCheckpointTrainer
 from hf_lamb.fsdp import ShardedTrainer
+from hf_lamb.noise_scale import NoiseScaleTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
+from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 
 __all__ = ["LambTrainer", "LambTrainingArguments"]
 
@@ -28,11 +33,22 @@ class LambTrainingArguments(TrainingArguments):
     """`TrainingArguments` with LAMB's defaults: `optim="lamb"`, `learning_rate=1e-3`, `weight_decay=0.01`.
 
     Args:
+        base_learning_rate, base_batch_size: a rate and the global batch (sequences in an optimizer step) it was found
+            at; in place of `learning_rate`, which `LambTrainer` then sets for this run's global batch: micro-batch x
+            accumulation x data-parallel processes. Default none.
+        learning_rate_scaling: how: `sqrt`, `linear` or `none`, see `hf_lamb.scaling`. Default "sqrt".
+        decay_power: after a linear warm-up let the rate fall to 0 as (1 - t)**decay_power; in place of
+            `lr_scheduler_type`. 1 is the paper's decay (and Trainer's default "linear"), 0.5 NVIDIA's. Default none.
+        decay_from_first_step: t is the share of all steps, not of those after warm-up, so that the rate drops at the
+            end of the warm-up, as NVIDIA's does. Default False.
+        log_noise_scale: measure the gradient noise scale, see `hf_lamb.noise_scale`. Default True.
         log_trust_ratio_per_layer: log `lamb/trust_ratio/NAME` of every adapted parameter beside the summary.
             Default False.
 
     Raises:
-        ValueError: what `TrainingArguments` refuses; options that LAMB does not understand or that are out of range.
+        ValueError: what `TrainingArguments` refuses; options that LAMB does not understand or that are out of range;
+            `base_learning_rate` beside `learning_rate` or without `base_batch_size`; a warm-up longer than the run;
+            `decay_power` beside another `lr_scheduler_type`.
     """
 
     optim: OptimizerNames | str = field(default="lamb", metadata={"help": "The optimizer to use."})
@@ -40,17 +56,69 @@ class LambTrainingArguments(TrainingArguments):
         default=1e-3, metadata={"help": "The initial learning rate; LAMB's is relative to the weights' norm."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; not of biases and norms."})
+    base_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "In place of --learning_rate: the rate at --base_batch_size, scaled to the global batch."},
+    )
+    base_batch_size: int | None = field(
+        default=None, metadata={"help": "The global batch, in sequences, that --base_learning_rate was found at."}
+    )
+    learning_rate_scaling: str = field(
+        default="sqrt", metadata={"help": "How --base_learning_rate follows the batch: sqrt, linear or none."}
+    )
+    decay_power: float | None = field(
+        default=None,
+        metadata={"help": "Polynomial decay to 0 after warm-up: 1 as in the paper, 0.5 as NVIDIA's. Default: none."},
+    )
+    decay_from_first_step: bool = field(
+        default=False, metadata={"help": "With --decay_power: NVIDIA's drop of the rate at the end of the warm-up."}
+    )
+    log_noise_scale: bool = field(
+        default=True, metadata={"help": "Log the gradient noise scale, in sequences, as lamb/noise_scale."}
+    )
     log_trust_ratio_per_layer: bool = field(
         default=False, metadata={"help": "Log the trust ratio of every adapted parameter beside the summary."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_scaling()
         if self.optim == "lamb":
             options_of(self)  # now, not when the data are there; and Trainer does not name a malformed item
 
+    def _check_scaling(self) -> None:
+        rate, batch = self.base_learning_rate, self.base_batch_size
+        if (rate is None) != (batch is None):
+            given, missing = ("base_learning_rate", "base_batch_size")[:: -1 if rate is None else 1]
+            raise ValueError(f"{given} {getattr(self, given)} without {missing}: give both, or learning_rate alone")
+        for name in ("base_learning_rate", "base_batch_size", "decay_power"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r}: expected a number, not text (in YAML, write 1.0e-3 for 1e-3)"
+                )
+        # Whatever the batch will be, these and the rule can be checked now.
+        base = (1.0, 1) if rate is None or batch is None else (rate, batch)
+        scaled_learning_rate(*base, 1, self.learning_rate_scaling)
+        if rate is not None and self.learning_rate != type(self).learning_rate:
+            raise ValueError(
+                f"learning_rate {self.learning_rate:g} and base_learning_rate {rate:g} contradict each other: give one"
+            )
+        if self.decay_power is not None:
+            if not 0 < self.decay_power < math.inf:
+                raise ValueError(f"decay_power {self.decay_power}: expected a positive number, such as 1 or 0.5")
+            schedule = SchedulerType(self.lr_scheduler_type)
+            if schedule != SchedulerType.LINEAR:
+                raise ValueError(
+                    f"decay_power {self.decay_power:g} and lr_scheduler_type {schedule.value} contradict each other: "
+                    "give one"
+                )
+        elif self.decay_from_first_step:
+            raise ValueError("decay_from_first_step without decay_power: add decay_power=0.5 for NVIDIA's schedule")
+        if self.max_steps > 0:
+            check_warmup(self.get_warmup_steps(self.max_steps), self.max_steps)
 
-class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
+
+class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -63,6 +131,10 @@ class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
       batches without `labels` are left alone. Which of these a model is, is found out by trying, on the first
       batch.
     * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
+    * With `LambTrainingArguments`: the learning rate of this run's global batch from one found at another, polynomial
+      decay, and a warning before the run where the rate lets the weights' norms grow too far, see `hf_lamb.scaling`.
+    * The gradient noise scale, about the critical batch size, in every training log line, see
+      `hf_lamb.noise_scale.NoiseScaleTrainer`.
     * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
     * Checkpoints that are whole whenever the run is killed, and are checked before it resumes, see
       `hf_lamb.checkpoints.WholeCheckpointTrainer`.
@@ -86,8 +158,69 @@ class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
             self.model_accepts_loss_kwargs = True
         self._eval_loss_and_items = torch.zeros(2, dtype=torch.float64)
 
+    # -- the learning rate of this run's global batch ----------------------------------------------------------------
+
+    learning_rate_why: str | None = None  # where `base_learning_rate` was given: the rate that follows, and how
+
+    def scale_learning_rate(self) -> None:
+        """Set `args.learning_rate` from `base_learning_rate`; again where `auto_find_batch_size` halves the batch."""
+        args = self.args
+        if not isinstance(args, LambTrainingArguments) or args.base_learning_rate is None:
+            return
+        batch = self.get_total_train_batch_size(args)
+        assert args.base_batch_size is not None
+        rate, why = scaled_learning_rate(
+            args.base_learning_rate, args.base_batch_size, batch, args.learning_rate_scaling
+        )
+        if why != self.learning_rate_why and args.should_log:
+            logger.info(f"{why} (base_learning_rate, learning_rate_scaling {args.learning_rate_scaling})")
+        args.learning_rate, self.learning_rate_why = rate, why
+        if self._made_optimizer and self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = rate
+
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        self.scale_learning_rate()
+        warning = norm_growth_warning(self.args.learning_rate, max_steps) if self.args.optim == "lamb" else None
+        if warning and self.args.should_log:
+            logger.warning(warning)
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        peaks = {float(rate) for rate in getattr(self.lr_scheduler, "base_lrs", ())}
+        wanted = self.args.learning_rate
+        if self.learning_rate_why and self.args.should_log and any(not math.isclose(r, wanted) for r in peaks):
+            logger.warning(
+                f"the peak learning rate in force is {', '.join(f'{r:.4g}' for r in sorted(peaks))}, that of the "
+                f"checkpoint or of the optimizer that was passed, not {wanted:.4g}"
+            )
+        return prepared
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As Trainer's, and the polynomial of `decay_power`."""
+        args = self.args
+        if isinstance(args, LambTrainingArguments):
+            warmup = args.get_warmup_steps(num_training_steps)
+            check_warmup(warmup, num_training_steps)
+            if self.lr_scheduler is None and args.decay_power is not None:
+                factor = partial(
+                    decay_factor,
+                    total_steps=num_training_steps,
+                    warmup_steps=warmup,
+                    power=args.decay_power,
+                    from_first_step=args.decay_from_first_step,
+                )
+                optimizer = optimizer or self.optimizer
+                assert optimizer is not None
+                self.lr_scheduler = LambdaLR(optimizer, factor)
+                self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    _made_optimizer = False  # or the caller has, with rates of its own
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's, without the warning about the loss that this trainer puts right."""
+        if self.optimizer is None:
+            self.scale_learning_rate()
+            self._made_optimizer = True
         token = loss_is_weighted.set(self._weighs_loss)
         try:
             return super().create_optimizer(model)
@@ -117,13 +250,6 @@ class LambTrainer(WholeCheckpointTrainer, ShardedTrainer):
         if self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
-
-    def _count_items(self, inputs: dict[str, Any]) -> Tensor:
-        """The labels of this micro-batch, counted as Trainer counts those of the global one."""
-        labels: Tensor = inputs.get("shift_labels", inputs["labels"])
-        if self._loss_shifts_labels and "shift_labels" not in inputs:
-            labels = labels[..., 1:]
-        return labels.ne(-100).sum()
 
     def _is_mean(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether the loss stays the same when `num_items_in_batch` doubles; found out once, by all processes."""

@@ -31,12 +31,15 @@ from hf_lamb import (
     LambTrainingArguments,
     check_checkpoint,
     newest_complete_checkpoint,
+    noise_scale_in_words,
+    trust_ratio_history,
+    trust_ratio_warnings,
 )
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
 from recipes.processes import leave_process_group
-from recipes.report import append_json_line, hardware, plot_training, provenance
+from recipes.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
@@ -122,7 +125,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
-    say(describe(recipe, args, trainer.model.num_parameters(), data))
+    trainer.scale_learning_rate()
+    say(describe(recipe, args, trainer.model.num_parameters(), data, trainer.learning_rate_why))
 
     start = time.perf_counter()
     first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
@@ -137,6 +141,7 @@ def main() -> None:
             append_json_line(output / "results.jsonl", record)
             title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
+            plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
             say(summary(record, args.output_dir))
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
@@ -150,9 +155,14 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
     """
     parser = HfArgumentParser((RecipeArguments, LambTrainingArguments), description=__doc__.splitlines()[0])
     early, _ = parser.parse_known_args(argv)
-    defaults = DEFAULTS[early.size]
+    defaults = dict(DEFAULTS[early.size])
+    defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
+    if early.base_learning_rate is not None:
+        del defaults["learning_rate"]
+    if early.max_steps > 0:
+        defaults["warmup_steps"] = min(defaults["warmup_steps"], early.max_steps)
     parser.set_defaults(
-        **defaults | {"learning_rate": defaults["learning_rate"] * RATE_BESIDE_LAMB.get(early.optim, 0.05)},
+        **defaults,
         output_dir=f"runs/pretrain_bert/{early.size}-{early.optim}",
         per_device_train_batch_size=min(32, early.global_batch_size),
         per_device_eval_batch_size=32,
@@ -327,7 +337,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(recipe: RecipeArguments, args: LambTrainingArguments, parameters: int, data: Data) -> str:
+def describe(
+    recipe: RecipeArguments, args: LambTrainingArguments, parameters: int, data: Data, why: str | None
+) -> str:
     """Before the run: what is about to happen."""
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
     return (
@@ -336,7 +348,8 @@ def describe(recipe: RecipeArguments, args: LambTrainingArguments, parameters: i
         f"{len(data.held_out):,} held out\n"
         f"global batch {recipe.global_batch_size:,} = {args.per_device_train_batch_size} sequences x "
         f"{args.gradient_accumulation_steps} accumulation steps x {args.world_size} processes; "
-        f"{args.max_steps:,} steps of {args.optim.value} at a rate of {args.learning_rate:g} on {hardware()}"
+        f"{args.max_steps:,} steps of {args.optim.value} on {hardware()}\n"
+        f"{why or f'learning rate {args.learning_rate:g}'}"
     )
 
 
@@ -350,6 +363,7 @@ def result(
     steps_now: int,
 ) -> dict[str, Any]:
     """The line of results.jsonl."""
+    history = trust_ratio_history(trainer.state)
     return {
         "recipe": "pretrain_bert",
         **provenance(),
@@ -358,6 +372,7 @@ def result(
         "optim": args.optim.value,
         "optim_args": args.optim_args,
         "learning_rate": args.learning_rate,
+        "learning_rate_why": trainer.learning_rate_why or "given",
         "warmup_steps": args.get_warmup_steps(args.max_steps),
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
@@ -368,6 +383,9 @@ def result(
         "max_seq_length": recipe.max_seq_length,
         "steps": trainer.state.global_step,
         "seed": args.seed,
+        "trust_ratios": {layer: row[-1] for layer, row in history.get("ratios", {}).items() if row},
+        "trust_ratio_warnings": trust_ratio_warnings(history),
+        "noise_scale": trainer.noise_scale.value(),
         "held_out_loss": metrics["eval_loss"],
         "held_out_accuracy": metrics["eval_accuracy"],
         "unigram_loss": data.unigram_loss,
@@ -382,12 +400,17 @@ def summary(record: dict[str, Any], output_dir: str) -> str:
     loss, unigram_loss = record["held_out_loss"], record["unigram_loss"]
     verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
     minutes = record["seconds"] / 60
+    noise_scale, batch = record["noise_scale"], record["global_batch_size"]
+    noise = "not measured: it takes accumulation or several processes, and some steps"
+    if noise_scale is not None:
+        noise = noise_scale_in_words(noise_scale, batch)
     return f"""
 held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}
 held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {record["unigram_accuracy"]:.1%}
 time                     {record["steps"]:,} steps in {minutes:.1f} minutes, {record["tokens_per_second"]:,} tokens/s
+noise scale              {noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
-results, picture         {output_dir}/results.jsonl, {output_dir}/training.png"""
+results, picture         {output_dir}/results.jsonl, {output_dir}/training.png, trust_ratios.png"""
 
 
 if __name__ == "__main__":

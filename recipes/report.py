@@ -103,6 +103,32 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
         plt.close(figure)
 
 
+def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> None:
+    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG; nothing for fewer than two columns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    steps, rows = history.get("steps", []), history.get("ratios", {})
+    if len(steps) < 2:
+        return
+    ratios = [[max(ratio, 1e-6) for ratio in row] for row in rows.values()]
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.2 * len(ratios)), layout="constrained")
+    figure.suptitle(title)
+    mesh = axes.pcolormesh(steps, range(len(ratios)), ratios, norm=LogNorm(), cmap="viridis", shading="nearest")
+    axes.set_yticks(range(len(ratios)), [name.removesuffix(".weight") for name in rows], fontsize=7)
+    axes.invert_yaxis()  # the model's first layer on top
+    axes.set_xlabel("optimizer steps")
+    figure.colorbar(mesh, ax=axes, label="trust ratio ‖w‖/‖u‖")
+    try:
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=120)
+    finally:
+        plt.close(figure)
+
+
 def _series(log_history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
     points = [(line["step"], line[key]) for line in log_history if key in line]
     return [step for step, _ in points], [value for _, value in points]

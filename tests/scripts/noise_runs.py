@@ -1,0 +1,90 @@
+"""LambTrainer on one process or, through torchrun, on several; writes what it logged.
+
+python -m tests.scripts.noise_runs {rate,noise} PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
+
+`rate`: the learning rates of a scaled run. `noise`: the gradient noise scale of a model where it is known: the loss
+x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from hf_lamb import LambTrainer, LambTrainingArguments
+from recipes.processes import leave_process_group
+from tests.scripts import split_batch
+
+DIMENSIONS, NOISE_SCALE = 256, 24.0
+
+
+class Rows(Dataset):
+    """Fresh Gaussian rows x ~ N(mean, 1), the same for the same seed and index."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        mean = (1 / NOISE_SCALE) ** 0.5  # of each coordinate, so that ‖mean‖² = DIMENSIONS / NOISE_SCALE
+        self.x = torch.randn(rows, DIMENSIONS, generator=torch.Generator().manual_seed(seed)) + mean
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "labels": torch.tensor(0)}
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(DIMENSIONS))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (x @ self.w).mean()}
+
+
+def noise_trainer(path: Path, batch: int, accumulation: int, seed: int = 0, **options: Any) -> LambTrainer:
+    set_seed(seed)
+    defaults: dict[str, Any] = {"max_steps": 240, "logging_steps": 20, "save_strategy": "no", "report_to": []}
+    defaults |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "seed": seed, "optim": "lamb"}
+    args = LambTrainingArguments(
+        output_dir=str(path),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **defaults | options,
+    )
+    return LambTrainer(model=Linear(), args=args, train_dataset=Rows(16 * 240, seed))
+
+
+def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) -> None:
+    key = "lamb/noise_scale"
+    if what == "noise":
+        trainer = noise_trainer(output.parent / "trainer", batch, accumulation, seed)
+    else:
+        key = "learning_rate"
+        args = LambTrainingArguments(
+            output_dir=str(output.parent / "trainer"),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            base_learning_rate=4e-3,
+            base_batch_size=64,
+            max_steps=3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        model = split_batch.trained_model("mlm", output.parent / f"start-{batch}")
+        trainer = LambTrainer(model=model, args=args, train_dataset=split_batch.FixedRows("mlm", 64, seed=0))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        output.write_text(json.dumps([line[key] for line in trainer.state.log_history if key in line]))
+    leave_process_group(trainer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), *map(int, sys.argv[5:]))

@@ -1,0 +1,159 @@
+"""Protects the published plans, and what `python -m hf_lamb.plan` makes of them."""
+
+import json
+import math
+import shlex
+from typing import Any
+
+import pytest
+
+from hf_lamb import plan
+from hf_lamb.scaling import RULES, norm_growth, scaled_learning_rate
+from recipes import pretrain_bert
+
+# name: batch, steps, rate in units of 5e-3 / 2**(k/2), k, warm-up as a share of the steps. Batch and steps were read
+# in the paper (v1, arxiv-vanity); rates and warm-ups are from memory of v5, but for the 4k row, which ALBERT has.
+PAPER = {
+    "paper-512": (512, 1_000_000, 6, 1 / 320),
+    "paper-1k": (1024, 500_000, 5, 1 / 160),
+    "paper-2k": (2048, 250_000, 4, 1 / 80),
+    "paper-4k": (4096, 125_000, 3, 1 / 40),
+    "paper-8k": (8192, 62_500, 2, 1 / 20),
+    "paper-16k": (16_384, 31_250, 1, 1 / 10),
+    "paper-32k": (32_768, 15_625, 0, 1 / 5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_rows_of_the_paper(name: str) -> None:
+    batch, steps, k, warmup = PAPER[name]
+    (phase,) = plan.PLANS[name].phases
+    assert (phase.global_batch_size, phase.steps) == (batch, steps)
+    assert phase.learning_rate == pytest.approx(5e-3 / 2 ** (k / 2))
+    assert phase.warmup_steps / phase.steps == pytest.approx(warmup)
+    assert ("learning_rate" in phase.from_memory) is (name != "paper-4k")
+    assert phase.decay_power == 1
+
+
+def test_albert_has_the_4k_row() -> None:
+    """Its public defaults: batch 4,096, rate 0.00176, 125,000 steps, 3,125 of warm-up."""
+    (phase,) = plan.PLANS["paper-4k"].phases
+    assert round(phase.learning_rate, 5) in (0.00176, 0.00177)
+    assert (phase.global_batch_size, phase.steps, phase.warmup_steps) == (4096, 125_000, 3125)
+
+
+def test_the_mixed_batch() -> None:
+    """8,599 steps; nine tenths of the 32k row's sequences at 128 tokens in batches of 64k."""
+    first, second = plan.PLANS["paper-mixed"].phases
+    assert (first.sequence_length, first.global_batch_size) == (128, 65_536)
+    assert (second.sequence_length, second.global_batch_size) == (512, 32_768)
+    assert first.steps + second.steps == 8599
+    assert first.sequences / (first.sequences + second.sequences) == pytest.approx(0.9, abs=1e-3)
+    assert "learning_rate" in first.from_memory
+
+
+def test_nvidias_two_phases() -> None:
+    """All read in its repository."""
+    expected = [(128, 65_536, 7038, 0.2843, 6e-3), (512, 32_768, 1563, 0.128, 4e-3)]
+    for phase, (length, batch, steps, warmup, rate) in zip(
+        plan.PLANS["nvidia-bert-large"].phases, expected, strict=True
+    ):
+        assert (phase.sequence_length, phase.global_batch_size, phase.steps) == (length, batch, steps)
+        assert phase.warmup_steps / phase.steps == pytest.approx(warmup, abs=5e-4)
+        assert (phase.learning_rate, phase.decay_power, phase.decay_from_first_step) == (rate, 0.5, True)
+        assert phase.from_memory == ()
+
+
+def test_ltg_bert() -> None:
+    (phase,) = plan.PLANS["ltg-bert"].phases
+    assert (phase.global_batch_size, phase.steps, phase.learning_rate) == (32_768, 15_625, 1e-2)
+    assert phase.warmup_steps == round(0.016 * 15_625)
+    assert phase.min_rate == 0.1
+    assert (plan.PLANS["ltg-bert"].weight_decay, plan.PLANS["ltg-bert"].max_grad_norm) == (0.1, 2.0)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_scaling_the_32k_row_gives_the_other_rows(name: str) -> None:
+    """Same sequences, same warm-up steps, sqrt rule: nothing else is in the table."""
+    (expected,) = plan.PLANS[name].phases
+    (got,) = plan.plan_for_batch(expected.global_batch_size).phases
+    assert (got.steps, got.warmup_steps) == (expected.steps, expected.warmup_steps)
+    assert got.learning_rate == pytest.approx(expected.learning_rate)
+    assert norm_growth(got.learning_rate, got.steps) == pytest.approx(0.130, abs=5e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rule_is_scalings(rule: str) -> None:
+    (phase,) = plan.plan_for_batch(4096, rule=rule).phases
+    assert phase.learning_rate == scaled_learning_rate(5e-3, 32_768, 4096, rule).learning_rate
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    plan.main(shlex.split(line))
+    return capsys.readouterr().out
+
+
+def test_without_arguments_the_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "").splitlines()
+    assert [line.split()[0] for line in lines] == list(plan.PLANS)
+
+
+def test_accumulation_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """NVIDIA's DGX-1: 8 GPUs of 64 x 128 and 8 x 512; the time is steps x accumulation x seconds."""
+    line = "--plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --seconds_per_micro_batch 0.1 0.05"
+    out = printed(capsys, f"{line} --parameters 336e6")
+    assert "64 x 128 x 8" in out
+    assert "8 x 512 x 8" in out
+    assert f"{7038 * 128 * 0.1 / 3600:.1f} h" in out
+    assert f"{1563 * 512 * 0.05 / 3600:.1f} h" in out
+    assert f"{336e6 * 16 / 2**30:.1f} GiB" in out
+
+
+@pytest.mark.parametrize("name", plan.PLANS)
+def test_the_options_are_those_of_the_recipe(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    """What is printed parses there and says the plan's numbers."""
+    out = printed(capsys, f"--plan {name}")
+    lines = [line.partition(": ")[2] for line in out.splitlines() if line.startswith("options of phase")]
+    assert len(lines) == len(plan.PLANS[name].phases)
+    for line, phase in zip(lines, plan.PLANS[name].phases, strict=True):
+        recipe, args = pretrain_bert.parse([*shlex.split(line), "--size", "smoke", "--output_dir", str(tmp_path)])
+        assert (recipe.max_seq_length, recipe.global_batch_size) == (phase.sequence_length, phase.global_batch_size)
+        assert (args.max_steps, args.get_warmup_steps(args.max_steps)) == (phase.steps, phase.warmup_steps)
+        assert args.learning_rate == pytest.approx(phase.learning_rate, rel=1e-5)
+        assert args.decay_from_first_step is phase.decay_from_first_step
+        if phase.min_rate is not None:
+            given = args.lr_scheduler_kwargs
+            assert (json.loads(given) if isinstance(given, str) else given) == {"min_lr_rate": phase.min_rate}
+
+
+def test_a_rate_that_is_too_high_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "warning: " not in printed(capsys, "--global_batch_size 65536")
+    assert "warning: " in printed(capsys, "--plan paper-512 --global_batch_size 32768 --learning_rate_scaling linear")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--plan nvidia-bert", r"unknown plan 'nvidia-bert' \(did you mean nvidia-bert-large\?\)"),
+        ("--global_batch_size 0", "the global batch 0: expected at least 1"),
+        ("--global_batch_size 1000000", "leaves 512 steps for 512,000,000 sequences, fewer than the warm-up's 3,125"),
+        ("--global_batch_size 1024 --plan paper-mixed", "plan paper-mixed has 2 phases"),
+        ("--plan paper-32k --gpus 8 --per_device_train_batch_size 60", "32,768 is no multiple of 480 = 60"),
+        ("--plan nvidia-bert-large --per_device_train_batch_size 64", "1 numbers for the 2 phases"),
+        ("--plan paper-32k --seconds_per_micro_batch 1", "without per_device_train_batch_size: give both"),
+        ("--global_batch_size 64 --learning_rate_scaling squrt", r"'squrt' \(did you mean sqrt\?\)"),
+    ],
+)
+def test_bad_input_gets_one_line(line: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as error:
+        plan.main(shlex.split(line))
+    assert "\n" not in str(error.value)
+
+
+def test_sequences_are_the_same_in_every_row() -> None:
+    """The paper compares at the same number of epochs."""
+    assert {phase.sequences for name in PAPER for phase in plan.PLANS[name].phases} == {512_000_000}
+    assert math.isclose(sum(p.sequences for p in plan.PLANS["paper-mixed"].phases), 512e6, rel_tol=2e-3)
