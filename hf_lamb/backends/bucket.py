@@ -29,6 +29,10 @@ class Bucket:
     steps: list[Tensor] = field(default_factory=list)
     # Where a backend may keep u between the visits: the optimizer's, of the arithmetic's dtype.
     scratch: Tensor | None = None
+    # Where a backend may keep what it knows of these tensors: the optimizer's. A part of a bucket shares the whole's,
+    # in which it begins at this tensor.
+    table: Any = None
+    start: int = 0
     # 0-dim tensors on this bucket's device; None where the option behind them is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
@@ -45,7 +49,7 @@ class Bucket:
 
     def _part(self, part: slice) -> Bucket:
         lists = ("names", "slots", "params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-        return replace(self, **{name: getattr(self, name)[part] for name in lists})
+        return replace(self, start=self.start + part.start, **{name: getattr(self, name)[part] for name in lists})
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +59,14 @@ class Bucket:
     def math_dtype(self) -> torch.dtype:
         """The dtype of the arithmetic and of the state: float64 for float64 parameters, else float32."""
         return math_dtype(self.params[0])
+
+    def advance(self) -> None:
+        """t += 1, except where this step is skipped."""
+        if self.finite is None:
+            torch._foreach_add_(self.steps, 1.0)
+        else:
+            # A list, because the overload for one tensor reads it back to the host on CPU.
+            torch._foreach_add_(self.steps, [self.finite.to(torch.float32)] * len(self.steps))
 
     @property
     def betas(self) -> tuple[float | Tensor, float | Tensor]:

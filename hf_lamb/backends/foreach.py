@@ -13,7 +13,8 @@ from hf_lamb.norms import squared_norms
 
 
 def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    """t += 1, move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     keep1, keep2 = bucket.betas
     weights = [param.to(bucket.math_dtype) for param in bucket.params]
