@@ -79,7 +79,7 @@ class Lamb(Optimizer):
         foreach: use torch's multi-tensor operations. Default: on accelerators without fused kernels.
         fused: use fused kernels. Default: on CPU and, where Triton runs, CUDA, unless `foreach` is given. Tensors that
             the kernels do not take (not contiguous; on CUDA, float64; other accelerators') are updated as with
-            `foreach=True`.
+            `foreach=True`, and so are all in `torch.compile(optimizer.step)`.
 
     Raises:
         ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
@@ -501,7 +501,8 @@ def _backend(bucket: Bucket) -> Any:
     use_foreach, use_fused = bucket.group["foreach"], bucket.group["fused"]
     on_cpu = bucket.device.type == "cpu"
     if use_fused or (use_fused is None and use_foreach is None):
-        fused = _fused(bucket.device)
+        # torch.compile makes its own kernels, from operations that it can see into.
+        fused = None if torch.compiler.is_compiling() else _fused(bucket.device)
         return fused if fused is not None and fused.takes(bucket) else foreach
     if use_foreach is None:
         use_foreach = not on_cpu

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
     first_chunks = list(accumulate((-(-size // CHUNK) for size in sizes), initial=0))
     n = len(sizes)
     columns = [*(pointers[i * n : (i + 1) * n] for i in range(5)), sizes, first_chunks[:-1]]
-    rows = torch.tensor(list(chain.from_iterable(zip(*columns, strict=True))), dtype=torch.int64)
+    rows = torch.tensor(columns, dtype=torch.int64).t().contiguous()
     if pinned and torch.cuda.is_current_stream_capturing():
         if known is None or not same_sizes or known.spare is None:
             raise RuntimeError(
