@@ -132,12 +132,15 @@ class Lamb(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Start the diagnostics anew; they live outside `state`, where norms make sharded checkpoints crash."""
+        """Start the diagnostics anew; they live outside `state`, where norms make sharded checkpoints crash.
+
+        In lists that `step` changes in place: torch.compile forgets what it sets on an optimizer.
+        """
         self._layers: list[_Layers] = []
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._tables: dict[Slot, Any] = {}  # of a bucket, under the first of its parameters
         self._in_graphs: list[Any] = []  # tables that CUDA graphs read when they are replayed
-        self._skipped: Tensor | None = None  # [in all, in a row], int64, made at the first step that may skip
+        self._skipped: list[Tensor] = []  # [in all, in a row], int64, made at the first step that may skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
@@ -259,7 +262,7 @@ class Lamb(Optimizer):
             return loss
         self._look_at_gradients(buckets, sharded)
 
-        self._layers = []
+        self._layers.clear()
         for together, across in self._rounds(buckets, sharded):
             directions = [_backend(bucket).direction(bucket) for bucket in together]
             squares = _sum_over_shards(together, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], across)
@@ -320,7 +323,7 @@ class Lamb(Optimizer):
 
         Reading waits for the device; `step` itself does not.
         """
-        return SkippedSteps(0, 0) if self._skipped is None else SkippedSteps(*self._skipped.tolist())
+        return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
     def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded) -> None:
         """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
@@ -355,11 +358,11 @@ class Lamb(Optimizer):
         return next((param.device for param in params), torch.device("cpu"))
 
     def _count_skipped(self, finite: Tensor) -> None:
-        if self._skipped is None:
-            self._skipped = torch.zeros(2, dtype=torch.int64, device=finite.device)
-        total, in_a_row = self._skipped
+        if not self._skipped:
+            self._skipped.append(torch.zeros(2, dtype=torch.int64, device=finite.device))
+        total, in_a_row = self._skipped[0]
         skipped = finite.logical_not().long()
-        self._skipped.copy_(torch.stack((total + skipped, (in_a_row + 1) * skipped)))
+        self._skipped[0].copy_(torch.stack((total + skipped, (in_a_row + 1) * skipped)))
 
     def parameter_name(self, group_index: int, index: int) -> str:
         """The name a parameter was given with, else where it is: `param_groups.I.params.J`."""
@@ -518,7 +521,7 @@ def _fused(device: torch.device) -> Any:
 
 @functools.cache
 def _triton() -> Any:
-    """The backend that needs Triton, imported when the first CUDA parameter is updated; None where that is not there."""
+    """The backend that needs Triton, imported for the first CUDA parameter; None where Triton is not there."""
     try:
         from hf_lamb.backends import triton
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_lamb import Lamb, lamb
-from hf_lamb.backends import Bucket, foreach
+from hf_lamb.backends import Bucket
 from tests.reference import ReferenceLamb
 from tests.test_lamb_reference import OPTIONS, SCALES, TOLERANCE, heterogeneous, worst_difference
 
@@ -103,7 +103,7 @@ def test_equals_the_reference_where_gradients_are_tiny_or_huge() -> None:
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_the_rounded_reference(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    """fp32 arithmetic and state whatever the weights' and the gradients' dtypes; one rounding of the weights a step."""
+    """fp32 arithmetic and state whatever the dtypes; one rounding of the weights a step."""
     rng = np.random.default_rng(2)
     params = [torch.tensor(heterogeneous(shape, rng, 0.1), dtype=dtype) for shape in [(64, 11), (7,), ()]]
     for param in params:
@@ -119,7 +119,9 @@ def test_every_dtype_is_the_rounded_reference(dtype: torch.dtype, grad_dtype: to
         for param, w in zip(params, expected, strict=True):
             bound = np.abs(w) * half_ulp * 1.01 + torch.finfo(dtype).smallest_normal * half_ulp
             assert (np.abs(param.detach().double().numpy() - w) <= bound + 1e-6 * np.abs(w).max()).all()
-    assert {optimizer.state[p][moment].dtype for p in params for moment in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert {optimizer.state[p][moment].dtype for p in params for moment in ("exp_avg", "exp_avg_sq")} == {
+        torch.float32
+    }
 
 
 def test_mixed_dtypes_in_one_group() -> None:
@@ -311,8 +313,6 @@ def test_where_triton_does_not_run_it_is_foreach_with_the_reason(
 
 
 def test_the_kernels_compile_for_a_gpu() -> None:
-    """With 16-byte accesses, without spilt registers and without atomics, whose order would change the bits."""
+    """With 16-byte accesses and without atomics, whose order would change the bits."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run(
-        [sys.executable, "-m", "tests.scripts.compile_kernels"], env=environment, check=True, timeout=240
-    )
+    subprocess.run([sys.executable, "-m", "tests.scripts.compile_kernels"], env=environment, check=True, timeout=240)

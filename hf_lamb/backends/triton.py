@@ -58,11 +58,7 @@ class Table:
     owners: Tensor  # the tensor that each chunk is of, int32
     rows: Tensor  # the columns above, int64
     spare: Tensor | None  # pinned memory like that of `rows`, for one capture
-
-    @property
-    def aligned(self) -> bool:
-        """Whether 16 bytes can be read at once; a view may begin anywhere."""
-        return all(pointer % 16 == 0 for pointer in self.pointers[: -len(self.sizes)])  # steps are scalars
+    aligned: bool  # 16 bytes can be read at once; a view may begin anywhere
 
 
 def table_of(bucket: Bucket, known: Table | None) -> Table:
@@ -79,15 +75,19 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
     pointers = [tensor.data_ptr() for tensors in lists for tensor in tensors]
     sizes = [param.numel() for param in bucket.params]
     same_sizes = known is not None and known.sizes == sizes
+    on_gpu = bucket.device.type == "cuda"
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if known is not None and same_sizes and known.pointers == pointers:
+        if known.spare is None and on_gpu and not capturing:
+            known.spare = torch.empty(known.rows.shape, dtype=torch.int64, pin_memory=True)
         return known
 
-    pinned = bucket.device.type == "cuda"
     first_chunks = list(accumulate((-(-size // CHUNK) for size in sizes), initial=0))
     n = len(sizes)
     columns = [*(pointers[i * n : (i + 1) * n] for i in range(5)), sizes, first_chunks[:-1]]
     rows = torch.tensor(columns, dtype=torch.int64).t().contiguous()
-    if pinned and torch.cuda.is_current_stream_capturing():
+    aligned = all(pointer % 16 == 0 for pointer in pointers[: 4 * n])
+    if capturing:
         if known is None or not same_sizes or known.spare is None:
             raise RuntimeError(
                 "Lamb: a CUDA graph is being captured, but no step of these parameters came before it: "
@@ -95,7 +95,7 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
             )
         known.spare.copy_(rows)
         on_device = known.spare.to(bucket.device, non_blocking=True)
-        captured = Table(pointers, sizes, first_chunks, known.owners, on_device, known.spare)
+        captured = Table(pointers, sizes, first_chunks, known.owners, on_device, known.spare, aligned)
         known.spare = None
         return captured
     if known is not None and same_sizes:
@@ -103,8 +103,8 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
     else:
         chunks = torch.tensor(first_chunks).diff()
         owners = _to(torch.repeat_interleave(torch.arange(n, dtype=torch.int32), chunks), bucket.device)
-    spare = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True) if pinned else None
-    return Table(pointers, sizes, first_chunks, owners, _to(rows, bucket.device), spare)
+    spare = torch.empty(rows.shape, dtype=torch.int64, pin_memory=True) if on_gpu else None
+    return Table(pointers, sizes, first_chunks, owners, _to(rows, bucket.device), spare, aligned)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
@@ -196,7 +196,9 @@ def _launch(kernel: Any, programs: int, bucket: Bucket, *arguments: Any, **const
 
 
 @triton.jit(do_not_specialize=["rows", "start", "n", "finite", "corrections"])
-def _advance(rows, start, n, finite, corrections, log_beta1, log_beta2, BIAS_CORRECTION: tl.constexpr, BLOCK: tl.constexpr):
+def _advance(
+    rows, start, n, finite, corrections, log_beta1, log_beta2, BIAS_CORRECTION: tl.constexpr, BLOCK: tl.constexpr
+):
     """t += 1 except where this step is skipped; 1 / (1 - beta1**t), 1 / (1 - beta2**t)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     steps = tl.load(rows + (start + i) * _COLUMNS + _T, mask=i < n, other=0).to(tl.pointer_type(tl.float32))
@@ -231,7 +233,7 @@ def _where(row, column, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def _load(pointer, offsets, size, WHOLE: tl.constexpr):
     """As float32. Without a mask where the chunk is whole, for a mask keeps loads from being wide."""
-    if WHOLE:
+    if WHOLE:  # noqa: SIM108
         x = tl.load(pointer + offsets)
     else:
         x = tl.load(pointer + offsets, mask=offsets < size, other=0.0)
@@ -275,7 +277,9 @@ def _move(
     return tl.sum(w * w), tl.sum(u * u)
 
 
-@triton.jit(do_not_specialize=["rows", "owners", "start", "first", "n", "finite", "clip_factor", "corrections", "squares"])
+@triton.jit(
+    do_not_specialize=["rows", "owners", "start", "first", "n", "finite", "clip_factor", "corrections", "squares"]
+)
 def _first_visit(
     rows, owners, start, first, n, finite, clip_factor, corrections, squares,
     beta1, rest1, beta2, rest2, eps, weight_decay,
