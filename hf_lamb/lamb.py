@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple, overload
@@ -75,8 +77,9 @@ class Lamb(Optimizer):
             or is so large that the sum of squares of all gradients overflows. Default True.
         maximize: maximise the objective. Default False.
         foreach: use torch's multi-tensor operations. Default: on accelerators.
-        fused: use fused kernels. Default: on CPU, unless `foreach` is given. Tensors that the kernels do not take (not
-            contiguous; an accelerator's, in this version) are updated as with `foreach=True`.
+        fused: use fused kernels. Default: on CPU, unless `foreach` is given. Those for CUDA, in Triton, have not yet
+            run on a GPU, so they have to be asked for. Tensors that the kernels do not take (not contiguous; on CUDA,
+            float64; other accelerators') are updated as with `foreach=True`, and so are all under torch.compile.
 
     Raises:
         ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
@@ -129,10 +132,15 @@ class Lamb(Optimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        """Start the diagnostics anew; they live outside `state`, where norms make sharded checkpoints crash."""
+        """Start the diagnostics anew; they live outside `state`, where norms make sharded checkpoints crash.
+
+        In lists that `step` changes in place: torch.compile forgets what it sets on an optimizer.
+        """
         self._layers: list[_Layers] = []
         self._scratch: dict[torch.dtype, Tensor] = {}
-        self._skipped: Tensor | None = None  # [in all, in a row], int64, made at the first step that may skip
+        self._tables: dict[Slot, Any] = {}  # of a bucket, under the first of its parameters
+        self._in_graphs: list[Any] = []  # tables that CUDA graphs read when they are replayed
+        self._skipped: list[Tensor] = []  # [in all, in a row], int64, made at the first step that may skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
@@ -254,12 +262,9 @@ class Lamb(Optimizer):
             return loss
         self._look_at_gradients(buckets, sharded)
 
-        self._layers = []
+        self._layers.clear()
         for together, across in self._rounds(buckets, sharded):
-            directions = []
-            for bucket in together:
-                _advance(bucket)
-                directions.append(_backend(bucket).direction(bucket))
+            directions = [_backend(bucket).direction(bucket) for bucket in together]
             squares = _sum_over_shards(together, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], across)
             for bucket, (w_sq, u_sq), (_, _, held) in zip(together, squares, directions, strict=True):
                 layers = _layers(bucket, w_sq.sqrt(), u_sq.sqrt())
@@ -270,10 +275,13 @@ class Lamb(Optimizer):
     def _rounds(self, buckets: list[Bucket], sharded: Sharded) -> Iterator[tuple[list[Bucket], Sharded]]:
         """What is updated together: all that is sharded, for one sum; the rest in parts, each while in the cache."""
         for bucket in buckets:
-            if _backend(bucket) is cpu:
+            backend = _backend(bucket)
+            if backend is cpu:
                 bucket.scratch = self._scratch_for(bucket)
+            if hasattr(backend, "table_of"):
+                bucket.table = self._table_for(bucket, backend)
             if not bucket.reductions:
-                for part in bucket.parts(cpu.PART) if _backend(bucket) is cpu else [bucket]:
+                for part in bucket.parts(backend.PART) if hasattr(backend, "PART") else [bucket]:
                     yield [part], {}
         if sharded:
             yield [bucket for bucket in buckets if bucket.reductions], sharded
@@ -284,6 +292,14 @@ class Lamb(Optimizer):
             scratch = torch.empty(cpu.scratch_size(bucket), dtype=bucket.math_dtype)
             self._scratch[bucket.math_dtype] = scratch
         return scratch
+
+    def _table_for(self, bucket: Bucket, backend: Any) -> Any:
+        table = backend.table_of(bucket, self._tables.get(bucket.slots[0]))
+        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._in_graphs.append(table)
+        else:
+            self._tables[bucket.slots[0]] = table
+        return table
 
     def layer_stats(self, adapted_only: bool = False) -> dict[str, LayerStats]:
         """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
@@ -307,7 +323,7 @@ class Lamb(Optimizer):
 
         Reading waits for the device; `step` itself does not.
         """
-        return SkippedSteps(0, 0) if self._skipped is None else SkippedSteps(*self._skipped.tolist())
+        return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
     def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded) -> None:
         """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
@@ -342,11 +358,11 @@ class Lamb(Optimizer):
         return next((param.device for param in params), torch.device("cpu"))
 
     def _count_skipped(self, finite: Tensor) -> None:
-        if self._skipped is None:
-            self._skipped = torch.zeros(2, dtype=torch.int64, device=finite.device)
-        total, in_a_row = self._skipped
+        if not self._skipped:
+            self._skipped.append(torch.zeros(2, dtype=torch.int64, device=finite.device))
+        total, in_a_row = self._skipped[0]
         skipped = finite.logical_not().long()
-        self._skipped.copy_(torch.stack((total + skipped, (in_a_row + 1) * skipped)))
+        self._skipped[0].copy_(torch.stack((total + skipped, (in_a_row + 1) * skipped)))
 
     def parameter_name(self, group_index: int, index: int) -> str:
         """The name a parameter was given with, else where it is: `param_groups.I.params.J`."""
@@ -466,15 +482,6 @@ def _zero_redundancy_group() -> norms.Reduction | None:
     return None
 
 
-def _advance(bucket: Bucket) -> None:
-    """t += 1, except where this step is skipped."""
-    if bucket.finite is None:
-        torch._foreach_add_(bucket.steps, 1.0)
-    else:
-        # A list, because the overload for one tensor reads it back to the host on CPU.
-        torch._foreach_add_(bucket.steps, [bucket.finite.to(torch.float32)] * len(bucket.steps))
-
-
 def _layers(bucket: Bucket, weight_norm: Tensor, adam_norm: Tensor) -> _Layers:
     group = bucket.group
     if group["layer_adaptation"]:
@@ -497,7 +504,31 @@ def _backend(bucket: Bucket) -> Any:
     use_foreach, use_fused = bucket.group["foreach"], bucket.group["fused"]
     on_cpu = bucket.device.type == "cpu"
     if use_fused or (use_fused is None and use_foreach is None and on_cpu):
-        return cpu if on_cpu and cpu.takes(bucket) else foreach
+        # torch.compile makes its own kernels, from operations that it can see into.
+        fused = None if torch.compiler.is_compiling() else _fused(bucket.device)
+        return fused if fused is not None and fused.takes(bucket) else foreach
     if use_foreach is None:
         use_foreach = not on_cpu
     return foreach if use_foreach else eager
+
+
+def _fused(device: torch.device) -> Any:
+    """The fused backend for a kind of device, if there is one."""
+    if device.type == "cpu":
+        return cpu
+    return _triton() if device.type == "cuda" and torch.version.hip is None else None
+
+
+@functools.cache
+def _triton() -> Any:
+    """The backend that needs Triton, imported for the first CUDA parameter; None where Triton is not there."""
+    try:
+        from hf_lamb.backends import triton
+
+        triton.check()
+    except ImportError:
+        return None
+    except Exception as error:  # it compiles a C file here: no compiler, no Python.h, a full disk, ...
+        warnings.warn(f"Lamb: no fused kernels, because Triton does not run here, but foreach: {error}", stacklevel=2)
+        return None
+    return triton

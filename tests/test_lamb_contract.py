@@ -196,6 +196,15 @@ def test_skip_nonfinite_off_lets_them_through() -> None:
     assert not bool(params[1].isnan().any())
 
 
+@BACKENDS
+def test_so_does_one_in_the_first_step_without_eps(backend: dict[str, bool]) -> None:
+    """Then the moments are zero, and u is 0/0 where it is not kept from it."""
+    param = torch.ones(3)
+    param.grad = torch.tensor([1.0, torch.nan, 1.0])
+    Lamb([param], eps=0.0, **backend).step()
+    assert torch.equal(param, torch.ones(3))
+
+
 def test_sparse_gradients_are_refused_by_name() -> None:
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()

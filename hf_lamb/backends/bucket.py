@@ -29,6 +29,10 @@ class Bucket:
     steps: list[Tensor] = field(default_factory=list)
     # Where a backend may keep u between the visits: the optimizer's, of the arithmetic's dtype.
     scratch: Tensor | None = None
+    # Where a backend may keep what it knows of these tensors: the optimizer's. A part of a bucket shares the whole's,
+    # in which it begins at this tensor.
+    table: Any = None
+    start: int = 0
     # 0-dim tensors on this bucket's device; None where the option behind them is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
@@ -45,7 +49,7 @@ class Bucket:
 
     def _part(self, part: slice) -> Bucket:
         lists = ("names", "slots", "params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-        return replace(self, **{name: getattr(self, name)[part] for name in lists})
+        return replace(self, start=self.start + part.start, **{name: getattr(self, name)[part] for name in lists})
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +60,14 @@ class Bucket:
         """The dtype of the arithmetic and of the state: float64 for float64 parameters, else float32."""
         return math_dtype(self.params[0])
 
+    def advance(self) -> None:
+        """t += 1, except where this step is skipped."""
+        if self.finite is None:
+            torch._foreach_add_(self.steps, 1.0)
+        else:
+            # A list, because the overload for one tensor reads it back to the host on CPU.
+            torch._foreach_add_(self.steps, [self.finite.to(torch.float32)] * len(self.steps))
+
     @property
     def betas(self) -> tuple[float | Tensor, float | Tensor]:
         """(beta1, beta2); 1 where this step is skipped, so that the moments stay as they are."""
@@ -64,6 +76,14 @@ class Bucket:
             return beta1, beta2
         one = torch.ones((), dtype=self.math_dtype, device=self.device)
         return torch.where(self.finite, beta1, one), torch.where(self.finite, beta2, one)
+
+    @property
+    def eps(self) -> float | Tensor:
+        """eps; instead of zero, 1 where this step is skipped: u must be a number for zero times it to be zero."""
+        eps: float = self.group["eps"]
+        if eps > 0 or self.finite is None:
+            return eps
+        return torch.where(self.finite, 0.0, torch.ones((), dtype=self.math_dtype, device=self.device))
 
     def gradient(self, grad: Tensor) -> Tensor:
         """`grad` in the dtype of the arithmetic, signed and clipped; zero where this step is skipped.

@@ -36,7 +36,8 @@ def scratch_size(bucket: Bucket) -> int:
 
 
 def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
-    """Move m and v; return ‖w‖², ‖u‖² and, where there is scratch for all of them, the -u."""
+    """t += 1, move m and v; return ‖w‖², ‖u‖² and, where there is scratch for all of them, the -u."""
+    bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     bias_correction, weight_decay = bucket.group["bias_correction"], bucket.group["weight_decay"]
     # 1 - beta**inf = 1

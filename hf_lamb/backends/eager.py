@@ -9,10 +9,11 @@ from hf_lamb.norms import squared_norms
 
 
 def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    """t += 1, move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     keep1, keep2 = bucket.betas
-    eps, weight_decay = bucket.group["eps"], bucket.group["weight_decay"]
+    eps, weight_decay = bucket.eps, bucket.group["weight_decay"]
     bias_corrections1, bias_corrections2 = bucket.bias_corrections()
 
     weights, updates = [], []

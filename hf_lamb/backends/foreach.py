@@ -13,7 +13,8 @@ from hf_lamb.norms import squared_norms
 
 
 def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    """t += 1, move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+    bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     keep1, keep2 = bucket.betas
     weights = [param.to(bucket.math_dtype) for param in bucket.params]
@@ -28,7 +29,9 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
     updates = list(torch._foreach_div(bucket.exp_avgs, bias_corrections1.unbind()))
     denominators = torch._foreach_div(bucket.exp_avg_sqs, bias_corrections2.unbind())
     torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, bucket.group["eps"])
+    eps = bucket.eps
+    # A list of tensors, because the overload for one tensor reads it back to the host on CPU.
+    torch._foreach_add_(denominators, [eps] * len(denominators) if isinstance(eps, Tensor) else eps)
     torch._foreach_div_(updates, denominators)
     torch._foreach_add_(updates, weights, alpha=bucket.group["weight_decay"])
     return squared_norms(weights), squared_norms(updates), updates

@@ -1,0 +1,46 @@
+"""Protects `torch.compile(optimizer.step)`: whole graphs, and the weights of the plain step."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from hf_lamb import Lamb
+from tests.helpers import BACKENDS
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@BACKENDS
+def test_a_compiled_step_is_the_step_in_one_graph(backend: dict[str, bool]) -> None:
+    """One graph for the step that makes the state and one for all others, a new rate and a skipped step included.
+
+    `aot_eager` does all that the default compiler does, but for making C++ of it.
+    """
+    params = [torch.randn(20, 7), torch.randn(7), torch.randn(())]
+    others = [param.clone() for param in params]
+    lr = torch.tensor(1e-2)
+    optimizer, other = (Lamb(p, lr=rate, max_grad_norm=1.0, **backend) for p, rate in [(params, lr), (others, 1e-2)])
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for rate, factor in [(1e-2, 1.0), (1e-2, 1.0), (3e-3, float("nan")), (1e-3, 1.0)]:
+        lr.fill_(rate)
+        other.param_groups[0]["lr"] = rate
+        for a, b in zip(params, others, strict=True):
+            a.grad = torch.randn_like(a) * factor
+            b.grad = a.grad.clone()
+        step()
+        other.step()
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert optimizer.skipped_steps() == other.skipped_steps() == (1, 0)
+    assert optimizer.layer_stats().keys() == other.layer_stats().keys()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2

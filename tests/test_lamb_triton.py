@@ -1,0 +1,318 @@
+"""Protects the Triton backend without a GPU: its kernels in Triton's interpreter against the float64 reference, and
+compiled, though not run, for a GPU. What only a GPU can show is in test_lamb_cuda.py."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_lamb import Lamb, lamb
+from hf_lamb.backends import Bucket
+from tests.reference import ReferenceLamb
+from tests.test_lamb_reference import OPTIONS, SCALES, TOLERANCE, heterogeneous, worst_difference
+
+pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+from triton.runtime.interpreter import _convert_float
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (conftest.py: set where no GPU is)"
+)
+
+STEPS = 5
+SHAPES = [(), (1,), (0,), (2, 0, 3), (7,), (64, 8), (3, 411), (1, 513)]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The backend, for CPU tensors too: several parts, of them several of several chunks, and sums of several."""
+    from hf_lamb.backends import triton
+
+    monkeypatch.setattr(triton, "CHUNK", 512)
+    monkeypatch.setattr(triton, "PART", 1024)
+    monkeypatch.setattr(triton, "_AT_ONCE", 2)
+    monkeypatch.setattr(lamb, "_fused", lambda device: triton)
+    monkeypatch.setattr("triton.runtime.interpreter._convert_float", _rounded)
+    return triton
+
+
+def _rounded(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+    """What `.to(tl.bfloat16)` does on a GPU: round to nearest, where Triton 3.7's interpreter cuts off."""
+    if (source.name, target.name) != ("fp32", "bf16"):
+        return _convert_float(x, source, target, mode)
+    return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+@pytest.fixture
+def launches(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every launch, as (kernel, programs)."""
+    done: list[tuple[str, int]] = []
+    launch = kernels._launch
+
+    def counted(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        done.append((kernel.fn.__name__, programs))
+        launch(kernel, programs, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "_launch", counted)
+    return done
+
+
+def float32_params(rng: np.random.Generator, shapes: list[tuple[int, ...]], scale: float = 0.05) -> list[torch.Tensor]:
+    return [torch.tensor(heterogeneous(shape, rng, scale), dtype=torch.float32) for shape in shapes]
+
+
+def give_gradients(params: list[torch.Tensor], rng: np.random.Generator, scale: float = 1.0) -> None:
+    for param in params:
+        param.grad = torch.tensor(heterogeneous(tuple(param.shape), rng, scale), dtype=param.grad_dtype)
+
+
+@pytest.mark.parametrize("options", [o for _, o in OPTIONS], ids=[d for d, _ in OPTIONS])
+def test_equals_the_float64_reference(options: dict[str, Any]) -> None:
+    """Every option, awkward shapes, gradient scales 1e-8 ... 1e8, a transposed and a misaligned parameter."""
+    rng = np.random.default_rng(0)
+    params = float32_params(rng, SHAPES)
+    params.append(torch.tensor(heterogeneous((31, 17), rng), dtype=torch.float32).t())
+    params.append(torch.tensor(heterogeneous((600,), rng), dtype=torch.float32)[1:])
+    params.append(torch.zeros(40))  # ‖w‖ = 0 at the first step
+    optimizer = Lamb(params, fused=True, **options)
+    reference = ReferenceLamb([p.double().numpy() for p in params], **options)
+    for step in range(STEPS):
+        give_gradients(params, rng, SCALES[step % len(SCALES)])
+        optimizer.step()
+        reference.step([p.grad.double().numpy() for p in params])
+    assert worst_difference(params, reference.w) <= TOLERANCE[torch.float32]
+
+
+def test_equals_the_reference_where_gradients_are_tiny_or_huge() -> None:
+    rng = np.random.default_rng(1)
+    for scale in (1e-8, 1e8):
+        params = float32_params(rng, SHAPES, 1.0)
+        optimizer = Lamb(params, lr=1e-2, fused=True)
+        reference = ReferenceLamb([p.double().numpy() for p in params], lr=1e-2)
+        for _ in range(STEPS):
+            give_gradients(params, rng, scale)
+            optimizer.step()
+            reference.step([p.grad.double().numpy() for p in params])
+        assert worst_difference(params, reference.w) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_the_rounded_reference(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """fp32 arithmetic and state whatever the dtypes; one rounding of the weights a step."""
+    rng = np.random.default_rng(2)
+    params = [torch.tensor(heterogeneous(shape, rng, 0.1), dtype=dtype) for shape in [(64, 11), (7,), ()]]
+    for param in params:
+        param.requires_grad_().grad_dtype = grad_dtype
+    optimizer = Lamb(params, lr=1e-2, fused=True)
+    reference = ReferenceLamb([p.detach().double().numpy() for p in params], lr=1e-2)
+    half_ulp = torch.finfo(dtype).eps / 2
+    for _ in range(STEPS):
+        give_gradients(params, rng)
+        reference.w = [p.detach().double().numpy() for p in params]
+        optimizer.step()
+        expected = reference.step([p.grad.double().numpy() for p in params])
+        for param, w in zip(params, expected, strict=True):
+            bound = np.abs(w) * half_ulp * 1.01 + torch.finfo(dtype).smallest_normal * half_ulp
+            assert (np.abs(param.detach().double().numpy() - w) <= bound + 1e-6 * np.abs(w).max()).all()
+    assert {optimizer.state[p][moment].dtype for p in params for moment in ("exp_avg", "exp_avg_sq")} == {
+        torch.float32
+    }
+
+
+def test_mixed_dtypes_in_one_group() -> None:
+    """Each parameter as if it were alone, float64 by foreach."""
+    rng = np.random.default_rng(3)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    params = [torch.tensor(rng.standard_normal(700), dtype=dtype) for dtype in dtypes]
+    alone = [param.clone() for param in params]
+    for a, b in zip(params, alone, strict=True):
+        a.grad = b.grad = torch.ones_like(a)
+    Lamb(params, fused=True).step()
+    for param in alone:
+        Lamb([param], fused=True).step()
+    assert all(torch.equal(a, b) for a, b in zip(params, alone, strict=True))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_a_skipped_step_changes_nothing(eps: float) -> None:
+    """Nor does it if it is the first, when v is zero and without eps u is 0 / 0; and what follows is as without it."""
+    rng = np.random.default_rng(4)
+    params = float32_params(rng, [(600,), (3,)])
+    others = [param.clone() for param in params]
+    skipping, other = (Lamb(p, fused=True, eps=eps, max_grad_norm=1.0) for p in (params, others))
+    for step, poison in enumerate([float("inf"), None, float("nan"), None]):
+        give_gradients(params, rng)
+        if poison is None:
+            for a, b in zip(params, others, strict=True):
+                b.grad = a.grad
+            skipping.step()
+            other.step()
+        else:
+            params[0].grad[-1] = poison
+            skipping.step()
+        for a, b in zip(params, others, strict=True):
+            assert torch.equal(a, b), step
+            for key, value in other.state[b].items():
+                assert torch.equal(skipping.state[a][key], value)
+    assert skipping.skipped_steps() == (2, 0)
+
+
+def bucket_of(kernels: ModuleType, params: list[torch.Tensor], grads: list[torch.Tensor], t: float = 0.0) -> Bucket:
+    bucket = Bucket(Lamb([torch.ones(1)], lr=0.1).param_groups[0], params=params, grads=grads)
+    bucket.exp_avgs, bucket.exp_avg_sqs = ([torch.zeros_like(param) for param in params] for _ in range(2))
+    bucket.steps = [torch.tensor(t) for _ in params]
+    bucket.table = kernels.table_of(bucket, None)
+    return bucket
+
+
+def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType) -> None:
+    """What sharding does to a backend: all first visits, sums over the processes, all second visits."""
+    rng = np.random.default_rng(5)
+    whole, grads = float32_params(rng, [(40, 30), (9,)]), float32_params(rng, [(40, 30), (9,)])
+    pieces = [[w[:17].clone() for w in whole], [w[17:].clone() for w in whole]]  # of the second, one is empty
+    of_whole = bucket_of(kernels, whole, grads)
+    shards = [
+        bucket_of(kernels, pieces[0], [g[:17].clone() for g in grads]),
+        bucket_of(kernels, pieces[1], [g[17:].clone() for g in grads]),
+    ]
+    for _ in range(3):
+        w_sq, u_sq, held = kernels.direction(of_whole)
+        kernels.apply(of_whole, held, 0.1 * (w_sq / u_sq).sqrt())
+        first = [kernels.direction(shard) for shard in shards]
+        torch.testing.assert_close(sum(sums[0] for sums in first), w_sq, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sum(sums[1] for sums in first), u_sq, rtol=1e-6, atol=0)
+        for shard, (_, _, held) in zip(shards, first, strict=True):
+            kernels.apply(shard, held, 0.1 * (w_sq / u_sq).sqrt())
+        for w, *parts in zip(whole, *pieces, strict=True):
+            assert torch.equal(w, torch.cat(parts))  # elementwise the same arithmetic
+
+
+def test_launches_grow_with_the_elements_and_not_with_the_tensors(launches: list, kernels: ModuleType) -> None:
+    def kernels_launched(shapes: list[int]) -> list[str]:
+        params = [torch.ones(shape) for shape in shapes]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        launches.clear()
+        Lamb(params, fused=True).step()
+        return [kernel for kernel, _ in launches]
+
+    part = ["_advance", "_first_visit", "_sum", "_second_visit"]
+    assert kernels_launched([kernels.PART]) == part
+    assert kernels_launched([kernels.PART // 32] * 32) == part
+    assert kernels_launched([kernels.PART] * 3) == 3 * part
+    assert kernels_launched([0, 0]) == ["_advance", "_sum"]  # t moves without elements
+
+
+def test_bits_do_not_depend_on_the_parts(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and the order of their sums are each tensor's own."""
+    results = []
+    for part in (1024, 1 << 20):
+        monkeypatch.setattr(kernels, "PART", part)
+        rng = np.random.default_rng(6)
+        params = float32_params(rng, SHAPES)
+        optimizer = Lamb(params, fused=True)
+        for _ in range(2):
+            give_gradients(params, rng)
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk of a tensor of 2**31 + 600 elements, of which only that chunk is there."""
+    monkeypatch.setattr(kernels, "_sum", None)
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *a, **k: kernel and launch(kernel, *a, **k))
+    begin, size = 2**31 + 512, 88
+    chunk = begin // kernels.CHUNK
+    here, alone = (bucket_of(kernels, [torch.full((size,), 2.0)], [torch.full((size,), 3.0)]) for _ in range(2))
+    # As if each tensor had begun that much earlier.
+    here.table.rows[0, :4] -= 4 * begin
+    here.table.rows[0, 5] = begin + size
+    here.table.owners = torch.zeros(chunk + 1, dtype=torch.int32)
+    here.table.first_chunks = [chunk, chunk + 1]  # of which one is launched
+    for bucket in (here, alone):
+        _, _, held = kernels.direction(bucket)
+        kernels.apply(bucket, held, torch.tensor([0.1]))
+    for tensors in ("params", "exp_avgs", "exp_avg_sqs"):
+        assert torch.equal(getattr(here, tensors)[0], getattr(alone, tensors)[0])
+    assert (alone.params[0] != 2.0).all()
+
+
+def test_a_table_is_made_anew_only_when_a_tensor_moved(kernels: ModuleType) -> None:
+    """Gradients may: `zero_grad` drops them. What says which chunk is whose depends on sizes alone, and stays."""
+    bucket = bucket_of(kernels, [torch.ones(600), torch.ones(3)], [torch.ones(600), torch.ones(3)])
+    table = bucket.table
+    assert kernels.table_of(bucket, table) is table
+    bucket.grads[1] = torch.ones(3)
+    moved = kernels.table_of(bucket, table)
+    assert moved.rows[1, 1] == bucket.grads[1].data_ptr() != table.rows[1, 1]
+    assert moved.owners is table.owners
+    assert moved.owners.tolist() == [0, 0, 1]
+
+
+# -- which backend --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`_fused` itself again."""
+    monkeypatch.undo()
+    lamb._triton.cache_clear()
+    yield lamb._fused
+    lamb._triton.cache_clear()
+
+
+def backend_on(device: str, takes: bool = True, **options: bool | None) -> Any:
+    bucket = SimpleNamespace(group={"foreach": None, "fused": None, **options}, device=torch.device(device))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(lamb, "_triton", lambda: SimpleNamespace(__name__="triton", takes=lambda bucket: takes))
+        return lamb._backend(bucket).__name__.rpartition(".")[2]
+
+
+def test_triton_is_the_default_on_cuda_alone(fused: Any) -> None:
+    assert backend_on("cuda") == backend_on("cuda", fused=True) == "triton"
+    assert backend_on("cuda", takes=False) == backend_on("cuda", takes=False, fused=True) == "foreach"
+    assert backend_on("cuda", fused=False) == backend_on("cuda", foreach=True) == "foreach"
+    assert backend_on("cuda", foreach=False) == "eager"
+    assert backend_on("xpu") == backend_on("xpu", fused=True) == "foreach"
+
+
+def test_rocm_takes_foreach(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has run the kernels there."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backend_on("cuda") == backend_on("cuda", fused=True) == "foreach"
+
+
+def test_without_triton_it_is_foreach(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_lamb.backends.triton
+
+    monkeypatch.delattr(hf_lamb.backends, "triton")
+    monkeypatch.delitem(sys.modules, "hf_lamb.backends.triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert fused(torch.device("cuda")) is None
+
+
+def test_where_triton_does_not_run_it_is_foreach_with_the_reason(
+    fused: Any, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiles a C file when it starts; here there is no driver either."""
+
+    def no_compiler() -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(kernels, "check", no_compiler)
+    with pytest.warns(UserWarning, match="Triton does not run here, but foreach: Failed to find C compiler"):
+        assert fused(torch.device("cuda")) is None
+    assert fused(torch.device("cuda")) is None  # says so once
+
+
+def test_the_kernels_compile_for_a_gpu() -> None:
+    """With 16-byte accesses and without atomics, whose order would change the bits."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-m", "tests.scripts.compile_kernels"], env=environment, check=True, timeout=240)
