@@ -4,6 +4,7 @@ Run by tests/test_sharding.py and tests/scripts/sharding_report.py:
 torchrun --nproc_per_node N -m tests.scripts.sharded_lamb CASES.json OUTPUT.json
 """
 
+import gc
 import hashlib
 import importlib
 import json
@@ -420,6 +421,7 @@ def main(cases: Path, output: Path) -> None:
             traceback.print_exc()
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
+    gc.collect()  # DDP's reducers before the process group, see recipes.processes
     dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ Run by tests/test_sharding.py: torchrun --nproc_per_node 4 -m tests.scripts.shar
 Writes, for each function named check_*, null or what went wrong on any process.
 """
 
+import gc
 import json
 import sys
 import traceback
@@ -304,6 +305,7 @@ def main(output: Path) -> None:
         results[name] = "\n".join(f"process {i}: {p}" for i, p in enumerate(problems) if p) or None
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results, indent=1))
+    gc.collect()  # DDP's reducers before the process group, see recipes.processes
     dist.destroy_process_group()
 
 
