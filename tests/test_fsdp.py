@@ -70,12 +70,14 @@ WHOLE = ["1-sharded", "1-full", "2-ddp", "2-sharded", "2-full", "2-sharded-recip
 
 @pytest.mark.parametrize("run", WHOLE)
 def test_a_trainer_run_equals_that_of_one_process(run: str, runs: Path) -> None:
-    """Weights to 1e-6; losses, gradient norms, trust ratios of all layers and skipped steps as logged, to 1e-5."""
+    """Weights to 1e-6; losses, gradient norms, trust ratios of all layers and skipped steps as logged, to 1e-5.
+
+    But for the noise scale, which takes gradients of two batch sizes to estimate: one process has one here."""
     expected = runs / "1-ddp"
     assert distance(torch.load(runs / run / "weights.pt"), torch.load(expected / "weights.pt")) <= 1e-6
     for line, other in zip(log(runs / run), log(expected), strict=True):
-        assert line.keys() == other.keys()
-        for key in line:
+        assert line.keys() - {"lamb/noise_scale"} == other.keys()
+        for key in other:
             if "runtime" not in key and "per_second" not in key:
                 assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
 
