@@ -3,6 +3,7 @@
 Run by tests/test_sharpness_reports.py: torchrun --nproc_per_node 2 -m tests.scripts.sharpness_ddp OUTPUT_DIR
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def main(output: Path) -> None:
         "callback_alone": found["adaptive"][1],
     }
     (output / f"rank{rank}.json").write_text(json.dumps(record))
+    del wrapped
+    gc.collect()  # DDP's reducer before the process group, see recipes.processes
     dist.destroy_process_group()
 
 
