@@ -55,13 +55,14 @@ kill-test: setup  ## kill the pretraining ten times; every resumed run must end 
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)
 
 bench: setup  ## what a step costs, beside the other LAMBs that are installed; README's table (minutes)
-	rm -f benchmarks/results/*.jsonl
-	$(RUN) benchmarks.bench_step --output benchmarks/results/step.jsonl
-	$(RUN) benchmarks.bench_step --dtype bfloat16 --output benchmarks/results/step.jsonl
-	$(RUN) benchmarks.bench_step --shapes many-small --output benchmarks/results/step.jsonl
-	$(RUN) benchmarks.bench_step --shapes one-huge --output benchmarks/results/step.jsonl
+	rm -rf runs/bench
+	$(RUN) benchmarks.bench_step --output runs/bench/step.jsonl
+	$(RUN) benchmarks.bench_step --dtype bfloat16 --output runs/bench/step.jsonl
+	$(RUN) benchmarks.bench_step --shapes many-small --output runs/bench/step.jsonl
+	$(RUN) benchmarks.bench_step --shapes one-huge --output runs/bench/step.jsonl
 	for n in 2 4; do OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$n \
-		-m benchmarks.bench_sharded_step --hidden_size 256 --output benchmarks/results/sharded_step.jsonl || exit 1; done
+		-m benchmarks.bench_sharded_step --hidden_size 256 --output runs/bench/sharded_step.jsonl || exit 1; done
+	mv runs/bench/*.jsonl benchmarks/results
 	$(RUN) benchmarks.tables
 
 lint: setup  ## ruff: lint and format check

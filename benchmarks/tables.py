@@ -8,6 +8,7 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
+from recipes.plots import picture, plain_log
 from recipes.report import between_markers, replacing
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,25 @@ def cell(row: dict[str, float] | None) -> str:
     return f"{row['ratio_of_minima']:.2f} ({row['ratio_of_medians']:.2f}), {row['scratch_megabytes']:,.0f} MB"
 
 
+def draw_steps(records: list[Record], path: Path) -> None:
+    """Bars of the ratio of minima to AdamW(fused=True), and a dot for that of medians; a panel a set of tensors."""
+    names = list(dict.fromkeys(name for record in records for name in record["steps"]))[::-1]
+    size = (3.2 * len(records) + 2, 0.32 * len(names) + 1.4)
+    with picture(path, columns=len(records), size=size, sharey=True, sharex=True) as (figure, axes):
+        for axis, record in zip(axes[0], records, strict=True):
+            rows = {name: record["steps"][name] for name in names if name in record["steps"]}
+            ours = ["#0072B2" if name.startswith("hf_lamb") else "#BBBBBB" for name in rows]
+            minima = [row["ratio_of_minima"] for row in rows.values()]
+            axis.barh(list(rows), minima, color=ours)
+            medians = [row["ratio_of_medians"] for row in rows.values()]
+            axis.plot(medians, list(rows), "o", color="black", markersize=3)
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_xscale("log")
+            plain_log(axis.xaxis)
+            axis.set_title(f"{record['shapes']}, {record['dtype']}", fontsize=10)
+        figure.supxlabel("time of a step / AdamW(fused=True): fastest step (bar), median (dot)", fontsize=10)
+
+
 def sharded_table(records: list[Record]) -> str:
     """One row an optimizer, one column a number of processes: ratio of medians, and collectives a step."""
     heads = [f"{record['processes']} processes" for record in records]
@@ -57,11 +77,15 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[Record]], str]], ...] = (
 
 def with_table(text: str, markers: str, name: str, table: Callable[[list[Record]], str]) -> str:
     """The text of a file with its table as it is recorded."""
-    records = [loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return between_markers(text, markers, table(records))
+    return between_markers(text, markers, table(recorded(name)))
+
+
+def recorded(name: str) -> list[Record]:
+    return [loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
 if __name__ == "__main__":
     for file, *table in TABLES:
         with replacing(ROOT / file) as unfinished:
             unfinished.write_text(with_table((ROOT / file).read_text(), *table))
+    draw_steps(recorded("step"), ROOT / "docs/bench_step.png")
