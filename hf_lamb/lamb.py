@@ -77,9 +77,11 @@ class Lamb(Optimizer):
             or is so large that the sum of squares of all gradients overflows. Default True.
         maximize: maximise the objective. Default False.
         foreach: use torch's multi-tensor operations. Default: on accelerators.
-        fused: use fused kernels. Default: on CPU, unless `foreach` is given. Those for CUDA, in Triton, have not yet
-            run on a GPU, so they have to be asked for. Tensors that the kernels do not take (not contiguous; on CUDA,
-            float64; other accelerators') are updated as with `foreach=True`, and so are all under torch.compile.
+        fused: use fused kernels, on CUDA those in Triton. Default: on CPU and CUDA, unless `foreach` is given. Before
+            their first step on a GPU the Triton kernels must make of two small tensors what foreach does; where they
+            do not, or do not run, there is a warning, and foreach is used. Tensors that the kernels do not take (not
+            contiguous; on CUDA, float64; other accelerators') are updated as with `foreach=True`, and so are all
+            under torch.compile.
 
     Raises:
         ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
@@ -502,13 +504,12 @@ def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:
 
 def _backend(bucket: Bucket) -> Any:
     use_foreach, use_fused = bucket.group["foreach"], bucket.group["fused"]
-    on_cpu = bucket.device.type == "cpu"
-    if use_fused or (use_fused is None and use_foreach is None and on_cpu):
+    if use_fused or (use_fused is None and use_foreach is None):
         # torch.compile makes its own kernels, from operations that it can see into.
         fused = None if torch.compiler.is_compiling() else _fused(bucket.device)
         return fused if fused is not None and fused.takes(bucket) else foreach
     if use_foreach is None:
-        use_foreach = not on_cpu
+        use_foreach = bucket.device.type != "cpu"
     return foreach if use_foreach else eager
 
 
@@ -516,19 +517,24 @@ def _fused(device: torch.device) -> Any:
     """The fused backend for a kind of device, if there is one."""
     if device.type == "cpu":
         return cpu
-    return _triton() if device.type == "cuda" and torch.version.hip is None else None
+    return _triton(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
 @functools.cache
-def _triton() -> Any:
-    """The backend that needs Triton, imported for the first CUDA parameter; None where Triton is not there."""
+def _triton(device: torch.device) -> Any:
+    """The backend that needs Triton, imported for a device's first parameter; None where it cannot be used there."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Lamb: a CUDA graph is being captured, but no step on this device came before it: call step() once "
+            "outside of each capture, as torch.cuda.graph's warm-up does"
+        )
     try:
         from hf_lamb.backends import triton
 
-        triton.check()
+        triton.check(device)
     except ImportError:
         return None
     except Exception as error:  # it compiles a C file here: no compiler, no Python.h, a full disk, ...
-        warnings.warn(f"Lamb: no fused kernels, because Triton does not run here, but foreach: {error}", stacklevel=2)
+        warnings.warn(f"Lamb: no fused kernels on {device}, but foreach: {error}", stacklevel=2)
         return None
     return triton

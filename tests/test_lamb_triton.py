@@ -271,15 +271,14 @@ def fused(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
 def backend_on(device: str, takes: bool = True, **options: bool | None) -> Any:
     bucket = SimpleNamespace(group={"foreach": None, "fused": None, **options}, device=torch.device(device))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(lamb, "_triton", lambda: SimpleNamespace(__name__="triton", takes=lambda bucket: takes))
+        monkeypatch.setattr(lamb, "_triton", lambda _: SimpleNamespace(__name__="triton", takes=lambda bucket: takes))
         return lamb._backend(bucket).__name__.rpartition(".")[2]
 
 
-def test_triton_is_for_cuda_alone_and_asked_for(fused: Any) -> None:
-    """The default there is foreach until the kernels have run on a GPU."""
-    assert backend_on("cuda", fused=True) == "triton"
-    assert backend_on("cuda", takes=False, fused=True) == "foreach"
-    assert backend_on("cuda") == backend_on("cuda", fused=False) == backend_on("cuda", foreach=True) == "foreach"
+def test_triton_is_for_cuda_alone_and_the_default_there(fused: Any) -> None:
+    assert backend_on("cuda") == backend_on("cuda", fused=True) == "triton"
+    assert backend_on("cuda", takes=False) == backend_on("cuda", takes=False, fused=True) == "foreach"
+    assert backend_on("cuda", fused=False) == backend_on("cuda", foreach=True) == "foreach"
     assert backend_on("cuda", foreach=False) == "eager"
     assert backend_on("xpu") == backend_on("xpu", fused=True) == "foreach"
 
@@ -304,13 +303,30 @@ def test_where_triton_does_not_run_it_is_foreach_with_the_reason(
 ) -> None:
     """It compiles a C file when it starts; here there is no driver either."""
 
-    def no_compiler() -> None:
+    def no_compiler(device: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(kernels, "check", no_compiler)
-    with pytest.warns(UserWarning, match="Triton does not run here, but foreach: Failed to find C compiler"):
+    with pytest.warns(UserWarning, match="no fused kernels on cuda, but foreach: Failed to find C compiler"):
         assert fused(torch.device("cuda")) is None
     assert fused(torch.device("cuda")) is None  # says so once
+
+
+def test_kernels_that_compute_something_else_are_not_used(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of Triton or of a device: no silently different algorithm."""
+    state = torch.get_rng_state()
+    kernels.check(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    apply = kernels.apply
+    monkeypatch.setattr(kernels, "apply", lambda bucket, held, step_sizes: apply(bucket, held, step_sizes * 1.01))
+    with pytest.raises(RuntimeError, match=r"a small torch.float32 step gave other params than foreach's, by up to"):
+        kernels.check(torch.device("cpu"))
+    monkeypatch.setattr(kernels, "direction", lambda bucket: (torch.ones(2), torch.ones(2), None))
+    monkeypatch.setattr(kernels, "apply", lambda bucket, held, step_sizes: bucket.params[0].fill_(torch.nan))
+    with pytest.raises(RuntimeError, match="other params"):
+        kernels.check(torch.device("cpu"))
 
 
 def test_the_kernels_compile_for_a_gpu() -> None:

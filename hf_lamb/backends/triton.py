@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lamb.backends import foreach
 from hf_lamb.backends.bucket import Bucket
 
 # Elements. A chunk is what a program works on, 8 in each of its 256 threads. w, m and v of a part, 12 bytes an element
@@ -33,9 +34,40 @@ _W, _G, _M, _V, _T, _NUMEL, _FIRST = (tl.constexpr(column) for column in range(7
 _COLUMNS = tl.constexpr(7)
 
 
-def check() -> None:
-    """Raise what keeps Triton from running here, such as a compiler that is not there."""
-    triton.runtime.driver.active.get_current_target()
+def check(device: torch.device) -> None:
+    """Raise what keeps the kernels from running here, such as a compiler that is not there, or from being right.
+
+    Right is what foreach makes of a step of two small tensors, in float32 and in bf16. Waits for the device.
+    """
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        ours, theirs = _small_bucket(dtype, device), _small_bucket(dtype, device)
+        ours.table = table_of(ours, None)
+        w_sq, u_sq, held = direction(ours)
+        apply(ours, held, (w_sq / u_sq).sqrt() / 10)
+        w_sq, u_sq, updates = foreach.direction(theirs)
+        foreach.apply(theirs, updates, (w_sq / u_sq).sqrt() / 10)
+        for what in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+            for a, b in zip(getattr(ours, what), getattr(theirs, what), strict=True):
+                if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
+                    raise RuntimeError(
+                        f"a small {dtype} step gave other {what} than foreach's, by up to {(a - b).abs().max():.1e}: "
+                        f"a fault of Triton {triton.__version__} on this device"
+                    )
+
+
+def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
+    """A whole chunk with a rest, and a tensor smaller than one."""
+    generator = torch.Generator().manual_seed(0)
+    group = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True, "maximize": False}
+    bucket = Bucket(group, finite=torch.tensor(True, device=device))
+    for size in (CHUNK + 5, 7):
+        w, g, m, root_v = torch.randn(4, size, generator=generator).to(device).unbind()
+        bucket.params.append(w.to(dtype))
+        bucket.grads.append(g.to(dtype))
+        bucket.exp_avgs.append(m.clone())
+        bucket.exp_avg_sqs.append(root_v.square() + 1)
+        bucket.steps.append(torch.full((), 3.0, device=device))
+    return bucket
 
 
 def takes(bucket: Bucket) -> bool:
