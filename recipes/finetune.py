@@ -307,10 +307,11 @@ def per_cent(runs: Sequence[Record], metric: str) -> Spread:
 
 def description(records: Sequence[Record]) -> str:
     facts = records[0]["study"]
+    epochs = "1 epoch" if facts["epochs"] == 1 else f"{facts['epochs']} epochs"
     return (
         f"Task {facts['task']}: {facts['classes']} classes, {facts['train']:,} texts to train on, "
         f"{facts['validation']:,} to choose the rates by, {facts['test']:,} for testing. {facts['model']}, "
-        f"{records[0]['parameters']:,} parameters, {facts['epochs']} epochs, batch {facts['batch_size']}, "
+        f"{records[0]['parameters']:,} parameters, {epochs}, batch {facts['batch_size']}, "
         f"{facts['max_seq_length']} tokens. {len(records)} runs on {hardware_of(records)}."
     )
 

@@ -22,6 +22,7 @@ SECTIONS: dict[str, Callable[[list[Record]], list[str]]] = {
     "lstm_digits_longer": lstm_mnist.results_of,
     "lstm_fashion": lstm_mnist.results_of,
     "finetune_topic": finetune.results_of,
+    "finetune_supersense": finetune.results_of,
 }
 FILES = {"compare_targets": "compare_optimizers"}  # a second table of the same records
 
