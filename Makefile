@@ -51,8 +51,9 @@ test-distributed: setup  ## run the tests on two and four processes (minutes)
 sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
 	$(RUN) tests.scripts.sharding_report
 
-kill-test: setup  ## kill the pretraining ten times; every resumed run must end bit for bit alike (minutes)
+kill-test: setup  ## kill the pretraining ten times, in one phase and in two; all must end bit for bit alike (minutes)
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)
+	$(RUN) tests.scripts.kill_and_resume --plan $(ARGS)
 
 bench: setup  ## what a step costs, beside the other LAMBs that are installed; README's table (minutes)
 	rm -f benchmarks/results/*.jsonl
