@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments
 from recipes import pretrain_bert
+from tests import test_fsdp
 from tests.helpers import pretrain, torchrun
 from tests.scripts import split_batch
 
@@ -277,11 +278,23 @@ def test_a_phase_whose_predecessor_did_not_end_does_not_begin(
         pretrain(monkeypatch, *arguments(plan, texts, tmp_path, "--resume_from_checkpoint", "latest"))
 
 
+FSDP2 = ["--fsdp", "--fsdp_config", json.dumps({"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **test_fsdp.FSDP2})]
+
+
 @pytest.mark.distributed
-def test_two_processes_go_through_the_same_phases(whole: Path, plan: Path, texts: Path, tmp_path: Path) -> None:
-    """torchrun: the same weights to rounding after phase 2."""
-    torchrun(2, "recipes.pretrain_bert", *arguments(plan, texts, tmp_path, "--per_device_train_batch_size", "4"))
-    expected = weights(whole / "phase-2")
-    for name, weight in weights(tmp_path / "phase-2").items():
+@pytest.mark.parametrize("options", [[], FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_go_through_the_same_phases(
+    options: list[str], whole: Path, plan: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The same weights to rounding after phase 2, and the same to the bit where phase 2 is begun anew."""
+    command = ["tests.scripts.cpu_fsdp", "recipes.pretrain_bert", *arguments(plan, texts, tmp_path, *options)]
+    command += ["--per_device_train_batch_size", "4"]
+    torchrun(2, *command)
+    assert (tmp_path / "phase-1/checkpoint-6/pytorch_model_fsdp_0").exists() == bool(options)
+    expected, got = weights(whole / "phase-2"), weights(tmp_path / "phase-2")
+    for name, weight in got.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert line_of(tmp_path / "phase-2")["processes"] == 2
+    shutil.rmtree(tmp_path / "phase-2")
+    torchrun(2, *command, "--resume_from_checkpoint", "auto")
+    assert all(torch.equal(weight, got[name]) for name, weight in weights(tmp_path / "phase-2").items())
