@@ -181,6 +181,8 @@ def pretrain(phase: Phase) -> LambTrainer:
         )
         if phase.previous_dir is not None and phase.checkpoint is None:
             trainer.start_from(last_checkpoint(phase), recipe.carry_over)
+        if recipe.plan is not None:
+            trainer.plan = f"{Path(recipe.plan).name}, phase {phase.number} of {phase.of}"
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
@@ -195,6 +197,7 @@ def pretrain(phase: Phase) -> LambTrainer:
         seconds = time.perf_counter() - start
         metrics = trainer.evaluate()
         trainer.save_model()
+        trainer.create_model_card()
         if trainer.is_world_process_zero():
             record = result(phase, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
             output = Path(args.output_dir)
