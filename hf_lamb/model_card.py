@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import SchedulerType, Trainer
 
 from hf_lamb._version import __version__
 from hf_lamb.callbacks import _find_lamb
 
 __all__ = ["ModelCardTrainer"]
+
+
+# What transformers writes of a model without a name, where it means the other.
+OF_NOTHING = "is a fine-tuned version of [](https://huggingface.co/)"
 
 
 class ModelCardTrainer(Trainer):
@@ -29,7 +33,8 @@ class ModelCardTrainer(Trainer):
         lines = self._large_batch()
         if lines and self.is_world_process_zero():
             card = Path(str(self.args.output_dir), "README.md")
-            text = card.read_text(encoding="utf-8").rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
+            text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
+            text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
             unfinished = card.with_name(f".{card.name}.{os.getpid()}")
             try:
                 unfinished.write_text(text, encoding="utf-8")
@@ -46,7 +51,8 @@ class ModelCardTrainer(Trainer):
         options = ("betas", "eps", "bias_correction", "min_trust_ratio", "max_trust_ratio", "max_grad_norm")
         group = lamb.param_groups[0]
         chosen = ", ".join(f"{name}={group[name]}" for name in options if group[name] is not None)
-        decay = f"decay power {power:g}" if (power := getattr(args, "decay_power", None)) else "see above"
+        power = getattr(args, "decay_power", None)
+        decay = f"polynomial, power {power:g}" if power else SchedulerType(args.lr_scheduler_type).value
         warmup = args.get_warmup_steps(self.state.max_steps)
         lines = [
             f"- optimizer: LAMB (https://arxiv.org/abs/1904.00962), hf_lamb {__version__}: {chosen}",

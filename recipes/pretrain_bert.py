@@ -197,7 +197,7 @@ def pretrain(phase: Phase) -> LambTrainer:
         seconds = time.perf_counter() - start
         metrics = trainer.evaluate()
         trainer.save_model()
-        trainer.create_model_card()
+        trainer.create_model_card(model_name=f"BERT-{recipe.size}")
         if trainer.is_world_process_zero():
             record = result(phase, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
             output = Path(args.output_dir)

@@ -9,6 +9,7 @@ import transformers.trainer
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertForMaskedLM,
     EarlyStoppingCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments
+from hf_lamb.model_card import OF_NOTHING
 from tests.scripts import split_batch
 
 DEFAULTS: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": []}
@@ -150,7 +152,10 @@ def test_seq2seq_trainer(cls: type[Trainer], tmp_path: Path) -> None:
 
 def test_the_card_names_optimizer_batch_rate_and_plan(tmp_path: Path) -> None:
     scaled = {"base_learning_rate": 1e-3, "base_batch_size": 4, "gradient_accumulation_steps": 4}
-    run = trainer(tmp_path / "out", warmup_steps=2, decay_power=0.5, optim_args="max_trust_ratio=10", **scaled)
+    model = BertForMaskedLM(split_batch.trained_model("mlm", tmp_path / "start").config)
+    run = trainer(
+        tmp_path / "out", model=model, warmup_steps=2, decay_power=0.5, optim_args="max_trust_ratio=10", **scaled
+    )
     run.plan = "plan.yaml, phase 1 of 2"
     run.train()
     for _ in range(2):  # written anew, not added to
@@ -163,11 +168,14 @@ def test_the_card_names_optimizer_batch_rate_and_plan(tmp_path: Path) -> None:
         "weight decay: 0.01, ",
         "global batch: 16 sequences = 4 x 4 accumulation steps x 1 processes",
         "learning rate 0.002 = 0.001 * sqrt(16 / 4)",
-        "steps: 4, 2 of them warm-up; decay: decay power 0.5",
+        "steps: 4, 2 of them warm-up; decay: polynomial, power 0.5",
         "gradients clipped to: 1\n",
         "plan: plan.yaml, phase 1 of 2",
     ):
         assert words in section, words
+    assert "This model was trained from scratch on" in card
+    Trainer.create_model_card(run)  # when this fails, transformers has mended it: OF_NOTHING can go
+    assert OF_NOTHING in (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\n")  # the metadata block is where the hub looks for it
     assert [path.name for path in (tmp_path / "out").glob("*README*")] == ["README.md"]
 
