@@ -63,6 +63,9 @@ bench: setup  ## what a step costs, beside the other LAMBs that are installed; R
 	$(RUN) benchmarks.bench_step --shapes one-huge --output benchmarks/results/step.jsonl
 	for n in 2 4; do OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$n \
 		-m benchmarks.bench_sharded_step --hidden_size 256 --output benchmarks/results/sharded_step.jsonl || exit 1; done
+	$(RUN) benchmarks.bench_trainer --output benchmarks/results/trainer.jsonl
+	$(RUN) benchmarks.bench_trainer --global_batch_size 64 --per_device_train_batch_size 8 \
+		--output benchmarks/results/trainer.jsonl
 	$(RUN) benchmarks.tables
 
 lint: setup  ## ruff: lint and format check

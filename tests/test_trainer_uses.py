@@ -65,6 +65,7 @@ def test_steps_that_the_loss_scaler_skips_do_not_move_the_schedule(tmp_path: Pat
     assert rates[-1] == pytest.approx(1e-3 * (1 - (taken - 1) / 12))
 
 
+@pytest.mark.slow
 def test_torch_compile_changes_nothing(tmp_path: Path) -> None:
     """Losses, and trust ratios under the same names; the backend needs no compiler."""
     logs = []

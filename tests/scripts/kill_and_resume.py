@@ -94,7 +94,7 @@ class Runs:
             self.options = ["--plan", str(root / "plan.yaml")]
             self.phases = [("phase-1", 24), ("phase-2", 16)]
         self.checkpoints = [
-            f"{folder}/checkpoint-{step}"
+            os.path.join(folder, f"checkpoint-{step}")
             for folder, steps in self.phases
             for step in range(SAVE_STEPS, steps + 1, SAVE_STEPS)
         ]
@@ -153,7 +153,7 @@ class Runs:
         os.killpg(run.pid, signal.SIGKILL)
         if run.wait() != -signal.SIGKILL:
             sys.exit("a run had ended before it was killed")
-        return f"{delay * 1e3:.0f} ms after {after.removeprefix('/')}"
+        return f"{delay * 1e3:.0f} ms after {after}"
 
     def kill_in_a_save(self, output: Path, rng: random.Random) -> str:
         """While a checkpoint is being written: the run is stopped first, and goes on if the save was over."""
@@ -171,7 +171,7 @@ class Runs:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.wait()
                 assert staged.exists()
-                return f"{delay * 1e3:.0f} ms after {files} files of {checkpoint.removeprefix('/')}"
+                return f"{delay * 1e3:.0f} ms after {files} files of {checkpoint}"
             os.killpg(run.pid, signal.SIGCONT)
         sys.exit(f"{output}: every save was over before the kill")
 
