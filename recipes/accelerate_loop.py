@@ -138,9 +138,10 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
                 save_checkpoint(accelerator, Path(args.output_dir), step)
     bar.close()
     metrics = metrics or evaluate(accelerator, model, held_out)
-    weights = accelerator.get_state_dict(model)
+    weights, bare = accelerator.get_state_dict(model), accelerator.unwrap_model(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=weights)
+        once = {name: weight for name, weight in weights.items() if name not in bare.all_tied_weights_keys}
+        bare.save_pretrained(args.output_dir, state_dict=once)
         data.tokenizer.save_pretrained(args.output_dir)
         record = provenance() | asdict(args) | {"processes": accelerator.num_processes} | metrics
         append_json_line(Path(args.output_dir, "results.jsonl"), record | {"unigram_loss": data.unigram_loss})

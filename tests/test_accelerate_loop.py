@@ -1,7 +1,9 @@
 """Protects the plain Accelerate loop: it trains as the Trainer recipe does, also on two processes, and resumes."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from recipes import accelerate_loop
 from tests.helpers import pretrain, torchrun
 
+ROOT = Path(__file__).parent.parent
 OPTIONS = ["--size", "smoke", "--use_cpu", "True", "--max_steps", "8", "--global_batch_size", "16"]
 OPTIONS += ["--per_device_train_batch_size", "4", "--vocab_size", "400", "--max_seq_length", "32", "--save_steps", "4"]
 OPTIONS += ["--warmup_steps", "2", "--learning_rate", "0.02", "--logging_steps", "1"]
@@ -78,6 +81,27 @@ def test_the_same_run_as_trainers_on_two_processes(texts: Path, recipe: Path, tm
     torchrun(2, "recipes.accelerate_loop", *OPTIONS, "--corpus", str(texts), "--output_dir", str(tmp_path))
     assert_as_trainer(tmp_path, recipe)
     assert json.loads((tmp_path / "results.jsonl").read_text())["processes"] == 2
+
+
+@pytest.mark.distributed
+def test_the_same_run_as_trainers_under_fsdp2(texts: Path, recipe: Path, tmp_path: Path) -> None:
+    """`accelerate launch` with the README's configuration, but on two CPUs; resumed, it ends bit for bit alike."""
+    config = ["--config_file", "recipes/configs/accelerate/fsdp2.yaml", "--num_processes", "2"]
+    config += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "tests.scripts.cpu_fsdp"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "recipes.accelerate_loop", *OPTIONS]
+    command += ["--corpus", str(texts), "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for more in ([], ["--resume", "True"]):
+        done = subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        if not more:
+            assert_as_trainer(tmp_path, recipe)
+            assert (tmp_path / "checkpoint-8/pytorch_model_fsdp_0").is_dir()
+            whole = (tmp_path / "model.safetensors").read_bytes()
+            shutil.rmtree(tmp_path / "checkpoint-8")
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.parametrize("step", [4, 8])

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments
 from recipes import pretrain_bert
-from tests import test_fsdp
 from tests.helpers import pretrain, torchrun
 from tests.scripts import split_batch
 
@@ -278,7 +277,8 @@ def test_a_phase_whose_predecessor_did_not_end_does_not_begin(
         pretrain(monkeypatch, *arguments(plan, texts, tmp_path, "--resume_from_checkpoint", "latest"))
 
 
-FSDP2 = ["--fsdp", "--fsdp_config", json.dumps({"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **test_fsdp.FSDP2})]
+SHARDED = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
+FSDP2 = ["--fsdp", "--fsdp_config", json.dumps({**SHARDED, "state_dict_type": "SHARDED_STATE_DICT"})]
 
 
 @pytest.mark.distributed
