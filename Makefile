@@ -51,8 +51,9 @@ test-distributed: setup  ## run the tests on two and four processes (minutes)
 sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
 	$(RUN) tests.scripts.sharding_report
 
-kill-test: setup  ## kill the pretraining ten times; every resumed run must end bit for bit alike (minutes)
+kill-test: setup  ## kill the pretraining ten times, in one phase and in two; all must end bit for bit alike (minutes)
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)
+	$(RUN) tests.scripts.kill_and_resume --plan $(ARGS)
 
 bench: setup  ## what a step costs, beside the other LAMBs that are installed; README's table (minutes)
 	rm -rf runs/bench
@@ -62,6 +63,9 @@ bench: setup  ## what a step costs, beside the other LAMBs that are installed; R
 	$(RUN) benchmarks.bench_step --shapes one-huge --output runs/bench/step.jsonl
 	for n in 2 4; do OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$n \
 		-m benchmarks.bench_sharded_step --hidden_size 256 --output runs/bench/sharded_step.jsonl || exit 1; done
+	$(RUN) benchmarks.bench_trainer --output runs/bench/trainer.jsonl
+	$(RUN) benchmarks.bench_trainer --global_batch_size 64 --per_device_train_batch_size 8 \
+		--output runs/bench/trainer.jsonl
 	mv runs/bench/*.jsonl benchmarks/results
 	$(RUN) benchmarks.tables
 

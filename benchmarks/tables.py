@@ -68,10 +68,22 @@ def sharded_table(records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trainer_table(records: list[Record]) -> str:
+    """One row a run of `bench_trainer`."""
+    lines = ["| BERT | micro-batch x accumulation | milliseconds a step | in LambTrainer's extras |"]
+    lines.append("| --- | --- | --- | --- |")
+    for record in records:
+        split = f"{record['per_device_train_batch_size']} x {record['gradient_accumulation_steps']}"
+        milliseconds, share = record["seconds_per_step"] * 1e3, record["share_of_extras"]
+        lines.append(f"| {record['size']} | {split} | {milliseconds:,.0f} | {share:.2%} |".replace("%", " %"))
+    return "\n".join(lines) + "\n"
+
+
 # (file, name of the markers, name of the records, the table)
 TABLES: tuple[tuple[str, str, str, Callable[[list[Record]], str]], ...] = (
     ("README.md", "bench: step", "step", step_table),
     ("docs/scaling.md", "bench: sharded step", "sharded_step", sharded_table),
+    ("docs/large_batches.md", "bench: trainer", "trainer", trainer_table),
 )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
     from hf_lamb.fsdp import tied_heads_in_one_group
     from hf_lamb.noise_scale import noise_scale_in_words
+    from hf_lamb.phases import CARRY_OVER
     from hf_lamb.sharpness import (
         SharpnessCallback,
         adaptive_sharpness,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
 
 __all__ = [
+    "CARRY_OVER",
     "CheckpointError",
     "Lamb",
     "LambTrainer",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CARRY_OVER": "hf_lamb.phases",
     "CheckpointError": "hf_lamb.checkpoints",
     "LambTrainer": "hf_lamb.trainer",
     "LambTrainingArguments": "hf_lamb.trainer",

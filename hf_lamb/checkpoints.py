@@ -60,6 +60,7 @@ class WholeCheckpointTrainer(Trainer):
       whose last one may be torn; `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
       damaged, or of another model or optimizer. Checkpoints of `save_only_model` cannot be resumed.
     * The files of `save_model` are renamed into their place when all of them are written.
+    * A run resumed from its last checkpoint takes no step more; Trainer's takes one, where the last epoch is not over.
 
     The disk must be one that all processes share, or `save_on_each_node` be set.
     """
@@ -141,6 +142,12 @@ class WholeCheckpointTrainer(Trainer):
         if self.args.should_save:
             tidy(Path(output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:

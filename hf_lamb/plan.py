@@ -1,21 +1,23 @@
 """Published large-batch plans as data, and what one of them, or one for your batch, means on your machine.
 
     python -m hf_lamb.plan                                          # the plans that are known by name
-    python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8
+    python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
     python -m hf_lamb.plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
         --seconds_per_micro_batch 0.11 --parameters 336e6
 
-Time and memory are estimates: the time is that of the micro-batches alone, as you measured one (forward and
-backward) on one of your devices, divided perfectly; the memory is that of weights, gradients and two moments in
-float32, to which the activations of a micro-batch come.
+`--output` writes what `recipes.pretrain_bert --plan` takes. Time and memory are estimates: the time is that of the
+micro-batches alone, as you measured one (forward and backward) on one of your devices, divided perfectly; the memory
+is that of weights, gradients and two moments in float32, to which the activations of a micro-batch come.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hf_lamb.scaling import near, norm_growth, norm_growth_warning, scaled_learning_rate
 
@@ -74,18 +76,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Phases in their order, what they were published for, and where."""
+    """Phases in their order, where they were published, and for which `--size` of `recipes.pretrain_bert`."""
 
     name: str
     phases: tuple[Phase, ...]
     source: str
+    size: str = "large"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
 
-    def options(self, phase: Phase) -> dict[str, str]:
-        """`phase.options()`, and what all phases share."""
+    def options(self) -> dict[str, str]:
+        """What all phases share, beside each `phase.options()`."""
         shared = {"weight_decay": f"{self.weight_decay:g}", "max_grad_norm": f"{self.max_grad_norm:g}"}
-        return phase.options() | shared
+        return {"size": self.size, **shared}
 
 
 _PAPER = "BERT-Large, You et al. 2020, https://arxiv.org/abs/1904.00962"
@@ -128,6 +131,7 @@ _ALL_PLANS = (
         (Phase(128, 32_768, 15_625, 250, 1e-2, None, min_rate=0.1, from_memory=("sequence_length",)),),
         "https://github.com/ltgoslo/ltg-bert; the batch is that of https://github.com/ltgoslo/gpt-bert, with the same "
         "rate and steps",
+        size="base",
         weight_decay=0.1,
         max_grad_norm=2.0,
     ),
@@ -157,7 +161,7 @@ def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt")
 def find_plan(name: str) -> Plan:
     """Raises ValueError, with the nearest name, for one that is not known."""
     if name not in PLANS:
-        raise ValueError(f"unknown plan {name!r}{near(name, dict.fromkeys(PLANS))}: known are {', '.join(PLANS)}")
+        raise ValueError(f"unknown plan {name!r}{near(name, PLANS)}: known are {', '.join(PLANS)}")
     return PLANS[name]
 
 
@@ -228,9 +232,24 @@ def commands(plan: Plan) -> str:
     """The options of `recipes.pretrain_bert` for every phase."""
     lines = []
     for number, phase in enumerate(plan.phases, 1):
-        words = [f"--{name} {_quoted(value)}" for name, value in plan.options(phase).items()]
+        words = [f"--{name} {_quoted(value)}" for name, value in (plan.options() | phase.options()).items()]
         lines.append(f"options of phase {number}: {' '.join(words)}")
     return "\n".join(lines)
+
+
+def yaml_of(plan: Plan, micro_batches: Sequence[int] = ()) -> str:
+    """The same as YAML, for `recipes.pretrain_bert --plan`."""
+    lines = [f"# {plan.name}", f"# source: {plan.source}"]
+    lines += [f"{name}: {value}" for name, value in plan.options().items()]
+    lines.append("phases:")
+    for i, phase in enumerate(plan.phases):
+        options = phase.options() | ({"per_device_train_batch_size": f"{micro_batches[i]}"} if micro_batches else {})
+        unsure = {{"sequence_length": "max_seq_length", "steps": "max_steps"}.get(f, f) for f in phase.from_memory}
+        words = [
+            f"{name}: {value}{'  # from memory or by rule' * (name in unsure)}" for name, value in options.items()
+        ]
+        lines += [f"{'  ' if n else '- '}{line}" for n, line in enumerate(words)]
+    return "\n".join(lines) + "\n"
 
 
 def names() -> str:
@@ -243,6 +262,18 @@ def names() -> str:
         )
         lines.append(f"{plan.name:<19}{batches}")
     return "\n".join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written ({error.strerror}): name another") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _accumulation(phase: Phase, micro_batch: int, gpus: int) -> int:
@@ -279,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--per_device_train_batch_size", type=int, nargs="+", default=[], help="For every phase.")
     parser.add_argument("--seconds_per_micro_batch", type=float, nargs="+", default=[], help="Measured, every phase.")
     parser.add_argument("--parameters", type=float, help="Of the model, for the memory: 110e6, 336e6.")
+    parser.add_argument("--output", type=Path, help="Write the plan there, as YAML for recipes.pretrain_bert --plan.")
     args = parser.parse_args(argv)
     if args.plan is None and args.global_batch_size is None:
         sys.stdout.write(names() + "\n")
@@ -290,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan = plan_for_batch(args.global_batch_size, args.plan or "paper-32k", args.learning_rate_scaling)
         split = (args.gpus, args.per_device_train_batch_size, args.seconds_per_micro_batch, args.parameters)
         sys.stdout.write(f"{table(plan, *split)}\n{commands(plan)}\n")
+        if args.output is not None:
+            write(args.output, yaml_of(plan, args.per_device_train_batch_size))
     except ValueError as error:
         sys.exit(f"plan: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def norm_growth_warning(learning_rate: float, total_steps: int) -> str | None:
     )
 
 
-def near(name: str, names: dict[str, object] | dict[str, float]) -> str:
+def near(name: str, names: Iterable[str]) -> str:
     """ " (did you mean NAME?)" where one of the names is close, else nothing."""
-    found = get_close_matches(name, names, n=1)
+    found = get_close_matches(name, list(names), n=1)
     return f" (did you mean {found[0]}?)" if found else ""

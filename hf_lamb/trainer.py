@@ -19,7 +19,9 @@ from transformers.training_args import OptimizerNames
 from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
 from hf_lamb.checkpoints import WholeCheckpointTrainer
 from hf_lamb.fsdp import ShardedTrainer
+from hf_lamb.model_card import ModelCardTrainer
 from hf_lamb.noise_scale import NoiseScaleTrainer
+from hf_lamb.phases import PhaseTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 
@@ -118,7 +120,7 @@ class LambTrainingArguments(TrainingArguments):
             check_warmup(self.get_warmup_steps(self.max_steps), self.max_steps)
 
 
-class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
+class LambTrainer(PhaseTrainer, NoiseScaleTrainer, WholeCheckpointTrainer, ModelCardTrainer, ShardedTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -138,9 +140,12 @@ class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
     * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
     * Checkpoints that are whole whenever the run is killed, and are checked before it resumes, see
       `hf_lamb.checkpoints.WholeCheckpointTrainer`.
+    * A second phase that begins with the weights and moments of the first, see `hf_lamb.phases.PhaseTrainer`.
+    * A model card that names optimizer, batch, rate and plan, see `hf_lamb.model_card.ModelCardTrainer`.
     * FSDP2 with masked LMs, and checkpoints that go from DDP to FSDP2 and back, see `hf_lamb.fsdp.ShardedTrainer`.
 
-    Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer.
+    Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer. Mixes with
+    other Trainers: `class LambSeq2SeqTrainer(LambTrainer, Seq2SeqTrainer)`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

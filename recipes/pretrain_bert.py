@@ -3,6 +3,7 @@
     python -m recipes.pretrain_bert                                                  # a tiny BERT on a laptop
     accelerate launch --num_processes 8 -m recipes.pretrain_bert --size base --corpus HUB_NAME --streaming
     python -m recipes.pretrain_bert --optim adamw_torch_fused --learning_rate 5e-4   # everything else the same
+    python -m recipes.pretrain_bert --plan recipes/configs/bert_large_64k_32k.yaml --corpus HUB_NAME   # two phases
 
 All options of `transformers.TrainingArguments` are there, with defaults that follow `--size` and `--optim`.
 `--help` lists them.
@@ -12,8 +13,9 @@ import json
 import os
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_lamb import (
+    CARRY_OVER,
     CheckpointError,
     LambTrainer,
     LambTrainingArguments,
@@ -38,7 +41,8 @@ from hf_lamb import (
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
-from recipes.processes import leave_process_group
+from recipes.plans import read_plan
+from recipes.processes import free, leave_process_group
 from recipes.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
@@ -61,6 +65,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # A LAMB step is lr times the weights' norm, so at BERT's initial standard deviation of 0.02 to 0.05 AdamW's
 # corresponding rate is that much smaller.
 RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.05, "adamw_torch": 0.05, "sgd": 10.0}
+
+NOT_IN_PLANS = {"plan", "output_dir", "resume_from_checkpoint"}
+SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus", "validation_file", "streaming")
 
 
 @dataclass
@@ -91,6 +98,21 @@ class RecipeArguments:
             "from it, --per_device_train_batch_size and the number of processes."
         },
     )
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "A YAML file with options of this command for one or several phases, as `python -m hf_lamb.plan "
+            "--output` writes; what the command line gives holds for all phases."
+        },
+    )
+    carry_over: str = field(
+        default="moments",
+        metadata={
+            "help": "What a phase takes over from the one before: weights and moments, whose step count starts anew, "
+            "as NVIDIA does; the whole optimizer; weights only.",
+            "choices": list(CARRY_OVER),
+        },
+    )
 
 
 class Data(NamedTuple):
@@ -103,18 +125,53 @@ class Data(NamedTuple):
     unigram_accuracy: float
 
 
+@dataclass
+class Phase:
+    """A run with one sequence length, batch and schedule; most runs have one."""
+
+    recipe: RecipeArguments
+    args: LambTrainingArguments
+    number: int = 1
+    of: int = 1
+    longest_sequence: int = 0  # of all phases: the model has that many positions from the start
+    previous_dir: str | None = None  # the output directory of the phase before
+    checkpoint: str | None = None  # to resume from
+    data: Data | None = None
+
+
 def main() -> None:
-    """Train, evaluate, and leave the model, a line of results.jsonl and a picture in the output directory."""
+    """Train, evaluate, and leave the model, a line of results.jsonl and pictures in the output directory.
+
+    A plan of several phases has a folder for each: `phase-1`, `phase-2`.
+    """
     try:
-        recipe, args = parse()
-        with args.main_process_first(desc="corpus and tokenizer"):
-            data = load_data(recipe, args.seed)
-        check_global_batch(recipe, args, data)
-        checkpoint = checkpoint_to_resume(args)
-        make_output_dir(args.output_dir)
+        phases = parse_phases()
+        todo = unfinished(phases)
+        for phase in todo:
+            with phase.args.main_process_first(desc="corpus and tokenizer"):
+                phase.data = load_data(phase.recipe, phase.args.seed)
+            check_global_batch(phase.recipe, phase.args, phase.data)
+        for phase in todo:
+            make_output_dir(phase.args.output_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
+    if not todo and phases[0].args.should_log:
+        print(f"all {len(phases)} phases are finished, see {Path(phases[0].args.output_dir).parent}")
+    for phase in todo:
+        trainer = pretrain(phase)
+        phase.data = None
+        (leave_process_group if phase is todo[-1] else free)(trainer)
+        del trainer
+
+
+def pretrain(phase: Phase) -> LambTrainer:
+    """One phase: its line of results is the last thing that it writes."""
+    recipe, args, data = phase.recipe, phase.args, phase.data
+    assert data is not None
+    try:
         torch.manual_seed(args.seed)
         trainer = LambTrainer(
-            model=new_bert(recipe.size, data.tokenizer, recipe.max_seq_length),
+            model=new_bert(recipe.size, data.tokenizer, phase.longest_sequence),
             args=args,
             train_dataset=data.train,
             eval_dataset=data.held_out,
@@ -122,30 +179,121 @@ def main() -> None:
             compute_metrics=accuracy,
             callbacks=[MaskEpochCallback()],
         )
+        if phase.previous_dir is not None and phase.checkpoint is None:
+            trainer.start_from(last_checkpoint(phase), recipe.carry_over)
+        if recipe.plan is not None:
+            trainer.plan = f"{Path(recipe.plan).name}, phase {phase.number} of {phase.of}"
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
     trainer.scale_learning_rate()
-    say(describe(recipe, args, trainer.model.num_parameters(), data, trainer.learning_rate_why))
+    say(describe(phase, trainer.model.num_parameters(), data, trainer.learning_rate_why))
 
     start = time.perf_counter()
+    checkpoint = phase.checkpoint
     first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         metrics = trainer.evaluate()
         trainer.save_model()
+        trainer.create_model_card(model_name=f"BERT-{recipe.size}")
         if trainer.is_world_process_zero():
-            record = result(recipe, args, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
+            record = result(phase, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
             output = Path(args.output_dir)
-            append_json_line(output / "results.jsonl", record)
             title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
             plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
+            append_json_line(output / "results.jsonl", record)
             say(summary(record, args.output_dir))
+        trainer.accelerator.wait_for_everyone()
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
-    leave_process_group(trainer)
+    return trainer
+
+
+def parse_phases(argv: list[str] | None = None) -> list[Phase]:
+    """The command line; with --plan a phase for each of the plan's, in folders of their own.
+
+    Raises ValueError for what `parse` and `read_plan` refuse, and for phases that cannot follow each other.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    known = {f.name for cls in (RecipeArguments, LambTrainingArguments) for f in fields(cls) if f.init} - NOT_IN_PLANS
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plan")
+    path = early.parse_known_args(argv)[0].plan
+    lines = [[]] if path is None else read_plan(path, known)
+    phases = [Phase(*parse([*words, *argv]), number, len(lines)) for number, words in enumerate(lines, 1)]
+    first, *later = phases
+    for phase in later:
+        for name in SAME_IN_ALL_PHASES:
+            one, other = (getattr(p.recipe if hasattr(p.recipe, name) else p.args, name) for p in (first, phase))
+            if one != other:
+                raise ValueError(
+                    f"--plan {path}: {name} is {other} in phase {phase.number} and {one} in phase 1: give it once"
+                )
+    if later and any(phase.args.save_strategy == "no" for phase in phases):
+        raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before")
+    check_size(path, lines[0], first.recipe.size)
+    folder = first.args.output_dir
+    for phase in phases:
+        phase.longest_sequence = max(phase.recipe.max_seq_length for phase in phases)
+        if later:
+            phase.args.output_dir = os.path.join(folder, f"phase-{phase.number}")
+            phase.args.hub_model_id = phase.args.hub_model_id or os.path.basename(os.path.abspath(folder))
+        if phase is not first:
+            phase.previous_dir = os.path.join(folder, f"phase-{phase.number - 1}")
+    return phases
+
+
+def check_size(path: str | None, words: list[str], size: str) -> None:
+    """Raise for a plan for another model: its rates and batches say nothing about this one."""
+    if "--size" in words and (planned := words[words.index("--size") + 1]) != size:
+        raise ValueError(
+            f"--plan {path} is for --size {planned}, not {size}: leave --size out, or write size: {size} there "
+            "if its batches and rates are meant for that"
+        )
+
+
+def unfinished(phases: list[Phase]) -> list[Phase]:
+    """The phases that are still to do; the first of them goes on from a checkpoint where it has one.
+
+    Raises ValueError for what `checkpoint_to_resume` refuses.
+    """
+    if len(phases) == 1:
+        phases[0].checkpoint = checkpoint_to_resume(phases[0].args)
+        return phases
+    wanted = phases[0].args.resume_from_checkpoint
+    folder = Path(phases[0].args.output_dir).parent
+    if wanted is not None and wanted.lower() not in ("auto", "latest", "true"):
+        raise ValueError(f"--resume_from_checkpoint {wanted}: with several phases give latest or auto")
+    todo = [phase for phase in phases if not Path(phase.args.output_dir, "results.jsonl").exists()]
+    begun = len(todo) < len(phases) or newest_complete_checkpoint(phases[0].args.output_dir) is not None
+    if begun and wanted is None:
+        raise ValueError(
+            f"{folder} holds checkpoints of an earlier run: add --resume_from_checkpoint latest to go on from there, "
+            "or --output_dir for another place"
+        )
+    if not begun and wanted is not None and wanted.lower() != "auto":
+        raise ValueError(f"--resume_from_checkpoint {wanted}: there is no checkpoint in {folder}")
+    if todo:
+        todo[0].checkpoint = newest_complete_checkpoint(todo[0].args.output_dir)
+    return todo
+
+
+def last_checkpoint(phase: Phase) -> str:
+    """The checkpoint that the phase before has ended with."""
+    assert phase.previous_dir is not None
+    newest = newest_complete_checkpoint(phase.previous_dir)
+    if newest is None:
+        raise ValueError(f"{phase.previous_dir} has no checkpoint for phase {phase.number} to begin with")
+    state = json.loads(Path(newest, "trainer_state.json").read_text())
+    if state["global_step"] < state["max_steps"]:
+        raise ValueError(
+            f"{newest} is not the end of its phase ({state['global_step']} of {state['max_steps']} steps), from which "
+            f"phase {phase.number} begins"
+        )
+    return newest
 
 
 def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:
@@ -163,7 +311,7 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
         defaults["warmup_steps"] = min(defaults["warmup_steps"], early.max_steps)
     parser.set_defaults(
         **defaults,
-        output_dir=f"runs/pretrain_bert/{early.size}-{early.optim}",
+        output_dir=f"runs/pretrain_bert/{Path(early.plan).stem if early.plan else early.size}-{early.optim}",
         per_device_train_batch_size=min(32, early.global_batch_size),
         per_device_eval_batch_size=32,
         logging_steps=10,
@@ -337,13 +485,13 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(
-    recipe: RecipeArguments, args: LambTrainingArguments, parameters: int, data: Data, why: str | None
-) -> str:
+def describe(phase: Phase, parameters: int, data: Data, why: str | None) -> str:
     """Before the run: what is about to happen."""
+    recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
+    of_several = f"phase {phase.number} of {phase.of}: " if phase.of > 1 else ""
     return (
-        f"BERT-{recipe.size}, {parameters:,} parameters, vocabulary {len(data.tokenizer):,}\n"
+        f"{of_several}BERT-{recipe.size}, {parameters:,} parameters, vocabulary {len(data.tokenizer):,}\n"
         f"corpus {' '.join(recipe.corpus)}: {size} of {recipe.max_seq_length} tokens to train on, "
         f"{len(data.held_out):,} held out\n"
         f"global batch {recipe.global_batch_size:,} = {args.per_device_train_batch_size} sequences x "
@@ -354,8 +502,7 @@ def describe(
 
 
 def result(
-    recipe: RecipeArguments,
-    args: LambTrainingArguments,
+    phase: Phase,
     trainer: LambTrainer,
     data: Data,
     metrics: dict[str, float],
@@ -363,10 +510,13 @@ def result(
     steps_now: int,
 ) -> dict[str, Any]:
     """The line of results.jsonl."""
+    recipe, args = phase.recipe, phase.args
+    of_plan = {"plan": Path(recipe.plan).name, "phase": phase.number, "phases": phase.of} if recipe.plan else {}
     history = trust_ratio_history(trainer.state)
     return {
         "recipe": "pretrain_bert",
         **provenance(),
+        **of_plan,
         "size": recipe.size,
         "corpus": recipe.corpus,
         "optim": args.optim.value,

@@ -129,6 +129,27 @@ def test_the_options_are_those_of_the_recipe(name: str, capsys: pytest.CaptureFi
             assert (json.loads(given) if isinstance(given, str) else given) == {"min_lr_rate": phase.min_rate}
 
 
+@pytest.mark.parametrize("name", plan.PLANS)
+def test_the_yaml_is_what_the_recipe_takes(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    """Phases, model, numbers and the micro-batches say the same."""
+    phases = plan.PLANS[name].phases
+    micro = " ".join(str(2 ** (6 - 3 * n)) for n in range(len(phases)))
+    printed(capsys, f"--plan {name} --gpus 8 --per_device_train_batch_size {micro} --output {tmp_path}/plan.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+    got = pretrain_bert.parse_phases(["--plan", f"{tmp_path}/plan.yaml"])
+    assert len(got) == len(phases)
+    for a, phase, batch in zip(got, phases, micro.split(), strict=True):
+        assert a.recipe.size == plan.PLANS[name].size
+        assert (a.recipe.max_seq_length, a.recipe.global_batch_size) == (
+            phase.sequence_length,
+            phase.global_batch_size,
+        )
+        assert (a.args.max_steps, a.args.get_warmup_steps(a.args.max_steps)) == (phase.steps, phase.warmup_steps)
+        assert a.args.learning_rate == pytest.approx(phase.learning_rate, rel=1e-5)
+        assert a.args.per_device_train_batch_size == int(batch)
+        assert a.longest_sequence == max(p.sequence_length for p in phases)
+
+
 def test_a_rate_that_is_too_high_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "warning: " not in printed(capsys, "--global_batch_size 65536")
     assert "warning: " in printed(capsys, "--plan paper-512 --global_batch_size 32768 --learning_rate_scaling linear")
@@ -144,6 +165,10 @@ def test_a_rate_that_is_too_high_is_said(capsys: pytest.CaptureFixture[str]) -> 
         ("--plan paper-32k --gpus 8 --per_device_train_batch_size 60", "32,768 is no multiple of 480 = 60"),
         ("--plan nvidia-bert-large --per_device_train_batch_size 64", "1 numbers for the 2 phases"),
         ("--plan paper-32k --seconds_per_micro_batch 1", "without per_device_train_batch_size: give both"),
+        (
+            "--plan paper-32k --output /nowhere/plan.yaml",
+            "--output /nowhere/plan.yaml cannot be written .No such file",
+        ),
         ("--global_batch_size 64 --learning_rate_scaling squrt", r"'squrt' \(did you mean sqrt\?\)"),
     ],
 )

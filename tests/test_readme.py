@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import HfArgumentParser
 
 from benchmarks import scaling_model, tables
+from hf_lamb import plan
 from recipes import pretrain_bert, readme, sharp_minima_report
 from tests.scripts import sharding_report
 
@@ -40,12 +41,17 @@ def test_python_snippets_run(number: int, finished: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if "recipes.pretrain_bert" in line])
-def test_recipe_lines_parse(line: str) -> None:
-    """Every option exists and every value is accepted."""
+def test_recipe_lines_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option exists and every value is accepted; the plans are there, or the line that writes them is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for writer in [line for line in SHELL if "hf_lamb.plan" in line and "--output" in line]:
+        plan.main(shlex.split(writer)[3:])
     arguments = shlex.split(line, comments=True)
     arguments = arguments[arguments.index("recipes.pretrain_bert") + 1 :]
-    recipe, args = pretrain_bert.parse(arguments)
-    assert args.gradient_accumulation_steps * args.per_device_train_batch_size == recipe.global_batch_size
+    for phase in pretrain_bert.parse_phases(arguments):
+        per_device, accumulation = phase.args.per_device_train_batch_size, phase.args.gradient_accumulation_steps
+        assert accumulation * per_device == phase.recipe.global_batch_size
 
 
 def test_the_configurations_of_accelerate_load_and_are_named() -> None:
@@ -53,7 +59,7 @@ def test_the_configurations_of_accelerate_load_and_are_named() -> None:
     named = set(re.findall(r"--config_file (\S+)", README))
     assert named == {str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/configs/accelerate/*")}
     types = {Path(name).stem: load_config_from_file(str(ROOT / name)).distributed_type.value for name in named}
-    assert types == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert types == {"ddp": "MULTI_GPU", "ddp_8x8": "MULTI_GPU", "fsdp2": "FSDP"}
 
 
 def test_make_targets_exist() -> None:

@@ -1,13 +1,14 @@
-"""Kills the pretraining recipe ten times, three times during a save, and compares what the resumed runs end with.
+"""Kills the pretraining recipe at random moments, and compares what the resumed runs end with.
 
-    python -m tests.scripts.kill_and_resume [SEED [KILLS]]
+    python -m tests.scripts.kill_and_resume [--seed 0] [--kills 10] [--plan]
 
-Each run is killed (SIGKILL, the whole process group) at a moment drawn at random, resumed with
-`--resume_from_checkpoint latest` (or started anew where there is no checkpoint yet), and must end bit for bit as the
-run that was not killed: weights, optimizer, schedule, random numbers and logged losses. Several epochs, two
-accumulation steps. Prints a line for each kill; the exit status is 1 if a run ended differently.
+Each run is killed (SIGKILL, the whole process group) at a moment drawn at random, three in ten during a save, resumed
+with `--resume_from_checkpoint auto`, and must end bit for bit as the run that was not killed: weights, optimizer,
+schedule, random numbers, logged losses and results. Several epochs, two accumulation steps. With --plan a run of two
+phases, two in ten killed between them. Prints a line for each kill; the exit status is 1 if a run ended differently.
 """
 
+import argparse
 import json
 import math
 import os
@@ -25,39 +26,50 @@ from typing import Any
 from hf_lamb.checkpoints import UNFINISHED, newest_complete_checkpoint
 from recipes.corpus import load_documents
 
-KILLS = 10
-STEPS, SAVE_STEPS = 40, 4
+SAVE_STEPS = 4
 RECIPE = [
-    *("--size", "tiny", "--vocab_size", "400", "--max_seq_length", "32", "--use_cpu"),
-    *("--global_batch_size", "16", "--per_device_train_batch_size", "8", "--max_steps", str(STEPS)),
-    *("--save_steps", str(SAVE_STEPS), "--eval_steps", "8", "--logging_steps", "2", "--disable_tqdm", "True"),
+    *("--vocab_size", "400", "--use_cpu", "--per_device_train_batch_size", "8", "--disable_tqdm", "True"),
+    *("--save_steps", str(SAVE_STEPS), "--eval_steps", "8", "--logging_steps", "2"),
 ]
+ONE_PHASE = ["--size", "tiny", "--max_seq_length", "32", "--global_batch_size", "16", "--max_steps", "40"]
+TWO_PHASES = """
+size: tiny
+phases:
+- {max_seq_length: 32, global_batch_size: 32, max_steps: 24, warmup_steps: 6, learning_rate: 0.02}
+- {max_seq_length: 64, global_batch_size: 16, max_steps: 16, warmup_steps: 4, learning_rate: 0.01}
+"""
 SAVED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+OF_THE_CLOCK = {"time", "command", "seconds", "tokens_per_second"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def main(seed: int = 0, kills: int = KILLS) -> int:
+def main(seed: int = 0, kills: int = 10, plan: bool = False) -> int:
     rng = random.Random(seed)
     root = Path(tempfile.mkdtemp(prefix="kill_and_resume-"))
     say(f"seed {seed}, runs in {root}")
     write_texts(root / "texts")
-    start_up, between_saves = run_undisturbed(root / "whole")
+    runs = Runs(root, plan)
+    runs.undisturbed()
     say(
-        f"the whole run: {start_up:.1f} s to its first checkpoint, {between_saves * 1e3:.0f} ms from one to the next\n"
+        f"the whole run: {runs.start_up:.1f} s to its first checkpoint, {runs.between_saves * 1e3:.0f} ms from one to "
+        "the next\n"
     )
-    row = "{:>4}  {:<44}{:<36}{:<16}{}".format
+    row = "{:>4}  {:<46}{:<40}{:<24}{}".format
     say(row("kill", "when", "checkpoints found", "resumed from", "ends equal"))
 
-    different, in_saves = 0, set(rng.sample(range(kills), math.ceil(0.3 * kills)))
-    for kill in range(kills):
+    different = 0
+    of_kinds = [runs.kill_in_a_save] * math.ceil(0.3 * kills) + [runs.kill_at_the_boundary] * (plan * -(-kills // 5))
+    of_kinds += [runs.kill_between] * (kills - len(of_kinds))
+    rng.shuffle(of_kinds)
+    for kill, kind in enumerate(of_kinds):
         output = root / f"killed-{kill + 1}"
-        when = kill_in_a_save(output, rng) if kill in in_saves else kill_between(output, rng, start_up, between_saves)
+        when = kind(output, rng)
         found = contents(output)
-        checkpoint = newest_complete_checkpoint(output)
-        start(output, resume=checkpoint is not None).wait()
-        wrong = differences(root / "whole", output)
+        newest = [newest_complete_checkpoint(output / folder) for folder, _ in runs.phases]
+        resumed = next((str(Path(path).relative_to(output)) for path in reversed(newest) if path), "(anew)")
+        runs.start(output, resume=True).wait()
+        wrong = differences(root / "whole", output, runs.phases)
         different += bool(wrong)
-        resumed = Path(checkpoint).name if checkpoint else "(anew)"
         say(row(kill + 1, when, found, resumed, f"NO: {', '.join(wrong)}" if wrong else "yes"))
 
     say(f"\n{kills - different} of {kills} killed runs end bit for bit as the whole one")
@@ -70,66 +82,98 @@ def main(seed: int = 0, kills: int = KILLS) -> int:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def start(output: Path, resume: bool = False) -> subprocess.Popen[bytes]:
-    """The recipe, in a process group of its own."""
-    arguments = [*RECIPE, "--corpus", str(output.parent / "texts"), "--output_dir", str(output)]
-    if resume:
-        arguments += ["--resume_from_checkpoint", "latest"]
-    with output.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "recipes.pretrain_bert", *arguments],
-            env=ENVIRONMENT,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+class Runs:
+    """The recipe's runs under `root`; `phases` are the folders that a run has checkpoints in, and their steps."""
 
+    def __init__(self, root: Path, plan: bool) -> None:
+        self.root = root
+        self.options = ONE_PHASE
+        self.phases = [("", 40)]
+        if plan:
+            (root / "plan.yaml").write_text(TWO_PHASES)
+            self.options = ["--plan", str(root / "plan.yaml")]
+            self.phases = [("phase-1", 24), ("phase-2", 16)]
+        self.checkpoints = [
+            os.path.join(folder, f"checkpoint-{step}")
+            for folder, steps in self.phases
+            for step in range(SAVE_STEPS, steps + 1, SAVE_STEPS)
+        ]
+        self.start_up = self.between_saves = 0.0
 
-def run_undisturbed(output: Path) -> tuple[float, float]:
-    """Seconds to the first checkpoint, and from one to the next."""
-    began = time.monotonic()
-    run = start(output)
-    await_(run, lambda: (output / f"checkpoint-{SAVE_STEPS}").exists())
-    first = time.monotonic()
-    await_(run, lambda: (output / f"checkpoint-{STEPS}").exists())
-    last = time.monotonic()
-    if run.wait() != 0:
-        sys.exit(output.with_suffix(".log").read_text()[-3000:])
-    return first - began, (last - first) / (STEPS // SAVE_STEPS - 1)
+    def start(self, output: Path, resume: bool = False) -> subprocess.Popen[bytes]:
+        """The recipe, in a process group of its own."""
+        arguments = [*RECIPE, *self.options, "--corpus", str(self.root / "texts"), "--output_dir", str(output)]
+        if resume:
+            arguments += ["--resume_from_checkpoint", "auto"]
+        with output.with_suffix(".log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "recipes.pretrain_bert", *arguments],
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
+    def undisturbed(self) -> None:
+        """The whole run: seconds to its first checkpoint, and from one to the next."""
+        output = self.root / "whole"
+        began = time.monotonic()
+        run = self.start(output)
+        await_(run, lambda: (output / self.checkpoints[0]).exists())
+        first = time.monotonic()
+        await_(run, lambda: (output / self.checkpoints[-1]).exists())
+        last = time.monotonic()
+        if run.wait() != 0:
+            sys.exit(output.with_suffix(".log").read_text()[-3000:])
+        self.start_up, self.between_saves = first - began, (last - first) / (len(self.checkpoints) - 1)
 
-def kill_between(output: Path, rng: random.Random, start_up: float, between_saves: float) -> str:
-    """Kill somewhere between the start and the last save; a little later than drawn if the machine is slow."""
-    step = rng.randrange(0, STEPS - SAVE_STEPS, SAVE_STEPS)
-    delay = rng.random() * (between_saves if step else start_up)
-    run = start(output)
-    if step:
-        await_(run, lambda: (output / f"checkpoint-{step}").exists())
-    time.sleep(delay)
-    os.killpg(run.pid, signal.SIGKILL)
-    if run.wait() != -signal.SIGKILL:
-        sys.exit(f"{output} had ended before it was killed")
-    return f"{delay * 1e3:.0f} ms after " + (f"checkpoint-{step}" if step else "the start")
+    def kill_between(self, output: Path, rng: random.Random) -> str:
+        """Somewhere between the start and the last save; a little later than drawn if the machine is slow."""
+        after = rng.choice(["", *self.checkpoints[:-2]])
+        delay = rng.random() * (self.between_saves if after else self.start_up)
+        run = self.start(output)
+        if after:
+            await_(run, lambda: (output / after).exists())
+        return self._kill(run, delay, after or "the start")
 
+    def kill_at_the_boundary(self, output: Path, rng: random.Random) -> str:
+        """Between the last checkpoint of phase 1 and the first one of phase 2."""
+        after = rng.choice([f"phase-1/checkpoint-{self.phases[0][1]}", "phase-1/results.jsonl"])
+        for _ in range(5):
+            run = self.start(output)
+            await_(run, lambda: (output / after).exists())
+            when = self._kill(run, rng.random() * self.between_saves / 2, after)
+            if not any((output / "phase-2").glob("checkpoint-*")):
+                return when
+            shutil.rmtree(output)  # too late: the machine is slow
+        sys.exit(f"{output}: phase 2 had begun before every kill")
 
-def kill_in_a_save(output: Path, rng: random.Random) -> str:
-    """Kill while a checkpoint is being written: the run is stopped first, and goes on if the save was over."""
-    first = rng.randrange(SAVE_STEPS, STEPS // 2, SAVE_STEPS)
-    run = start(output)
-    for step in range(first, STEPS + 1, SAVE_STEPS):
-        staged, whole = output / UNFINISHED / f"checkpoint-{step}", output / f"checkpoint-{step}"
-        files, delay = rng.randrange(1, 10), rng.random() / 100
-        await_(run, lambda: len(list(staged.glob("*"))) >= files or whole.exists())  # noqa: B023
+    def _kill(self, run: subprocess.Popen[bytes], delay: float, after: str) -> str:
         time.sleep(delay)
-        os.killpg(run.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, run.pid, os.WSTOPPED)
-        if staged.exists():
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-            assert staged.exists()
-            return f"{delay * 1e3:.0f} ms after {files} files of checkpoint-{step}"
-        os.killpg(run.pid, signal.SIGCONT)
-    sys.exit(f"{output}: every save was over before the kill")
+        os.killpg(run.pid, signal.SIGKILL)
+        if run.wait() != -signal.SIGKILL:
+            sys.exit("a run had ended before it was killed")
+        return f"{delay * 1e3:.0f} ms after {after}"
+
+    def kill_in_a_save(self, output: Path, rng: random.Random) -> str:
+        """While a checkpoint is being written: the run is stopped first, and goes on if the save was over."""
+        first = rng.randrange(len(self.checkpoints) // 2)
+        run = self.start(output)
+        for checkpoint in self.checkpoints[first:]:
+            whole = output / checkpoint
+            staged = whole.parent / UNFINISHED / whole.name
+            files, delay = rng.randrange(1, 10), rng.random() / 100
+            await_(run, lambda: len(list(staged.glob("*"))) >= files or whole.exists())  # noqa: B023
+            time.sleep(delay)
+            os.killpg(run.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, run.pid, os.WSTOPPED)
+            if staged.exists():
+                os.killpg(run.pid, signal.SIGKILL)
+                run.wait()
+                assert staged.exists()
+                return f"{delay * 1e3:.0f} ms after {files} files of {checkpoint}"
+            os.killpg(run.pid, signal.SIGCONT)
+        sys.exit(f"{output}: every save was over before the kill")
 
 
 def await_(run: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
@@ -144,18 +188,28 @@ def await_(run: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
 
 def contents(output: Path) -> str:
     """The steps of the checkpoints that a killed run left, and what the unfinished ones hold."""
-    whole = sorted(int(path.name[11:]) for path in output.glob("checkpoint-*"))
-    half = [f"{path.name[11:]} unfinished: {len(os.listdir(path))} files" for path in (output / UNFINISHED).glob("*")]
-    return ", ".join([*map(str, whole), *half]) or "none"
+    folders = [output, *sorted(output.glob("phase-*"))]
+    whole = [f"{folder.name[-1]}:" * (folder != output) + n for folder in folders for n in _steps(folder)]
+    staged = [path for folder in folders for path in (folder / UNFINISHED).glob("*")]
+    half = [f"{path.name[11:]} unfinished: {len(os.listdir(path))} files" for path in staged]
+    return ", ".join(whole + half) or "none"
 
 
-def differences(whole: Path, other: Path) -> list[str]:
-    """Which files of the last checkpoint, and which of the model and the log, are not the same to the bit."""
-    last = f"checkpoint-{STEPS}"
-    names = [*(f"{last}/{name}" for name in SAVED), "model.safetensors"]
-    wrong = [name for name in names if content(whole / name) != content(other / name)]
-    if losses(whole / last) != losses(other / last):
-        wrong.append("logged losses")
+def _steps(folder: Path) -> list[str]:
+    return [str(n) for n in sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*"))]
+
+
+def differences(whole: Path, other: Path, phases: list[tuple[str, int]]) -> list[str]:
+    """What of each phase's last checkpoint, model, log and results is not the same to the bit."""
+    wrong = []
+    for folder, steps in phases:
+        one, two, last = whole / folder, other / folder, f"checkpoint-{steps}"
+        names = [*(f"{last}/{name}" for name in SAVED), "model.safetensors"]
+        wrong += [f"{folder} {name}" for name in names if content(one / name) != content(two / name)]
+        if losses(one / last) != losses(two / last):
+            wrong.append(f"{folder} logged losses")
+        if results(one) != results(two):
+            wrong.append(f"{folder} results")
     return wrong
 
 
@@ -172,6 +226,13 @@ def losses(checkpoint: Path) -> list[dict[str, Any]]:
     ]
 
 
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The lines of results, of which there must be one, without what a clock says."""
+    file = folder / "results.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in OF_THE_CLOCK} for line in lines]
+
+
 def write_texts(folder: Path) -> None:
     """So little that the run takes several epochs."""
     folder.mkdir()
@@ -185,4 +246,8 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--plan", action="store_true", help="a run of two phases")
+    sys.exit(main(**vars(parser.parse_args())))

@@ -1,9 +1,10 @@
 """LambTrainer on one process or, through torchrun, on several; writes what it logged.
 
-python -m tests.scripts.noise_runs {rate,noise} PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
+python -m tests.scripts.noise_runs {rate,noise,split} PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
 
 `rate`: the learning rates of a scaled run. `noise`: the gradient noise scale of a model where it is known: the loss
 x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
+`split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
 
 import json
@@ -20,7 +21,7 @@ from hf_lamb import LambTrainer, LambTrainingArguments
 from recipes.processes import leave_process_group
 from tests.scripts import split_batch
 
-DIMENSIONS, NOISE_SCALE = 256, 24.0
+DIMENSIONS, NOISE_SCALE, SEEDS = 256, 24.0, 6
 
 
 class Rows(Dataset):
@@ -59,30 +60,45 @@ def noise_trainer(path: Path, batch: int, accumulation: int, seed: int = 0, **op
     return LambTrainer(model=Linear(), args=args, train_dataset=Rows(16 * 240, seed))
 
 
-def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) -> None:
-    key = "lamb/noise_scale"
-    if what == "noise":
-        trainer = noise_trainer(output.parent / "trainer", batch, accumulation, seed)
-    else:
-        key = "learning_rate"
-        args = LambTrainingArguments(
-            output_dir=str(output.parent / "trainer"),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            base_learning_rate=4e-3,
-            base_batch_size=64,
-            max_steps=3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        model = split_batch.trained_model("mlm", output.parent / f"start-{batch}")
-        trainer = LambTrainer(model=model, args=args, train_dataset=split_batch.FixedRows("mlm", 64, seed=0))
+def scaled_trainer(path: Path, batch: int, accumulation: int, steps: int) -> LambTrainer:
+    """A masked LM whose rate follows from the global batch."""
+    args = LambTrainingArguments(
+        output_dir=str(path / "trainer"),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        base_learning_rate=4e-3,
+        base_batch_size=64,
+        max_steps=steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = split_batch.trained_model("mlm", path / f"start-{batch}")
+    return LambTrainer(model=model, args=args, train_dataset=split_batch.FixedRows("mlm", 256, seed=0))
+
+
+def logged(trainer: LambTrainer, key: str) -> list[float]:
     trainer.train()
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) -> None:
+    path, noise = output.parent, "lamb/noise_scale"
+    found: Any
+    if what == "noise":
+        trainer = noise_trainer(path / "trainer", batch, accumulation, seed)
+        found = logged(trainer, noise)
+    else:
+        trainer = scaled_trainer(path, batch, accumulation, steps=3 if what == "rate" else 20)
+        found = logged(trainer, "learning_rate")
+    if what == "split":
+        found = {"learning_rate": found, "loss": [x["loss"] for x in trainer.state.log_history if "loss" in x]}
+        runs = (noise_trainer(path / "trainer", batch, accumulation, s, max_steps=40) for s in range(SEEDS))
+        found["noise_scale"] = [values[-1] for run in runs if (values := logged(run, noise))]
     if trainer.is_world_process_zero():
-        output.write_text(json.dumps([line[key] for line in trainer.state.log_history if key in line]))
+        output.write_text(json.dumps(found))
     leave_process_group(trainer)
 
 

@@ -1,0 +1,144 @@
+"""Protects the plain Accelerate loop: it trains as the Trainer recipe does, also on two processes, and resumes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes import accelerate_loop
+from tests.helpers import pretrain, torchrun
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = ["--size", "smoke", "--use_cpu", "True", "--max_steps", "8", "--global_batch_size", "16"]
+OPTIONS += ["--per_device_train_batch_size", "4", "--vocab_size", "400", "--max_seq_length", "32", "--save_steps", "4"]
+OPTIONS += ["--warmup_steps", "2", "--learning_rate", "0.02", "--logging_steps", "1"]
+
+
+def loop(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["accelerate_loop", *OPTIONS, *arguments])
+    accelerate_loop.main()
+
+
+def tracked(output: Path) -> dict[str, list[float]]:
+    """What TensorBoard has of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (output / "accelerate_loop").glob("events*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def recipe(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by Trainer."""
+    output = tmp_path_factory.mktemp("recipe")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        more = ["--corpus", str(texts), "--output_dir", str(output), "--eval_strategy", "no"]
+        pretrain(monkeypatch, *OPTIONS, *more, "--disable_tqdm", "True")
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorboard")
+    output = tmp_path_factory.mktemp("loop")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        loop(monkeypatch, "--corpus", str(texts), "--output_dir", str(output))
+    return output
+
+
+def assert_as_trainer(output: Path, recipe: Path) -> None:
+    """Loss, rate and gradient norm of every step, the evaluation, and the weights."""
+    state = json.loads((recipe / "checkpoint-8/trainer_state.json").read_text())
+    values = tracked(output)
+    for key in ("loss", "learning_rate", "grad_norm"):
+        theirs = [line[key] for line in state["log_history"] if "loss" in line]
+        assert len(values[key]) == 8
+        assert values[key] == pytest.approx(theirs, rel=1e-5, abs=1e-7), key
+    ours, theirs = (json.loads((folder / "results.jsonl").read_text()) for folder in (output, recipe))
+    assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-5)
+    assert ours["held_out_accuracy"] == pytest.approx(theirs["held_out_accuracy"], abs=2e-3)
+    expected = load_file(recipe / "model.safetensors")
+    for name, weight in load_file(output / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_same_run_as_trainers(whole: Path, recipe: Path) -> None:
+    assert_as_trainer(whole, recipe)
+
+
+@pytest.mark.distributed
+def test_the_same_run_as_trainers_on_two_processes(texts: Path, recipe: Path, tmp_path: Path) -> None:
+    """Half the accumulation on each; the held-out rows do not divide by two."""
+    torchrun(2, "recipes.accelerate_loop", *OPTIONS, "--corpus", str(texts), "--output_dir", str(tmp_path))
+    assert_as_trainer(tmp_path, recipe)
+    assert json.loads((tmp_path / "results.jsonl").read_text())["processes"] == 2
+
+
+@pytest.mark.distributed
+def test_the_same_run_as_trainers_under_fsdp2(texts: Path, recipe: Path, tmp_path: Path) -> None:
+    """`accelerate launch` with the README's configuration, but on two CPUs; resumed, it ends bit for bit alike."""
+    config = ["--config_file", "recipes/configs/accelerate/fsdp2.yaml", "--num_processes", "2"]
+    config += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "tests.scripts.cpu_fsdp"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "recipes.accelerate_loop", *OPTIONS]
+    command += ["--corpus", str(texts), "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for more in ([], ["--resume", "True"]):
+        done = subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        if not more:
+            assert_as_trainer(tmp_path, recipe)
+            assert (tmp_path / "checkpoint-8/pytorch_model_fsdp_0").is_dir()
+            whole = (tmp_path / "model.safetensors").read_bytes()
+            shutil.rmtree(tmp_path / "checkpoint-8")
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_run_ends_bit_for_bit_alike(
+    step: int, whole: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the middle, with what a killed save left, and from the end, where the results are not written yet."""
+    shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/model.safetensors").write_text("half")
+    loop(monkeypatch, "--corpus", str(texts), "--output_dir", str(tmp_path), "--resume", "True")
+    for name in ("model.safetensors", "checkpoint-8/model.safetensors", "checkpoint-8/optimizer.bin"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (json.loads((folder / "results.jsonl").read_text()) for folder in (tmp_path, whole))
+    assert ours["held_out_loss"] == theirs["held_out_loss"]
+    if step < 8:
+        assert tracked(tmp_path)["loss"] == tracked(whole)["loss"][step:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--global_batch_size", "18"], "--global_batch_size 18 is no multiple of 4 at a time"),
+        (["--corpus", "missing.txt"], "there is no file 'missing.txt'"),
+        (["--max_seq_length", "2"], "block_size=2 has no room"),
+        (["--warmup_steps", "9"], "warmup_steps 9 is more than the run's 8 steps"),
+        (["--report_to", "abacus"], "--report_to abacus"),
+        ([], "holds checkpoint-8: add --resume, or --output_dir for another place"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments: list[str], message: str, whole: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output: Any = tmp_path / "out" if arguments else whole
+    with pytest.raises(SystemExit) as stopped:
+        loop(monkeypatch, "--corpus", str(texts), "--output_dir", str(output), *arguments)
+    (line,) = str(stopped.value.code).splitlines()
+    assert line.startswith("accelerate_loop: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
