@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from hf_lamb import norms
+from hf_lamb import fsdp1, norms
 from hf_lamb.backends import Bucket, cpu, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
 from hf_lamb.options import check_options
+from hf_lamb.segments import Layout, check_layouts
 from hf_lamb.state import check_order, check_state, check_state_dict
 
 __all__ = ["Lamb", "LayerStats", "SkippedSteps"]
@@ -31,7 +32,7 @@ class LayerStats(NamedTuple):
     trust_ratio: float
 
 
-Slot = tuple[int, int]  # a parameter's group, and its place there
+Slot = tuple[int, int, int]  # a layer's group, the place there of the tensor that holds it, and its place in that
 # The layers that are sharded over the same process groups, in the same order on every process; and their arithmetic.
 Sharded = dict[norms.Reductions, dict[Slot, torch.dtype]]
 
@@ -128,6 +129,7 @@ class Lamb(Optimizer):
         check_options(defaults)
         self._forget()
         self._shapes: set[torch.Size] = set()
+        self._layouts: dict[Tensor, Layout] = {}  # of the tensors that say nothing of what they hold
         self._seen_by = _zero_redundancy_group()
         super().__init__(params, defaults)
 
@@ -147,10 +149,18 @@ class Lamb(Optimizer):
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("_seen_by", None)
+        self.__dict__.setdefault("_layouts", {})
         self.__dict__.setdefault("_shapes", {param.shape for group in self.param_groups for param in group["params"]})
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
                 group.setdefault(option, self.defaults[option])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's tensors are others: it must be attached anew, and not take what was flattened for a layer."""
+        state = super().__getstate__()
+        if self._layouts:
+            state["_shapes"] = self._shapes - {tensor.shape for tensor in self._layouts}
+        return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own, to those being optimised."""
@@ -170,15 +180,43 @@ class Lamb(Optimizer):
                 )
         self._shapes.update(param.shape for param in self.param_groups[-1]["params"])
 
-    def attach(self, *, process_group: ProcessGroup) -> None:
-        """Name the processes that hold other parameters of the same model, as the stages of a pipeline do.
+    def attach(self, model: Any = None, *, process_group: ProcessGroup | None = None) -> None:
+        """Say where the layers lie of which this process has only a piece. All processes call it together.
 
-        They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the norm
-        over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such word: each
-        process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is noticed and attached
-        without a call.
+        Call it once, after wrapping and before the first step. It does nothing where nothing is hidden (one process,
+        DDP, FSDP2, tensor parallelism), so the line may stay.
+
+        Args:
+            model: what wraps the model: FSDP1's (`FullyShardedDataParallel`, or a module that has some inside).
+            process_group: the processes that hold other parameters of the same model, as the stages of a pipeline do.
+                They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the
+                norm over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such
+                word: each process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is
+                noticed and attached without a call.
+
+        Raises:
+            ValueError: neither is given; what is given is no module.
+            hf_lamb.norms.ShardingError: a layout that does not add up, or that this optimizer's parameters are not of.
         """
-        self._seen_by = norms.reduction_of(process_group, self._device())
+        if model is None and process_group is None:
+            raise ValueError("Lamb.attach: got nothing: pass the wrapped model, or process_group=...")
+        if process_group is not None:
+            self._seen_by = norms.reduction_of(process_group, self._device())
+        if model is not None:
+            self._layouts.update(self._layouts_of(model))
+
+    def _layouts_of(self, model: Any) -> dict[Tensor, Layout]:
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"Lamb.attach: expected the wrapped model, got {type(model).__name__}")
+        layouts = fsdp1.layouts(model)
+        check_layouts(layouts)
+        params = {id(param) for group in self.param_groups for param in group["params"]}
+        if layouts and not any(id(tensor) in params for tensor in layouts):
+            raise norms.ShardingError(
+                "Lamb.attach: FSDP1 has put flat tensors in the place of this optimizer's parameters, so it would "
+                "train nothing: build Lamb(lamb_param_groups(model)) on the wrapped model, or set use_orig_params=True"
+            )
+        return layouts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, of this or an earlier version, as torch does, with three differences.
@@ -378,22 +416,24 @@ class Lamb(Optimizer):
         sharded: Sharded = {}
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
+                layout = self._layouts.get(param) if self._layouts else None
+                if layout is not None:
+                    self._collect_segments(buckets, sharded, group_index, index, layout)
+                    continue
                 name = self.parameter_name(group_index, index)
                 if param.shape not in self._shapes:
                     raise norms.ShardingError(
                         f"Lamb: parameter {name} has shape {tuple(param.shape)}, which this optimizer was not built "
-                        "with: DeepSpeed ZeRO's flat partitions are not supported; for a resized layer build a new one"
+                        "with: under DeepSpeed ZeRO call optimizer.attach(engine) after deepspeed.initialize; for a "
+                        "resized layer build a new optimizer"
                     )
                 local, reductions = norms.local_shard(param, name)
+                slot = (group_index, index, 0)
                 if reductions:
-                    sharded.setdefault(reductions, {})[group_index, index] = math_dtype(local)
+                    sharded.setdefault(reductions, {})[slot] = math_dtype(local)
                 if param.grad is None:
                     continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"Lamb: the gradient of {name} is sparse, which LAMB's norms do not support: "
-                        "use sparse=False in the embedding"
-                    )
+                _refuse_sparse(param.grad, name)
                 grad = norms.local_grad(param, param.grad)
                 state = self._state_of(param)
                 exp_avg = norms.local_shard(state["exp_avg"], name)[0]
@@ -401,14 +441,49 @@ class Lamb(Optimizer):
                 contiguous = all(tensor.is_contiguous() for tensor in (local, grad, exp_avg, exp_avg_sq))
                 key = (group_index, local.device, local.dtype, grad.dtype, reductions, contiguous)
                 bucket = buckets.setdefault(key, Bucket(group, reductions, contiguous))
-                bucket.names.append(name)
-                bucket.slots.append((group_index, index))
-                bucket.params.append(local)
-                bucket.grads.append(grad)
-                bucket.exp_avgs.append(exp_avg)
-                bucket.exp_avg_sqs.append(exp_avg_sq)
-                bucket.steps.append(state["step"])
+                bucket.add(name, slot, local, grad, exp_avg, exp_avg_sq, state["step"])
         return list(buckets.values()), sharded
+
+    def _collect_segments(
+        self, buckets: dict[Any, Bucket], sharded: Sharded, group_index: int, index: int, layout: Layout
+    ) -> None:
+        """The same for a tensor that holds parts of layers: each is an entry of its own, on every process."""
+        group = self.param_groups[group_index]
+        param = group["params"][index]
+        if param.numel() != layout.numel:
+            raise norms.ShardingError(
+                f"Lamb: {self.parameter_name(group_index, index)} has {param.numel()} elements here and had "
+                f"{layout.numel} in attach: call step outside of summon_full_params, and attach again after resharding"
+            )
+        if layout.reductions:
+            slots = sharded.setdefault(layout.reductions, {})
+            slots.update(((group_index, index, i), math_dtype(param)) for i in range(len(layout.segments)))
+        grad = param.grad
+        if grad is not None:
+            _refuse_sparse(grad, layout.segments[0].name)
+            state = self._state_of(param)
+        elif param.numel() == 0 and param.requires_grad and layout.reductions:
+            # The others have the layer, and FSDP1 says nothing of it here: the same statistics on all processes.
+            grad = param.detach()
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+            state = {"step": step, "exp_avg": grad.to(math_dtype(param)), "exp_avg_sq": grad.to(math_dtype(param))}
+        else:
+            return
+        # One step counts for all of the tensor: the first segment advances it, the others copies.
+        steps = [state["step"], *state["step"].repeat(len(layout.segments) - 1).unbind()]
+        tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+        contiguous = all(tensor.is_contiguous() for tensor in tensors)
+        undecayed, unadapted = set(group.get("undecayed", ())), set(group.get("unadapted", ()))
+        w, g, m, v = (layout.pieces(tensor) for tensor in tensors)
+        for i, segment in enumerate(layout.segments):
+            decays, adapts = segment.name not in undecayed, segment.name not in unadapted
+            key = (group_index, decays, adapts, param.device, param.dtype, grad.dtype, layout.reductions, contiguous)
+            bucket = buckets.get(key)
+            if bucket is None:
+                own = group if decays else {**group, "weight_decay": 0.0}
+                own = own if adapts else {**own, "layer_adaptation": False}
+                bucket = buckets[key] = Bucket(own, layout.reductions, contiguous)
+            bucket.add(segment.name, (group_index, index, i), w[i], g[i], m[i], v[i], steps[i])
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -428,6 +503,14 @@ class _Layers(NamedTuple):
     weight_norm: Tensor
     adam_norm: Tensor
     trust_ratio: Tensor
+
+
+def _refuse_sparse(grad: Tensor, name: str) -> None:
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"Lamb: the gradient of {name} is sparse, which LAMB's norms do not support: "
+            "use sparse=False in the embedding"
+        )
 
 
 def _sum_over_shards(
