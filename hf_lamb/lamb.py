@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from hf_lamb import fsdp1, norms
+from hf_lamb import fsdp1, norms, zero
 from hf_lamb.backends import Bucket, cpu, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
 from hf_lamb.options import check_options
@@ -130,6 +130,8 @@ class Lamb(Optimizer):
         self._forget()
         self._shapes: set[torch.Size] = set()
         self._layouts: dict[Tensor, Layout] = {}  # of the tensors that say nothing of what they hold
+        self._engine: Any = None  # DeepSpeed's
+        self._zero: zero.Attached | None = None
         self._seen_by = _zero_redundancy_group()
         super().__init__(params, defaults)
 
@@ -150,6 +152,8 @@ class Lamb(Optimizer):
         self._forget()
         self.__dict__.setdefault("_seen_by", None)
         self.__dict__.setdefault("_layouts", {})
+        self.__dict__.setdefault("_engine", None)
+        self.__dict__.setdefault("_zero", None)
         self.__dict__.setdefault("_shapes", {param.shape for group in self.param_groups for param in group["params"]})
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
@@ -202,8 +206,16 @@ class Lamb(Optimizer):
             raise ValueError("Lamb.attach: got nothing: pass the wrapped model, or process_group=...")
         if process_group is not None:
             self._seen_by = norms.reduction_of(process_group, self._device())
-        if model is not None:
+        if zero.is_engine(model):
+            self._attach_engine(model)
+        elif model is not None:
             self._layouts.update(self._layouts_of(model))
+
+    def _attach_engine(self, engine: Any) -> None:
+        layouts = zero.layouts(engine, self)
+        check_layouts(layouts)
+        self._engine, self._layouts = engine, layouts
+        self._zero = zero.Attached(engine, next(iter(layouts))) if engine.zero_optimization() else None
 
     def _layouts_of(self, model: Any) -> dict[Tensor, Layout]:
         if not isinstance(model, torch.nn.Module):
@@ -295,12 +307,20 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        engine = zero.calling_engine()
+        if engine is not None and zero.is_trial_step(engine):
+            return loss
+        if engine is not None and engine is not self._engine:
+            self.attach(engine)
+        starts = self._zero is None or self._zero.starts(self.param_groups)
+
         buckets, sharded = self._collect()
         if not buckets and not sharded and self._seen_by is None:
             return loss
-        self._look_at_gradients(buckets, sharded)
+        self._look_at_gradients(buckets, sharded, starts)
 
-        self._layers.clear()
+        if starts:
+            self._layers.clear()
         for together, across in self._rounds(buckets, sharded):
             directions = [_backend(bucket).direction(bucket) for bucket in together]
             squares = _sum_over_shards(together, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], across)
@@ -363,12 +383,26 @@ class Lamb(Optimizer):
         """
         return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
-    def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded) -> None:
+    def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded, starts: bool) -> None:
         """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
         skips = any(group["skip_nonfinite"] for group in self.param_groups)
         if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
         device = buckets[0].device if buckets else self._device()
+        norm_sq = self._zero.norm_sq(device) if self._zero else self._gradient_norm_sq(buckets, sharded, device)
+
+        finite = norm_sq.isfinite()
+        if skips and starts:
+            self._count_skipped(finite)
+        for bucket in buckets:
+            if bucket.group["skip_nonfinite"]:
+                bucket.finite = finite.to(bucket.device)
+            max_grad_norm = bucket.group["max_grad_norm"]
+            if max_grad_norm is not None:
+                factor = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
+                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+
+    def _gradient_norm_sq(self, buckets: list[Bucket], sharded: Sharded, device: torch.device) -> Tensor:
         sums = {r: torch.zeros(1, device=device, dtype=_common(slots)) for r, slots in sharded.items()}
         sums[()] = torch.zeros(1, device=device)
         for bucket in buckets:
@@ -378,17 +412,7 @@ class Lamb(Optimizer):
         if self._seen_by is not None:
             # In one dtype whatever this process has: others have other parameters.
             norm_sq = norms.sum_over_processes({(self._seen_by,): norm_sq.double()})[(self._seen_by,)]
-
-        finite = norm_sq.isfinite()
-        if skips:
-            self._count_skipped(finite)
-        for bucket in buckets:
-            if bucket.group["skip_nonfinite"]:
-                bucket.finite = finite.to(bucket.device)
-            max_grad_norm = bucket.group["max_grad_norm"]
-            if max_grad_norm is not None:
-                factor = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
-                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+        return norm_sq
 
     def _device(self) -> torch.device:
         """Of the first parameter; ZeroRedundancyOptimizer may leave a process without any."""
