@@ -4,7 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-slow test-distributed sharding-report \
+.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-slow test-distributed test-deepspeed \
+	sharding-report \
 	kill-test bench lint format types check clean
 
 help:  ## list the targets
@@ -47,6 +48,11 @@ test-slow: setup  ## run the tests that take long
 
 test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
+
+# DeepSpeed compiles an extension at its first start, with the ninja and the python of the environment.
+test-deepspeed: setup  ## run the tests with DeepSpeed ZeRO on two and four processes (minutes); installs [deepspeed]
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) pytest -m deepspeed $(ARGS)
 
 sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
 	$(RUN) tests.scripts.sharding_report

@@ -248,10 +248,11 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     """The options of `Lamb` that these arguments ask for, and `adapt_all` where it is among them.
 
     Raises:
-        ValueError: what `parse_optim_args` or `Lamb` refuse.
+        ValueError: what `parse_optim_args` or `Lamb` refuse; a DeepSpeed configuration that replaces LAMB by CPU-Adam.
     """
     from transformers import TrainingArguments
 
+    _refuse_cpu_adam(getattr(args, "deepspeed_plugin", None))
     given = parse_optim_args(args.optim_args)
     options: dict[str, Any] = {
         "lr": args.learning_rate,
@@ -266,6 +267,17 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     except RuntimeError as error:  # options that this version does not have, or not together
         raise ValueError(f"optim_args: {error}") from None
     return options
+
+
+def _refuse_cpu_adam(deepspeed_plugin: Any) -> None:
+    """accelerate does it without a word (`Accelerator._prepare_deepspeed`), and keeps lr and weight_decay only."""
+    config = getattr(deepspeed_plugin, "deepspeed_config", None) or {}
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            'optim="lamb": with an offloaded optimizer accelerate puts DeepSpeedCPUAdam in its place: set '
+            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration file'
+        )
 
 
 def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:

@@ -66,7 +66,7 @@ Names = Mapping[Tensor, str]
 
 
 class Flat(NamedTuple):
-    """A tensor that DeepSpeed lets the optimizer update, and the processes that have the rest of its layers, if any do;
+    """A tensor that DeepSpeed lets the optimizer update, and the processes with the rest of its layers, if any;
     its segments, and beside each the model's weights that should be in it."""
 
     tensor: Tensor
@@ -96,7 +96,7 @@ def layouts(engine: Any, optimizer: Lamb) -> dict[Tensor, Layout]:
     version = sys.modules["deepspeed"].__version__
     if not version.startswith(f"{TESTED}."):
         warnings.warn(
-            f"Lamb: this is DeepSpeed {version}, but {TESTED} was tested: where the layers lie has been compared with the "
+            f"Lamb: this is DeepSpeed {version}, but {TESTED} was tested: where layers lie has been compared with the "
             "weights, the rest of what is private there has not",
             stacklevel=2,
         )
