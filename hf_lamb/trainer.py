@@ -22,6 +22,7 @@ from hf_lamb.fsdp import ShardedTrainer
 from hf_lamb.noise_scale import NoiseScaleTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
+from hf_lamb.zero_trainer import ZeroTrainer
 
 __all__ = ["LambTrainer", "LambTrainingArguments"]
 
@@ -118,7 +119,7 @@ class LambTrainingArguments(TrainingArguments):
             check_warmup(self.get_warmup_steps(self.max_steps), self.max_steps)
 
 
-class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
+class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ZeroTrainer, ShardedTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -139,6 +140,7 @@ class LambTrainer(NoiseScaleTrainer, WholeCheckpointTrainer, ShardedTrainer):
     * Checkpoints that are whole whenever the run is killed, and are checked before it resumes, see
       `hf_lamb.checkpoints.WholeCheckpointTrainer`.
     * FSDP2 with masked LMs, and checkpoints that go from DDP to FSDP2 and back, see `hf_lamb.fsdp.ShardedTrainer`.
+    * DeepSpeed's checkpoints resumed as they were written, or refused, see `hf_lamb.zero_trainer.ZeroTrainer`.
 
     Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer.
     """
