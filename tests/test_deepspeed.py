@@ -5,13 +5,18 @@ start, which takes a C++ compiler and a minute.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.helpers import torchrun
+from tests.scripts.split_batch import trained_model
 from tests.test_sharding import CLIPPED, FLOAT32
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(900)]
@@ -129,3 +134,74 @@ def test_really_ran_sharded(processes: int, mode: str, result_of: Callable[[int,
         assert result["evidence"][0]["tensors"] == 2 or "subgroups" in mode
     if "subgroups" in mode:
         assert result["evidence"][0]["tensors"] > 3
+
+
+# -- through Trainer and Accelerate ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    trained_model("mlm", root / "start")
+    torchrun(2, "tests.scripts.zero_runs", str(root), timeout=600)
+    return root
+
+
+def weights(run: Path, file: str = "model") -> dict[str, Tensor]:
+    """ZeRO-1 and 2 save tied weights twice, as DeepSpeed hands them out."""
+    return load_file(run / f"{file}.safetensors")
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() <= other.keys()
+    return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lamb_trainer_ends_as_under_ddp(stage: int, runs: Path) -> None:
+    """Weights, losses, held-out losses, gradient norms and trust ratios; the model saved is whole.
+
+    Two accumulation steps, clipping, unequal numbers of labels; with ZeRO-3 the model is in pieces before LAMB sees it.
+    """
+    assert difference(weights(runs / "ddp"), weights(runs / f"zero{stage}")) <= 1e-6
+    expected = json.loads((runs / "ddp/log.json").read_text())
+    log = json.loads((runs / f"zero{stage}/log.json").read_text())
+    assert len(log) == len(expected)
+    for line, theirs in zip(log, expected, strict=True):
+        for key in theirs.keys() & {"loss", "eval_loss", "grad_norm", "lamb/trust_ratio_min", "lamb/trust_ratio_max"}:
+            assert line[key] == pytest.approx(theirs[key], rel=1e-5), key
+
+
+def test_stock_trainer_needs_nothing_either(runs: Path) -> None:
+    """With `--optim lamb`."""
+    assert difference(weights(runs / "stock-None"), weights(runs / "stock-2")) <= 1e-6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lamb_trainer_resumes_bit_for_bit(stage: int, runs: Path) -> None:
+    assert difference(weights(runs / f"zero{stage}"), weights(runs / f"zero{stage}-resumed")) == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_accelerate_loop_ends_as_under_ddp(stage: int, runs: Path) -> None:
+    """And goes on from `save_state` bit for bit."""
+    whole = weights(runs / f"loop-{stage}")
+    assert difference(weights(runs / "loop-None"), whole) <= 1e-6
+    assert all(torch.equal(whole[n], w) for n, w in weights(runs / f"loop-{stage}", "resumed").items())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("ddp under 2", r"checkpoint-3 was not written under DeepSpeed, which cannot read it: resume it without"),
+        ("zero2 under None", r"checkpoint-3 was written under DeepSpeed, which alone can read .*: resume it with"),
+        ("zero2 under 3", r"written under DeepSpeed ZeRO-1 or 2, this run has ZeRO-3: .* resume with ZeRO-1 or 2$"),
+        ("zero3 under 1", r"written under DeepSpeed ZeRO-3, this run has ZeRO-1: .* resume with ZeRO-3$"),
+        ("zero3 on 4", r"written under DeepSpeed ZeRO on 2 processes, this run has 4: .* resume on 2$"),
+    ],
+)
+def test_refuses_checkpoints_of_another_kind(what: str, message: str, runs: Path) -> None:
+    """Trainer would lose the optimizer's state without a word, or DeepSpeed stop at an assertion."""
+    said = json.loads((runs / "refused.json").read_text())[what]
+    assert "\n" not in said
+    assert re.search(message, said), said
