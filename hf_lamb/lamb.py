@@ -203,7 +203,13 @@ class Lamb(Optimizer):
         if process_group is not None:
             self._seen_by = norms.reduction_of(process_group, self._device())
         if model is not None:
-            self._layouts.update(self._layouts_of(model))
+            layouts = self._layouts_of(model)
+            self._layouts.update(layouts)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in layouts and param.requires_grad:
+                        # Without any, accelerate 1.15 loads none from a sharded checkpoint, and says nothing.
+                        self._state_of(param)
 
     def _layouts_of(self, model: Any) -> dict[Tensor, Layout]:
         if not isinstance(model, torch.nn.Module):
