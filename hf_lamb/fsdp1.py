@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_lamb.norms import Reduction, Reductions, ShardingError, reduction_of
 from hf_lamb.segments import Layout, Segment
 
-__all__ = ["clean_name", "flat_tensors", "layouts"]
+__all__ = ["clean_name", "flat_tensors", "layouts", "unwrapped"]
 
 # What FSDP1 and activation checkpointing put into the names of the modules that they wrap.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -69,6 +69,13 @@ def flat_tensors(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
         for prefix, handle in _handles(model)
         if not handle._use_orig_params
     }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside FSDP1, where it has wrapped all of it."""
+    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    inner: nn.Module = model.module if module and isinstance(model, module.FullyShardedDataParallel) else model
+    return inner
 
 
 def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:

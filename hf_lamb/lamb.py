@@ -188,10 +188,17 @@ class Lamb(Optimizer):
         """Say where the layers lie of which this process has only a piece. All processes call it together.
 
         Call it once, after wrapping and before the first step. It does nothing where nothing is hidden (one process,
-        DDP, FSDP2, tensor parallelism), so the line may stay.
+        DDP, FSDP2, tensor parallelism), so the line may stay. Under DeepSpeed the first step does it by itself; the
+        line tells earlier what is not supported, and that accelerate has put CPU-Adam in LAMB's place.
+
+        There, ZeRO-1 and 2 call `step` once for each parameter group, ZeRO-3 for each sub-group, and the calls together
+        are one step. `skip_nonfinite` and `max_grad_norm` go by the norm that DeepSpeed has computed of all gradients,
+        after its own clipping: they decide for all calls alike and send nothing. A call sends the squared norms of its
+        layers in one all-reduce. Steps that DeepSpeed skips are in its own count only, `engine.skipped_steps`.
 
         Args:
-            model: what wraps the model: FSDP1's (`FullyShardedDataParallel`, or a module that has some inside).
+            model: what wraps the model: FSDP1's (`FullyShardedDataParallel`, or a module that has some inside), or the
+                engine of `deepspeed.initialize`, which is also what `accelerator.prepare` returns for the model.
             process_group: the processes that hold other parameters of the same model, as the stages of a pipeline do.
                 They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the
                 norm over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such
@@ -209,7 +216,13 @@ class Lamb(Optimizer):
         if zero.is_engine(model):
             self._attach_engine(model)
         elif model is not None:
-            self._layouts.update(self._layouts_of(model))
+            layouts = self._layouts_of(model)
+            self._layouts.update(layouts)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in layouts and param.requires_grad:
+                        # Without any, accelerate 1.15 loads none from a sharded checkpoint, and says nothing.
+                        self._state_of(param)
 
     def _attach_engine(self, engine: Any) -> None:
         layouts = zero.layouts(engine, self)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import torch
 from torch import nn
 
+from hf_lamb import fsdp1
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import lamb_param_groups
 
@@ -280,7 +281,7 @@ def _refuse_cpu_adam(deepspeed_plugin: Any) -> None:
         )
 
 
-def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
+def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
     args = ctx.args
     kwargs = options_of(args)
@@ -300,7 +301,7 @@ def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
     if ctx.model is None:
         said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
     else:
-        said += _doubts(ctx.model, args)
+        said += _doubts(fsdp1.unwrapped(ctx.model), args)
         groups = lamb_param_groups(ctx.model, args.weight_decay, adapt_all=adapt_all)
         if kwargs.get("layer_adaptation") is False:
             # The groups say which parameters adapt, and would overrule the option.
@@ -309,4 +310,15 @@ def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
     if args.should_log:
         for line in said:
             _warn_once(f'optim="lamb": {line}')
-    return Lamb, kwargs
+    return (_attached if ctx.model is not None and fsdp1.layouts(ctx.model) else Lamb), kwargs
+
+
+def _attached() -> Callable[..., Lamb]:
+    """What Trainer calls a factory: an optimizer for a model that FSDP1 has already wrapped."""
+
+    def build(model: nn.Module, **kwargs: Any) -> Lamb:
+        optimizer = Lamb(**kwargs)
+        optimizer.attach(model)
+        return optimizer
+
+    return build
