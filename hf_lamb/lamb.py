@@ -191,8 +191,8 @@ class Lamb(Optimizer):
         DDP, FSDP2, tensor parallelism), so the line may stay. Under DeepSpeed the first step does it by itself; the
         line tells earlier what is not supported, and that accelerate has put CPU-Adam in LAMB's place.
 
-        There, ZeRO-1 and 2 call `step` once for each parameter group, ZeRO-3 for each sub-group, and the calls together
-        are one step. `skip_nonfinite` and `max_grad_norm` go by the norm that DeepSpeed has computed of all gradients,
+        There, ZeRO-1 and 2 call `step` once for each parameter group, ZeRO-3 for each sub-group; together these are
+        one step. `skip_nonfinite` and `max_grad_norm` go by the norm that DeepSpeed has computed of all gradients,
         after its own clipping: they decide for all calls alike and send nothing. A call sends the squared norms of its
         layers in one all-reduce. Steps that DeepSpeed skips are in its own count only, `engine.skipped_steps`.
 
