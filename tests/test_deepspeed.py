@@ -6,6 +6,7 @@ start, which takes a C++ compiler and a minute.
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from tests.helpers import torchrun
 from tests.scripts.split_batch import trained_model
 from tests.test_sharding import CLIPPED, FLOAT32
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(900)]
+NO_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles an extension: install g++")
+pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(900), NO_COMPILER]
 pytest.importorskip("deepspeed", reason="pip install 'hf_lamb[deepspeed]'")
 
 Case = dict[str, Any]  # the arguments of tests.scripts.sharded_lamb.Case
