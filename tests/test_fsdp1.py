@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from tests.helpers import torchrun
 from tests.scripts.fsdp1_runs import RUNS
 from tests.scripts.split_batch import trained_model
-from tests.test_fsdp import distance, log
+from tests.test_fsdp import distance, launch_recipe, log
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -102,3 +103,13 @@ def test_torch_still_takes_a_sharded_checkpoint_for_an_old_one(runs: Path) -> No
     """The upstream fault that `no_older_checkpoints` works round, under a stock Trainer.
     When this fails, upstream has mended it: take the workaround out."""
     assert "Missing key in checkpoint state_dict: optimizer.param_groups" in (runs / "empty.txt").read_text()
+
+
+def test_accelerate_launch(texts: Path, finished: Path, tmp_path: Path) -> None:
+    """The configuration of the README on two CPUs: the model and the held-out loss of one process, to rounding."""
+    launch_recipe("fsdp1", texts, tmp_path)
+    assert (tmp_path / "checkpoint-4/pytorch_model_fsdp.bin").exists()  # FSDP's, which DDP has not
+    assert distance(load_file(tmp_path / "model.safetensors"), load_file(finished / "model.safetensors")) <= 1e-5
+    record, alone = (json.loads((folder / "results.jsonl").read_text()) for folder in (tmp_path, finished))
+    assert record["processes"] == 2
+    assert record["held_out_loss"] == pytest.approx(alone["held_out_loss"], rel=1e-5)
