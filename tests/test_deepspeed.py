@@ -36,11 +36,14 @@ MODES = {
 }
 # DeepSpeed adds gradients up in another order, which a step clipped to a tenth with a large eps magnifies.
 TOLERANCE = {"float32": 1e-6, "clipped": 1e-5}
+# That norms are another algorithm's where they are of what lies here, as other LAMBs' are.
+BROKEN = [{"mode": mode, "mutation": "norms of the local shard", **FLOAT32} for mode in ("zero2", "zero3")]
 VARIANTS = {"float32": FLOAT32, "clipped": {"dtype": "float32", **CLIPPED}}
 
 
 def measure(processes: int, folder: Path) -> dict[str, Result]:
     cases = [{"mode": mode, **variant} for mode in MODES[processes] for variant in VARIANTS.values()]
+    cases += BROKEN if processes == 2 else []
     (folder / "cases.json").write_text(json.dumps(cases))
     torchrun(
         processes, "tests.scripts.zero_lamb", str(folder / "cases.json"), str(folder / "results.json"), timeout=800
@@ -88,6 +91,19 @@ def test_equals_the_unsharded_run(
     assert result["norms"] <= TOLERANCE[variant]
     assert result["same_weights"], "the processes ended with different weights"
     assert result["same_layers"], "the processes report different layer_stats"
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda case: case["mode"])
+def test_a_deliberately_broken_variant_is_seen(broken: Case, on_2: dict[str, Result]) -> None:
+    assert on_2[json.dumps(broken)]["weights"] > 1e-3
+
+
+@pytest.mark.parametrize(("processes", "mode"), ALL)
+def test_no_weight_moves_before_the_first_step(
+    processes: int, mode: str, result_of: Callable[[int, str, str], Result]
+) -> None:
+    """In bf16 without ZeRO, DeepSpeed does a trial step with gradients of zero when it is initialized."""
+    assert result_of(processes, mode, "float32")["changed_before"] == []
 
 
 @pytest.mark.parametrize(("processes", "mode"), ALL)

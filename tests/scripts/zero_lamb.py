@@ -36,6 +36,7 @@ from tests.scripts.sharded_lamb import (
     _largest,
     batch,
     build_model,
+    mutated,
 )
 
 Layers = dict[str, tuple[float, ...]]
@@ -156,9 +157,14 @@ def layers(optimizer: Optimizer) -> Layers:
 def measure(case: Case) -> dict[str, Any]:
     """As `sharded_lamb.measure`."""
     engine, optimizer = initialize(case)
+    if case.mutation:
+        optimizer.attach(engine)  # whose check would find it out
     named = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
     by_gradients = "bf16" in case.mode
-    expected = Unsharded(case, weights(engine, named) if by_gradients else None)
+    dtype = torch.bfloat16 if by_gradients else torch.float32
+    before = weights(engine, named)
+    given = {name: param.detach().to(dtype).float() for name, param in build_model(torch.float32).named_parameters()}
+    expected = Unsharded(case, before if by_gradients else None)
     got: list[Layers] = []
     calls: list[list[tuple[str, int]]] = []  # of the last step: what each call of the optimizer's step sends
     step_of_optimizer = optimizer.step
@@ -178,7 +184,8 @@ def measure(case: Case) -> dict[str, Any]:
         else:
             expected.step(step)
         calls.clear()
-        engine.step()
+        with mutated(case.mutation):
+            engine.step()
         got.append(layers(optimizer))
     ours = isinstance(optimizer, Lamb)
     skipped_at = case.nan_at if engine.skipped_steps else None
@@ -202,6 +209,7 @@ def measure(case: Case) -> dict[str, Any]:
         "same_layers": all(all_layers == got for all_layers in _from_all(got)),
         "collectives": _from_all(calls),
         "evidence": _from_all(evidence(engine, optimizer)),
+        "changed_before": [name for name, w in before.items() if not torch.equal(w, given[name])],
     }
     engine.destroy()
     return result
