@@ -4,8 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-slow test-distributed sharding-report \
-	kill-test bench lint format types check clean
+.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-slow test-distributed test-deepspeed \
+	sharding-report kill-test bench lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,11 @@ test-slow: setup  ## run the tests that take long
 test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
 
+# On a CPU DeepSpeed compiles an extension at its first start: a C++ compiler, and the environment's ninja in the path.
+test-deepspeed: setup  ## run the tests with DeepSpeed ZeRO on two and four processes (minutes); installs [deepspeed]
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) pytest -m deepspeed $(ARGS)
+
 sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
 	$(RUN) tests.scripts.sharding_report
 
@@ -80,7 +85,7 @@ format: setup  ## ruff: mend what can be mended
 types: setup  ## mypy --strict on hf_lamb/
 	$(RUN) mypy
 
-check: lint types test test-slow test-distributed  ## all of the above
+check: lint types test test-slow test-distributed test-deepspeed  ## all of the above
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

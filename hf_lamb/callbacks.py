@@ -52,7 +52,7 @@ class TrustRatioCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        lamb = _find_lamb(optimizer)
+        lamb = find_lamb(optimizer)
         if logs is None or "loss" not in logs or lamb is None:
             return
         ratios = {name: stats.trust_ratio for name, stats in lamb.layer_stats(adapted_only=True).items()}
@@ -102,7 +102,7 @@ class SkippedStepsCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        lamb = _find_lamb(optimizer)
+        lamb = find_lamb(optimizer)
         if logs is None or "loss" not in logs or lamb is None:
             return
         skipped = lamb.skipped_steps()
@@ -115,7 +115,7 @@ class SkippedStepsCallback(TrainerCallback):
             )
 
 
-def _find_lamb(optimizer: Any) -> Lamb | None:
+def find_lamb(optimizer: Any) -> Lamb | None:
     """The Lamb inside what accelerate wrapped round it."""
     while optimizer is not None and not isinstance(optimizer, Lamb):
         optimizer = getattr(optimizer, "optimizer", None)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from hf_lamb.checkpoints import CheckpointError
+from hf_lamb.fsdp1 import clean_name, unwrapped
 
 __all__ = ["ShardedTrainer", "tied_heads_in_one_group"]
 
@@ -55,6 +57,27 @@ def tied_heads_in_one_group(model: nn.Module) -> Iterator[None]:
         fsdp.fully_shard = stock
 
 
+@contextmanager
+def no_older_checkpoints() -> Iterator[None]:
+    """Let a process load a sharded FSDP1 optimizer of which it has no row of some tensor; `LambTrainer` does it.
+
+    There the tensor is not in what torch 2.13 asks the checkpoint for, and so torch takes the checkpoint for one of
+    before torch 2.4, in which it then misses "optimizer.param_groups": the token types of BERT are two rows.
+    """
+    stock = default_planner.DefaultLoadPlanner.create_local_plan
+
+    def create_local_plan(self: default_planner.DefaultLoadPlanner) -> Any:
+        assert self.metadata is not None
+        strict = not self.allow_partial_load
+        return default_planner.create_default_local_load_plan(self.state_dict, self.metadata, strict)
+
+    default_planner.DefaultLoadPlanner.create_local_plan = create_local_plan  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        default_planner.DefaultLoadPlanner.create_local_plan = stock  # type: ignore[method-assign]
+
+
 class ShardedTrainer(Trainer):
     """`transformers.Trainer`, and what FSDP2 needs.
 
@@ -66,6 +89,12 @@ class ShardedTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and plugin.state_dict_type == StateDictType.LOCAL_STATE_DICT and self.args.save_strategy != "no":
+            raise ValueError(
+                "fsdp_state_dict_type LOCAL_STATE_DICT: accelerate 1.15 writes such checkpoints but cannot load them, "
+                "so use SHARDED_STATE_DICT"
+            )
         with tied_heads_in_one_group(self.model):
             return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -81,12 +110,17 @@ class ShardedTrainer(Trainer):
             plugin.state_dict_type = of_checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.is_fsdp_enabled and state_dict:  # gathered one by one: tied parameters would be written twice
+        # Gathered or copied one by one: tied parameters would be written twice.
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and state_dict:
             assert self.model is not None
             first: dict[int, str] = {}
             for name, param in self.model.named_parameters(remove_duplicate=False):
+                name = clean_name(name)
                 if name in state_dict:
                     state_dict[name] = state_dict[first.setdefault(id(param), name)]
+            for name, source in getattr(unwrapped(self.model), "all_tied_weights_keys", {}).items():
+                if name in state_dict:  # FSDP1's flat tensors, which hide the others
+                    state_dict[name] = state_dict[source]
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -111,7 +145,8 @@ class ShardedTrainer(Trainer):
             load_optimizer(self.model, self.optimizer, Path(checkpoint))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
         else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with no_older_checkpoints():
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _is_of_another_layout(self, checkpoint: str) -> bool:
         own = None

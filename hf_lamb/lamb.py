@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from hf_lamb import norms
+from hf_lamb import fsdp1, norms, zero
 from hf_lamb.backends import Bucket, cpu, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
 from hf_lamb.options import check_options
+from hf_lamb.segments import Layout, check_layouts
 from hf_lamb.state import check_order, check_state, check_state_dict
 
 __all__ = ["Lamb", "LayerStats", "SkippedSteps"]
@@ -31,7 +32,7 @@ class LayerStats(NamedTuple):
     trust_ratio: float
 
 
-Slot = tuple[int, int]  # a parameter's group, and its place there
+Slot = tuple[int, int, int]  # a layer's group, the place there of the tensor that holds it, and its place in that
 # The layers that are sharded over the same process groups, in the same order on every process; and their arithmetic.
 Sharded = dict[norms.Reductions, dict[Slot, torch.dtype]]
 
@@ -130,6 +131,9 @@ class Lamb(Optimizer):
         check_options(defaults)
         self._forget()
         self._shapes: set[torch.Size] = set()
+        self._layouts: dict[Tensor, Layout] = {}  # of the tensors that say nothing of what they hold
+        self._engine: Any = None  # DeepSpeed's
+        self._zero: zero.Attached | None = None
         self._seen_by = _zero_redundancy_group()
         super().__init__(params, defaults)
 
@@ -149,10 +153,20 @@ class Lamb(Optimizer):
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("_seen_by", None)
+        self.__dict__.setdefault("_layouts", {})
+        self.__dict__.setdefault("_engine", None)
+        self.__dict__.setdefault("_zero", None)
         self.__dict__.setdefault("_shapes", {param.shape for group in self.param_groups for param in group["params"]})
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
                 group.setdefault(option, self.defaults[option])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's tensors are others: it must be attached anew, and not take what was flattened for a layer."""
+        state = super().__getstate__()
+        if self._layouts:
+            state["_shapes"] = self._shapes - {tensor.shape for tensor in self._layouts}
+        return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own, to those being optimised."""
@@ -172,15 +186,64 @@ class Lamb(Optimizer):
                 )
         self._shapes.update(param.shape for param in self.param_groups[-1]["params"])
 
-    def attach(self, *, process_group: ProcessGroup) -> None:
-        """Name the processes that hold other parameters of the same model, as the stages of a pipeline do.
+    def attach(self, model: Any = None, *, process_group: ProcessGroup | None = None) -> None:
+        """Say where the layers lie of which this process has only a piece. All processes call it together.
 
-        They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the norm
-        over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such word: each
-        process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is noticed and attached
-        without a call.
+        Call it once, after wrapping and before the first step. It does nothing where nothing is hidden (one process,
+        DDP, FSDP2, tensor parallelism), so the line may stay. Under DeepSpeed the first step does it by itself; the
+        line tells earlier what is not supported, and that accelerate has put CPU-Adam in LAMB's place.
+
+        There, ZeRO-1 and 2 call `step` once for each parameter group, ZeRO-3 for each sub-group; together these are
+        one step. `skip_nonfinite` and `max_grad_norm` go by the norm that DeepSpeed has computed of all gradients,
+        after its own clipping: they decide for all calls alike and send nothing. A call sends the squared norms of its
+        layers in one all-reduce. Steps that DeepSpeed skips are in its own count only, `engine.skipped_steps`.
+
+        Args:
+            model: what wraps the model: FSDP1's (`FullyShardedDataParallel`, or a module that has some inside), or the
+                engine of `deepspeed.initialize`, which is also what `accelerator.prepare` returns for the model.
+            process_group: the processes that hold other parameters of the same model, as the stages of a pipeline do.
+                They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the
+                norm over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such
+                word: each process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is
+                noticed and attached without a call.
+
+        Raises:
+            ValueError: neither is given; what is given is no module.
+            hf_lamb.norms.ShardingError: a layout that does not add up, or that this optimizer's parameters are not of.
         """
-        self._seen_by = norms.reduction_of(process_group, self._device())
+        if model is None and process_group is None:
+            raise ValueError("Lamb.attach: got nothing: pass the wrapped model, or process_group=...")
+        if process_group is not None:
+            self._seen_by = norms.reduction_of(process_group, self._device())
+        if zero.is_engine(model):
+            self._attach_engine(model)
+        elif model is not None:
+            layouts = self._layouts_of(model)
+            self._layouts.update(layouts)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in layouts and param.requires_grad:
+                        # Without any, accelerate 1.15 loads none from a sharded checkpoint, and says nothing.
+                        self._state_of(param)
+
+    def _attach_engine(self, engine: Any) -> None:
+        layouts = zero.layouts(engine, self)
+        check_layouts(layouts)
+        self._engine, self._layouts = engine, layouts
+        self._zero = zero.Attached(engine, next(iter(layouts))) if engine.zero_optimization() else None
+
+    def _layouts_of(self, model: Any) -> dict[Tensor, Layout]:
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"Lamb.attach: expected the wrapped model, got {type(model).__name__}")
+        layouts = fsdp1.layouts(model)
+        check_layouts(layouts)
+        params = {id(param) for group in self.param_groups for param in group["params"]}
+        if layouts and not any(id(tensor) in params for tensor in layouts):
+            raise norms.ShardingError(
+                "Lamb.attach: FSDP1 has put flat tensors in the place of this optimizer's parameters, so it would "
+                "train nothing: build Lamb(lamb_param_groups(model)) on the wrapped model, or set use_orig_params=True"
+            )
+        return layouts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, of this or an earlier version, as torch does, with three differences.
@@ -259,12 +322,20 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        engine = zero.calling_engine()
+        if engine is not None and zero.is_trial_step(engine):
+            return loss
+        if engine is not None and engine is not self._engine:
+            self.attach(engine)
+        starts = self._zero is None or self._zero.starts(self.param_groups)
+
         buckets, sharded = self._collect()
         if not buckets and not sharded and self._seen_by is None:
             return loss
-        self._look_at_gradients(buckets, sharded)
+        self._look_at_gradients(buckets, sharded, starts)
 
-        self._layers.clear()
+        if starts:
+            self._layers.clear()
         for together, across in self._rounds(buckets, sharded):
             directions = [_backend(bucket).direction(bucket) for bucket in together]
             squares = _sum_over_shards(together, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], across)
@@ -327,12 +398,26 @@ class Lamb(Optimizer):
         """
         return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
-    def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded) -> None:
+    def _look_at_gradients(self, buckets: list[Bucket], sharded: Sharded, starts: bool) -> None:
         """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
         skips = any(group["skip_nonfinite"] for group in self.param_groups)
         if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
         device = buckets[0].device if buckets else self._device()
+        norm_sq = self._zero.norm_sq(device) if self._zero else self._gradient_norm_sq(buckets, sharded, device)
+
+        finite = norm_sq.isfinite()
+        if skips and starts:
+            self._count_skipped(finite)
+        for bucket in buckets:
+            if bucket.group["skip_nonfinite"]:
+                bucket.finite = finite.to(bucket.device)
+            max_grad_norm = bucket.group["max_grad_norm"]
+            if max_grad_norm is not None:
+                factor = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
+                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+
+    def _gradient_norm_sq(self, buckets: list[Bucket], sharded: Sharded, device: torch.device) -> Tensor:
         sums = {r: torch.zeros(1, device=device, dtype=_common(slots)) for r, slots in sharded.items()}
         sums[()] = torch.zeros(1, device=device)
         for bucket in buckets:
@@ -342,17 +427,7 @@ class Lamb(Optimizer):
         if self._seen_by is not None:
             # In one dtype whatever this process has: others have other parameters.
             norm_sq = norms.sum_over_processes({(self._seen_by,): norm_sq.double()})[(self._seen_by,)]
-
-        finite = norm_sq.isfinite()
-        if skips:
-            self._count_skipped(finite)
-        for bucket in buckets:
-            if bucket.group["skip_nonfinite"]:
-                bucket.finite = finite.to(bucket.device)
-            max_grad_norm = bucket.group["max_grad_norm"]
-            if max_grad_norm is not None:
-                factor = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
-                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+        return norm_sq
 
     def _device(self) -> torch.device:
         """Of the first parameter; ZeroRedundancyOptimizer may leave a process without any."""
@@ -380,22 +455,24 @@ class Lamb(Optimizer):
         sharded: Sharded = {}
         for group_index, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
+                layout = self._layouts.get(param) if self._layouts else None
+                if layout is not None:
+                    self._collect_segments(buckets, sharded, group_index, index, layout)
+                    continue
                 name = self.parameter_name(group_index, index)
                 if param.shape not in self._shapes:
                     raise norms.ShardingError(
                         f"Lamb: parameter {name} has shape {tuple(param.shape)}, which this optimizer was not built "
-                        "with: DeepSpeed ZeRO's flat partitions are not supported; for a resized layer build a new one"
+                        "with: under DeepSpeed ZeRO call optimizer.attach(engine) after deepspeed.initialize; for a "
+                        "resized layer build a new optimizer"
                     )
                 local, reductions = norms.local_shard(param, name)
+                slot = (group_index, index, 0)
                 if reductions:
-                    sharded.setdefault(reductions, {})[group_index, index] = math_dtype(local)
+                    sharded.setdefault(reductions, {})[slot] = math_dtype(local)
                 if param.grad is None:
                     continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"Lamb: the gradient of {name} is sparse, which LAMB's norms do not support: "
-                        "use sparse=False in the embedding"
-                    )
+                _refuse_sparse(param.grad, name)
                 grad = norms.local_grad(param, param.grad)
                 state = self._state_of(param)
                 exp_avg = norms.local_shard(state["exp_avg"], name)[0]
@@ -403,14 +480,49 @@ class Lamb(Optimizer):
                 contiguous = all(tensor.is_contiguous() for tensor in (local, grad, exp_avg, exp_avg_sq))
                 key = (group_index, local.device, local.dtype, grad.dtype, reductions, contiguous)
                 bucket = buckets.setdefault(key, Bucket(group, reductions, contiguous))
-                bucket.names.append(name)
-                bucket.slots.append((group_index, index))
-                bucket.params.append(local)
-                bucket.grads.append(grad)
-                bucket.exp_avgs.append(exp_avg)
-                bucket.exp_avg_sqs.append(exp_avg_sq)
-                bucket.steps.append(state["step"])
+                bucket.add(name, slot, local, grad, exp_avg, exp_avg_sq, state["step"])
         return list(buckets.values()), sharded
+
+    def _collect_segments(
+        self, buckets: dict[Any, Bucket], sharded: Sharded, group_index: int, index: int, layout: Layout
+    ) -> None:
+        """The same for a tensor that holds parts of layers: each is an entry of its own, on every process."""
+        group = self.param_groups[group_index]
+        param = group["params"][index]
+        if param.numel() != layout.numel:
+            raise norms.ShardingError(
+                f"Lamb: {self.parameter_name(group_index, index)} has {param.numel()} elements here and had "
+                f"{layout.numel} in attach: call step outside of summon_full_params, and attach again after resharding"
+            )
+        if layout.reductions:
+            slots = sharded.setdefault(layout.reductions, {})
+            slots.update(((group_index, index, i), math_dtype(param)) for i in range(len(layout.segments)))
+        grad = param.grad
+        if grad is not None:
+            _refuse_sparse(grad, layout.segments[0].name)
+            state = self._state_of(param)
+        elif param.numel() == 0 and param.requires_grad and layout.reductions:
+            # The others have the layer, and FSDP1 says nothing of it here: the same statistics on all processes.
+            grad = param.detach()
+            step = torch.zeros((), dtype=torch.float32, device=param.device)
+            state = {"step": step, "exp_avg": grad.to(math_dtype(param)), "exp_avg_sq": grad.to(math_dtype(param))}
+        else:
+            return
+        # One step counts for all of the tensor: the first segment advances it, the others copies.
+        steps = [state["step"], *state["step"].repeat(len(layout.segments) - 1).unbind()]
+        tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+        contiguous = all(tensor.is_contiguous() for tensor in tensors)
+        undecayed, unadapted = set(group.get("undecayed", ())), set(group.get("unadapted", ()))
+        w, g, m, v = (layout.pieces(tensor) for tensor in tensors)
+        for i, segment in enumerate(layout.segments):
+            decays, adapts = segment.name not in undecayed, segment.name not in unadapted
+            key = (group_index, decays, adapts, param.device, param.dtype, grad.dtype, layout.reductions, contiguous)
+            bucket = buckets.get(key)
+            if bucket is None:
+                own = group if decays else {**group, "weight_decay": 0.0}
+                own = own if adapts else {**own, "layer_adaptation": False}
+                bucket = buckets[key] = Bucket(own, layout.reductions, contiguous)
+            bucket.add(segment.name, (group_index, index, i), w[i], g[i], m[i], v[i], steps[i])
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
@@ -430,6 +542,14 @@ class _Layers(NamedTuple):
     weight_norm: Tensor
     adam_norm: Tensor
     trust_ratio: Tensor
+
+
+def _refuse_sparse(grad: Tensor, name: str) -> None:
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"Lamb: the gradient of {name} is sparse, which LAMB's norms do not support: "
+            "use sparse=False in the embedding"
+        )
 
 
 def _sum_over_shards(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import SchedulerType, Trainer
 
 from hf_lamb._version import __version__
-from hf_lamb.callbacks import _find_lamb
+from hf_lamb.callbacks import find_lamb
 
 __all__ = ["ModelCardTrainer"]
 
@@ -43,7 +43,7 @@ class ModelCardTrainer(Trainer):
                 unfinished.unlink(missing_ok=True)
 
     def _large_batch(self) -> list[str]:
-        args, lamb = self.args, _find_lamb(self.optimizer)
+        args, lamb = self.args, find_lamb(self.optimizer)
         if lamb is None:
             return []
         batch = self.get_total_train_batch_size(args)

@@ -97,7 +97,7 @@ def local_shard(param: Tensor, name: str) -> tuple[Tensor, Reductions]:
         if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
             raise ShardingError(
                 f"Lamb: parameter {name} is an FSDP1 shard, and nothing on it says where the rest of its layer is: "
-                "use FSDP2 (fully_shard; accelerate's fsdp_version 2), or DDP"
+                "call optimizer.attach(model) on the wrapped model, or use FSDP2 (accelerate's fsdp_version 2) or DDP"
             )
         return param, ()
     mesh, placements = param.device_mesh, param.placements

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_lamb.fsdp1 import clean_name, flat_tensors
+
 __all__ = ["lamb_param_groups"]
 
 
@@ -25,8 +27,12 @@ def lamb_param_groups(
     when the class of the module that owns it has `norm` in its name (LayerNorm, RMSNorm, BatchNorm2d, ...); the
     number of dimensions plays no part. Tied parameters appear once, frozen ones not at all.
 
+    FSDP1 with `use_orig_params=False` puts weights and biases into one flat tensor, which can be in one group only.
+    That group then names its exceptions, "undecayed" and "unadapted", lists of layers; `Lamb` heeds them
+    once it is attached to the model.
+
     Args:
-        model: the module to train, not yet wrapped in DDP or FSDP.
+        model: the module to train, not wrapped in DDP; FSDP1 may have wrapped it.
         weight_decay: λ of the parameters that decay. Default 0.01.
         adapt_all: adapt biases and normalisation parameters too, as apex with `use_nvlamb` and optax do.
         exclude_from_weight_decay: regular expressions, searched in the parameters' names, of more parameters that
@@ -35,7 +41,7 @@ def lamb_param_groups(
 
     Returns:
         At most four groups, none empty: `{"name", "params": [(name, parameter), ...], "weight_decay",
-        "layer_adaptation"}`.
+        "layer_adaptation"}`, and "undecayed" and "unadapted" where there are flat tensors.
 
     Raises:
         ValueError: no module; no trainable parameter; a pattern that is no regular expression or matches no
@@ -47,11 +53,14 @@ def lamb_param_groups(
         raise ValueError(
             f"lamb_param_groups: expected a module, got {type(model).__name__}: pass model, not model.parameters()"
         )
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    named = [(clean_name(name), param) for name, param in model.named_parameters() if param.requires_grad]
     if not named:
         raise ValueError(f"lamb_param_groups: {type(model).__name__} has no trainable parameter: unfreeze some")
-    names = [name for name, _ in named]
+    layers_of = flat_tensors(model)
+    in_flat = {name: owner for param, layers in layers_of.items() if param.requires_grad for name, owner in layers}
+    names = [name for name, param in named if param not in layers_of] + list(in_flat)
     by_rule = {name for name in names if _is_bias(name)} | _normalisation_parameters(model)
+    by_rule |= {name for name, owner in in_flat.items() if _is_normalisation(owner)}
     no_decay = by_rule | _matching(exclude_from_weight_decay, names, "exclude_from_weight_decay")
     no_adapt = (set() if adapt_all else by_rule) | _matching(
         exclude_from_layer_adaptation, names, "exclude_from_layer_adaptation"
@@ -60,12 +69,14 @@ def lamb_param_groups(
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
     for name, param in named:
         groups.setdefault((name not in no_decay, name not in no_adapt), []).append((name, param))
+    exceptions = {"undecayed": sorted(no_decay & in_flat.keys()), "unadapted": sorted(no_adapt & in_flat.keys())}
     return [
         {
             "name": f"{'decay' if decays else 'no_decay'}, {'adapt' if adapts else 'no_adapt'}",
             "params": members,
             "weight_decay": weight_decay if decays else 0.0,
             "layer_adaptation": adapts,
+            **(exceptions if in_flat and decays and adapts else {}),
         }
         for (decays, adapts), members in sorted(groups.items(), reverse=True)
     ]
@@ -78,11 +89,15 @@ def _is_bias(name: str) -> bool:
 
 def _normalisation_parameters(model: nn.Module) -> set[str]:
     return {
-        f"{prefix}.{name}" if prefix else name
+        clean_name(f"{prefix}.{name}" if prefix else name)
         for prefix, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
+        if _is_normalisation(module)
         for name, _ in module.named_parameters(recurse=False)
     }
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _matching(patterns: Iterable[str], names: list[str], option: str) -> set[str]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import torch
 from torch import nn
 
+from hf_lamb import fsdp1
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import lamb_param_groups
 
@@ -248,10 +249,11 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     """The options of `Lamb` that these arguments ask for, and `adapt_all` where it is among them.
 
     Raises:
-        ValueError: what `parse_optim_args` or `Lamb` refuse.
+        ValueError: what `parse_optim_args` or `Lamb` refuse; a DeepSpeed configuration that replaces LAMB by CPU-Adam.
     """
     from transformers import TrainingArguments
 
+    _refuse_cpu_adam(getattr(args, "deepspeed_plugin", None))
     given = parse_optim_args(args.optim_args)
     options: dict[str, Any] = {
         "lr": args.learning_rate,
@@ -268,7 +270,18 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
     return options
 
 
-def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
+def _refuse_cpu_adam(deepspeed_plugin: Any) -> None:
+    """accelerate does it without a word (`Accelerator._prepare_deepspeed`), and keeps lr and weight_decay only."""
+    config = getattr(deepspeed_plugin, "deepspeed_config", None) or {}
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            'optim="lamb": with an offloaded optimizer accelerate puts DeepSpeedCPUAdam in its place: set '
+            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration file'
+        )
+
+
+def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
     args = ctx.args
     kwargs = options_of(args)
@@ -288,7 +301,7 @@ def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
     if ctx.model is None:
         said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
     else:
-        said += _doubts(ctx.model, args)
+        said += _doubts(fsdp1.unwrapped(ctx.model), args)
         groups = lamb_param_groups(ctx.model, args.weight_decay, adapt_all=adapt_all)
         if kwargs.get("layer_adaptation") is False:
             # The groups say which parameters adapt, and would overrule the option.
@@ -297,4 +310,15 @@ def _lamb(ctx: OptimizerContext) -> tuple[type[Lamb], dict[str, Any]]:
     if args.should_log:
         for line in said:
             _warn_once(f'optim="lamb": {line}')
-    return Lamb, kwargs
+    return (_attached if ctx.model is not None and fsdp1.layouts(ctx.model) else Lamb), kwargs
+
+
+def _attached() -> Callable[..., Lamb]:
+    """What Trainer calls a factory: an optimizer for a model that FSDP1 has already wrapped."""
+
+    def build(model: nn.Module, **kwargs: Any) -> Lamb:
+        optimizer = Lamb(**kwargs)
+        optimizer.attach(model)
+        return optimizer
+
+    return build

@@ -24,6 +24,7 @@ from hf_lamb.noise_scale import NoiseScaleTrainer
 from hf_lamb.phases import PhaseTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
+from hf_lamb.zero_trainer import ZeroTrainer
 
 __all__ = ["LambTrainer", "LambTrainingArguments"]
 
@@ -120,7 +121,9 @@ class LambTrainingArguments(TrainingArguments):
             check_warmup(self.get_warmup_steps(self.max_steps), self.max_steps)
 
 
-class LambTrainer(PhaseTrainer, NoiseScaleTrainer, WholeCheckpointTrainer, ModelCardTrainer, ShardedTrainer):
+class LambTrainer(
+    PhaseTrainer, NoiseScaleTrainer, WholeCheckpointTrainer, ModelCardTrainer, ZeroTrainer, ShardedTrainer
+):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -143,6 +146,7 @@ class LambTrainer(PhaseTrainer, NoiseScaleTrainer, WholeCheckpointTrainer, Model
     * A second phase that begins with the weights and moments of the first, see `hf_lamb.phases.PhaseTrainer`.
     * A model card that names optimizer, batch, rate and plan, see `hf_lamb.model_card.ModelCardTrainer`.
     * FSDP2 with masked LMs, and checkpoints that go from DDP to FSDP2 and back, see `hf_lamb.fsdp.ShardedTrainer`.
+    * DeepSpeed's checkpoints resumed as they were written, or refused, see `hf_lamb.zero_trainer.ZeroTrainer`.
 
     Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer. Mixes with
     other Trainers: `class LambSeq2SeqTrainer(LambTrainer, Seq2SeqTrainer)`.

@@ -186,19 +186,19 @@ PARAMETERS = [
         "FSDP1 view",
         lambda: Lamb(sharded("_fsdp_flattened")).step(),
         RuntimeError,
-        r"0\.weight is an FSDP1 shard.*: use ",
+        r"0\.weight is an FSDP1 shard.*: call optimizer\.attach\(model\)",
     ),
     (
         "FSDP1 flat",
         lambda: Lamb(sharded("_is_flat_param")).step(),
         RuntimeError,
-        r"0\.weight is an FSDP1 shard.*: use ",
+        r"0\.weight is an FSDP1 shard.*: call optimizer\.attach\(model\)",
     ),
     (
         "resized",
         resized,
         RuntimeError,
-        r"embedding\.weight has shape \(3,\).*: .*build a new one",
+        r"embedding\.weight has shape \(3,\).*: .*build a new optimizer",
     ),
     (
         "lamb_param_groups of parameters",

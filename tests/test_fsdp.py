@@ -186,14 +186,18 @@ def launched(
 ) -> tuple[str, Path]:
     """`accelerate launch` with a configuration of the README, but for two CPUs."""
     output = tmp_path_factory.mktemp(request.param)
-    config = ["--config_file", str(CONFIGS / f"{request.param}.yaml"), "--num_processes", "2"]
+    launch_recipe(request.param, texts, output)
+    return request.param, output
+
+
+def launch_recipe(configuration: str, texts: Path, output: Path) -> None:
+    config = ["--config_file", str(CONFIGS / f"{configuration}.yaml"), "--num_processes", "2"]
     config += ["--mixed_precision", "no", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, "-m", "tests.scripts.cpu_fsdp"]
     command += ["recipes.pretrain_bert", *RECIPE, "--corpus", str(texts), "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, output
 
 
 def test_accelerate_launch(launched: tuple[str, Path], finished: Path) -> None:

@@ -59,7 +59,8 @@ def test_the_configurations_of_accelerate_load_and_are_named() -> None:
     named = set(re.findall(r"--config_file (\S+)", README))
     assert named == {str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/configs/accelerate/*")}
     types = {Path(name).stem: load_config_from_file(str(ROOT / name)).distributed_type.value for name in named}
-    assert types == {"ddp": "MULTI_GPU", "ddp_8x8": "MULTI_GPU", "fsdp2": "FSDP"}
+    zero = {f"deepspeed_zero{stage}": "DEEPSPEED" for stage in (1, 2, 3)}
+    assert types == {"ddp": "MULTI_GPU", "ddp_8x8": "MULTI_GPU", "fsdp1": "FSDP", "fsdp2": "FSDP", **zero}
 
 
 def test_make_targets_exist() -> None:

@@ -15,9 +15,10 @@ from tests.helpers import torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
+FSDP1 = ["fsdp1", "fsdp1_flat", "fsdp1_hybrid"]
 MODES = {
-    2: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "tp", "tp_sp"],
-    4: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "hsdp", "tp", "tp_sp", "fsdp2_tp"],
+    2: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "tp", "tp_sp", *FSDP1, "fsdp1_grad_op"],
+    4: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "hsdp", "tp", "tp_sp", "fsdp2_tp", *FSDP1],
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 
@@ -36,6 +37,8 @@ def variants(mode: str) -> dict[str, Case]:
     """What each mode is tried with, by a name for people."""
     if mode == "fsdp2_bf16":
         return {"float32": {"mode": mode, **FLOAT32}, "clipped": {"mode": mode, "dtype": "float32", **CLIPPED}}
+    if mode == "fsdp1_grad_op":
+        return {"clipped": {"mode": mode, **CLIPPED}}
     return {"float64": {"mode": mode}, "clipped": {"mode": mode, **CLIPPED}, "float32": {"mode": mode, **FLOAT32}}
 
 
@@ -46,6 +49,8 @@ BROKEN: list[Case] = [
     {"mutation": "norms of the local shard", "mode": "hsdp"},
     {"mutation": "norms of the local shard", "mode": "tp"},
     {"mutation": "norms of the local shard", "mode": "fsdp2_tp"},
+    {"mutation": "norms of the local shard", "mode": "fsdp1"},
+    {"mutation": "norms of the local shard", "mode": "fsdp1_flat"},
     {"mutation": "only what is a Shard is sharded", "mode": "fsdp2_tp"},
     {"mutation": "replicas summed as well", "mode": "hsdp"},
     {"mutation": "replicas summed as well", "mode": "hsdp", "options": CLIPPED["options"]},
@@ -65,13 +70,15 @@ def measure(processes: int, cases: list[Case], folder: Path) -> dict[str, Result
 @pytest.fixture(scope="module")
 def on_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cases = [case for mode in MODES[2] for case in variants(mode).values()]
-    return measure(2, [*cases, NOT_LOOKING], tmp_path_factory.mktemp("two"))
+    return measure(2, [*cases, NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}], tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def on_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cases = [case for mode in MODES[4] for case in variants(mode).values()]
-    return measure(4, [*cases, NOT_LOOKING, *BROKEN], tmp_path_factory.mktemp("four"))
+    return measure(
+        4, [*cases, NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}, *BROKEN], tmp_path_factory.mktemp("four")
+    )
 
 
 @pytest.fixture
@@ -110,6 +117,13 @@ def test_equals_the_unsharded_run(
 def test_really_ran_sharded(processes: int, mode: str, result_of: Callable[[int, Case], Result]) -> None:
     for variant in variants(mode).values():
         for evidence in result_of(processes, variant)["evidence"]:
+            if mode.startswith("fsdp1"):
+                assert evidence["units"] == 3
+                assert evidence["original"] == (mode != "fsdp1_flat")
+                strategy = {"fsdp1_hybrid": "HYBRID_SHARD", "fsdp1_grad_op": "SHARD_GRAD_OP"}.get(mode, "FULL_SHARD")
+                assert evidence["strategies"] == [strategy]
+                assert evidence["share"] < (0.51 if mode == "fsdp1_hybrid" or processes == 2 else 0.26)
+                continue
             whole = evidence["parameters"]
             if mode == "ddp":
                 assert evidence["model"] == "DistributedDataParallel"
@@ -124,8 +138,9 @@ def test_really_ran_sharded(processes: int, mode: str, result_of: Callable[[int,
             assert ("_StridedShard" in evidence["placements"]) == (mode == "fsdp2_tp")
 
 
-def test_some_shards_are_empty(result_of: Callable[[int, Case], Result]) -> None:
-    assert any(evidence["empty"] for evidence in result_of(4, variants("fsdp2")["float64"])["evidence"])
+@pytest.mark.parametrize("mode", ["fsdp2", *FSDP1])
+def test_some_shards_are_empty(mode: str, result_of: Callable[[int, Case], Result]) -> None:
+    assert any(evidence["empty"] for evidence in result_of(4, variants(mode)["float64"])["evidence"])
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda case: "-".join(str(v) for v in case.values()))
@@ -157,7 +172,7 @@ def test_nothing_is_sent_when_nothing_is_sharded(processes: int, result_of: Call
 
 
 @pytest.mark.parametrize(
-    ("processes", "mode"), [(n, mode) for n, mode in ALL if mode.startswith(("fsdp2", "hsdp", "tp"))]
+    ("processes", "mode"), [(n, mode) for n, mode in ALL if mode.startswith(("fsdp", "hsdp", "tp"))]
 )
 def test_one_all_reduce_for_all_norms(processes: int, mode: str, result_of: Callable[[int, Case], Result]) -> None:
     """Per process group: one number for skipping and clipping together, then two numbers a layer."""
@@ -176,12 +191,13 @@ def test_one_all_reduce_for_all_norms(processes: int, mode: str, result_of: Call
         assert len(result["collectives"][0]) == len(sent)
 
 
+@pytest.mark.parametrize("mode", ["fsdp2", "fsdp1_flat"])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_without_skipping_and_clipping_one_all_reduce(
-    processes: int, result_of: Callable[[int, Case], Result]
+    processes: int, mode: str, result_of: Callable[[int, Case], Result]
 ) -> None:
     """Eight bytes a layer."""
-    result = result_of(processes, NOT_LOOKING)
+    result = result_of(processes, {**NOT_LOOKING, "mode": mode})
     assert result["collectives"][0] == [["allreduce", 8 * result["evidence"][0]["sharded"]]]
 
 

@@ -21,7 +21,7 @@ class Bucket:
     reductions: Reductions = ()
     contiguous: bool = True  # all of the tensors below
     names: list[str] = field(default_factory=list)
-    slots: list[tuple[int, int]] = field(default_factory=list)  # where its group has each parameter
+    slots: list[tuple[int, int, int]] = field(default_factory=list)  # of the layers, see lamb.Slot
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
@@ -36,6 +36,24 @@ class Bucket:
     # 0-dim tensors on this bucket's device; None where the option behind them is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
+
+    def add(
+        self,
+        name: str,
+        slot: tuple[int, int, int],
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+    ) -> None:
+        self.names.append(name)
+        self.slots.append(slot)
+        self.params.append(param)
+        self.grads.append(grad)
+        self.exp_avgs.append(exp_avg)
+        self.exp_avg_sqs.append(exp_avg_sq)
+        self.steps.append(step)
 
     def parts(self, size: int) -> Iterator[Bucket]:
         """This bucket in parts of at most `size` elements; a larger tensor is a part of its own."""

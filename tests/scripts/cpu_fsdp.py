@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 
@@ -29,6 +30,16 @@ def enable() -> None:
             self.device = PartialState._shared_state["device"] = torch.device("cpu")
 
     AcceleratorState.__init__ = init
+
+    # Moved from a CPU to a CPU, FSDP1 frees the tensor that it has "copied", and the moments become one (torch 2.13).
+    stock_type = FullyShardedDataParallel.set_state_dict_type
+
+    def set_state_dict_type(module: nn.Module, kind: Any, *configs: Any) -> Any:
+        for config in filter(None, configs):
+            config.offload_to_cpu = False
+        return stock_type(module, kind, *configs)
+
+    FullyShardedDataParallel.set_state_dict_type = staticmethod(set_state_dict_type)
 
 
 def assert_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

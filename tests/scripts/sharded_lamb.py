@@ -23,7 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -38,8 +44,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
+from transformers.models.bert.modeling_bert import BertLayer
 
 from hf_lamb import Lamb, norms
+from hf_lamb.fsdp1 import clean_name
 
 VOCAB, WIDTH, INTERMEDIATE, LENGTH, ROWS, STEPS = 503, 36, 130, 24, 8, 10
 COLLECTIVES = ("all", "reduce", "broadcast", "gather", "scatter")
@@ -124,6 +132,8 @@ def shard(model: BertForMaskedLM, mode: str) -> tuple[nn.Module, int, int]:
     if mode == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
         return _fsdp2(model, mesh=mesh), rank, world
+    if mode.startswith("fsdp1"):
+        return _fsdp1(model, mode), rank, world
     if mode == "tp":
         return parallelize_module(model, line, _tensor_parallel()), 0, 1
     if mode == "tp_sp":
@@ -139,6 +149,25 @@ def _fsdp2(model: BertForMaskedLM, **options: Any) -> nn.Module:
     for layer in model.bert.encoder.layer:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def _fsdp1(model: BertForMaskedLM, mode: str) -> nn.Module:
+    """Layer by layer in units of their own. Frozen parameters do not fit into a flat tensor with others."""
+    flat, frozen = mode == "fsdp1_flat", [param for param in model.parameters() if not param.requires_grad]
+    options: dict[str, Any] = {"ignored_states": frozen} if flat else {}
+    if mode == "fsdp1_hybrid":
+        mesh = (dist.get_world_size() // 2, 2)  # FSDP1 that has but one process to shard over adds up no gradients
+        options["device_mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
+        options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
+    if mode == "fsdp1_grad_op":
+        options["sharding_strategy"] = ShardingStrategy.SHARD_GRAD_OP
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({BertLayer}),
+        use_orig_params=not flat,
+        device_id=torch.device("cpu"),
+        **options,
+    )
 
 
 def _columns_where_they_divide(param: nn.Parameter) -> Shard | None:
@@ -234,29 +263,34 @@ def train(case: Case, sharded: bool) -> Outcome:
     if sharded:
         model, part, parts = shard(model, case.mode)
         owner = model.module if isinstance(model, DistributedDataParallel) else model
-        named = dict(owner.named_parameters())
+        named = {clean_name(name): param for name, param in owner.named_parameters()}
     options = {"lr": 1e-2, "weight_decay": 0.01, **case.options}
     cls = importlib.import_module(case.optimizer).Lamb
     if sharded and case.mode == "zero_redundancy":
         optimizer: Optimizer = ZeroRedundancyOptimizer(named.values(), optimizer_class=cls, **options)
     else:
         optimizer = cls(named.values(), **options)
+    if isinstance(model, FullyShardedDataParallel) and isinstance(optimizer, Lamb):
+        optimizer.attach(model)
     beside = Beside(named, cls, options) if sharded and case.mode == "fsdp2_bf16" else None
 
     layers, layers_beside = [], []
     for step in range(STEPS):
         model(**batch(step, part, parts)).loss.backward()
         if step == case.nan_at:
-            _poison(named[POISONED])
+            if isinstance(model, FullyShardedDataParallel):
+                _poison_last(model)
+            else:
+                _poison(named[POISONED])
         if beside:
             beside.step()
             layers_beside.append(_layers(beside.optimizer, beside.whole))
-        with Collectives() as collectives:
+        with mutated(case.mutation), Collectives() as collectives:
             optimizer.step()
         model.zero_grad()
         layers.append(_layers(optimizer, named))
     return Outcome(
-        weights={name: _whole(param.detach()) for name, param in named.items()},
+        weights=_whole_weights(model, named),
         layers=layers,
         skipped=_skipped(optimizer),
         collectives=collectives.seen,
@@ -277,6 +311,14 @@ def _poison(param: nn.Parameter) -> None:
     grad.view(-1)[0] = torch.nan
 
 
+@torch.no_grad()
+def _poison_last(model: FullyShardedDataParallel) -> None:
+    """A NaN in the first entry of what the last process has of the gradients; all replicas have the same."""
+    if model.process_group.rank() == model.process_group.size() - 1:
+        grad = next(param.grad for param in model.parameters() if param.grad is not None and param.grad.numel())
+        grad.view(-1)[0] = torch.nan
+
+
 def _own(optimizer: Optimizer) -> Optimizer:
     """The optimizer of this process's parameters that ZeroRedundancyOptimizer holds."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
@@ -289,6 +331,8 @@ def _layers(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, t
         return {}
     names = {id(param): name for name, param in named.items()}
     stats = own.layer_stats()
+    if own._layouts:  # by the names of the layers
+        return {name: tuple(row) for name, row in stats.items()}
     layers = {
         names[id(param)]: tuple(stats[own.parameter_name(i, j)])
         for i, group in enumerate(own.param_groups)
@@ -308,6 +352,19 @@ def _skipped(optimizer: Optimizer) -> tuple[int, int] | None:
 def _evidence(model: nn.Module, named: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
     """That it ran as it was asked to."""
     dtensors = [param for param in named.values() if isinstance(param, DTensor)]
+    if isinstance(model, FullyShardedDataParallel):
+        handles = [unit._handle for unit in model.fsdp_modules(model)]
+        flat = [handle.flat_param for handle in handles]
+        return {
+            "model": type(model).__name__,
+            "units": len(handles),
+            "original": {handle._use_orig_params for handle in handles} == {True},
+            "strategies": sorted({unit.sharding_strategy.name for unit in model.fsdp_modules(model)}),
+            "sharded": sum(len(tensor._fqns) for tensor in flat),
+            "empty": sum(not info.in_shard for tensor in flat for info in tensor._shard_param_infos),
+            "share": sum(tensor.numel() for tensor in flat)
+            / sum(tensor._unpadded_unsharded_size.numel() for tensor in flat),
+        }
     return {
         "model": type(model).__name__,
         "parameters": len(named),
@@ -318,6 +375,13 @@ def _evidence(model: nn.Module, named: dict[str, nn.Parameter], optimizer: Optim
         "placements": sorted({type(placement).__name__ for param in dtensors for placement in param.placements}),
         "columns": sum(placement.is_shard(1) for param in dtensors for placement in param.placements),
     }
+
+
+def _whole_weights(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    if not isinstance(model, FullyShardedDataParallel):
+        return {name: _whole(param.detach()) for name, param in named.items()}
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return {clean_name(name): param.detach().clone() for name, param in model.named_parameters()}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -374,8 +438,7 @@ def _unsharded(case: str) -> Outcome:
 def measure(case: Case) -> dict[str, Any]:
     """The largest ‖Δ‖/‖w‖ of a tensor after all steps, the largest relative difference of a trust ratio and of a
     norm at any step, and what each process says of itself."""
-    with mutated(case.mutation):
-        got = train(case, sharded=True)
+    got = train(case, sharded=True)
     expected = got.beside or _unsharded(str(replace(case, mode="", mutation=None)))
     rows = [
         (step[name], theirs)

@@ -23,7 +23,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from hf_lamb import Lamb
-from hf_lamb.norms import ShardingError
+from hf_lamb.norms import ShardingError, reduction_of
+from hf_lamb.segments import Layout, Segment, check_layouts
 
 STEPS = 10
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -263,6 +264,72 @@ def check_steps_without_any_gradient() -> None:
         optimizer.step()
     assert torch.equal(sharded.full_tensor(), plain)
     assert torch.equal(plain, draw(5, 3, seed=0))
+
+
+def check_flat_partitions() -> None:
+    """Layers in one flat tensor with padding between and behind them, cut into four: as FSDP1 and ZeRO have it.
+
+    Layers of which one process has all, or four have parts; two of two groups' options; a NaN in one part; garbage in
+    the padding. Every process reports every layer.
+    """
+    for backend in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        run_flat_partitions(**backend)
+
+
+def run_flat_partitions(**options: Any) -> None:
+    rank, reductions = dist.get_rank(), (reduction_of(dist.group.WORLD, torch.device("cpu")),)
+    start = {
+        "large": draw(11, 5, seed=0),
+        "bias": draw(7, seed=1),
+        "small": draw(2, 2, seed=2),
+        "odd": draw(13, seed=3),
+    }
+    layers = {name: nn.Parameter(w.clone()) for name, w in start.items()}
+    padded = 4 * 25  # 3 before each layer, the rest behind
+    places, end = {}, 0
+    for name, w in start.items():
+        places[name] = (end + 3, end + 3 + w.numel())
+        end = places[name][1]
+
+    def part(tensors: dict[str, Tensor]) -> Tensor:
+        flat = torch.full((padded,), torch.nan, dtype=torch.float64)
+        for name, (first, last) in places.items():
+            flat[first:last] = tensors[name].detach().flatten()
+        return flat.chunk(4)[rank].clone()
+
+    flat = nn.Parameter(part(start))
+    cut = {name: [min(max(i - 25 * rank, 0), 25) for i in place] for name, place in places.items()}
+    segments = tuple(Segment(name, *cut[name], start[name].numel()) for name in start)
+    exceptions = {"undecayed": ["bias"], "unadapted": ["bias"]}
+    optimizer = Lamb([{"params": [nn.Parameter(torch.ones(1))], **exceptions}], lr=1e-2, **CLIPPED, **options)
+    optimizer.param_groups[0]["params"] = [flat]  # as DeepSpeed does
+    optimizer._layouts[flat] = Layout(segments, 25, reductions)
+    check_layouts(optimizer._layouts)
+    named = list(layers.items())
+    plain = [named[0], *named[2:]]
+    groups = [{"params": plain}, {"params": named[1:2], "weight_decay": 0.0, "layer_adaptation": False}]
+    reference = Lamb(groups, lr=1e-2, **CLIPPED, **options)
+    for step in range(STEPS):
+        for i, layer in enumerate(layers.values()):
+            layer.grad = draw(*layer.shape, seed=10 * step + i)
+        if step == 3:
+            layers["odd"].grad[-1] = torch.inf
+        flat.grad = part({name: layer.grad for name, layer in layers.items()})
+        optimizer.step()
+        reference.step()
+        stats, expected = optimizer.layer_stats(), reference.layer_stats()
+        assert stats.keys() == expected.keys()
+        assert all(stats[name] == pytest.approx(expected[name], rel=1e-12) for name in expected)
+        assert same_everywhere(stats)
+    want = part(layers)
+    assert torch.equal(flat.isnan(), want.isnan())
+    torch.testing.assert_close(flat.detach().nan_to_num(), want.detach().nan_to_num(), rtol=1e-13, atol=0)
+    assert optimizer.skipped_steps() == reference.skipped_steps() == (1, 0)
+    assert int(optimizer.state[flat]["step"]) == STEPS - 1
+
+    wrong = (*segments[:-1], segments[-1]._replace(size=14))
+    with pytest.raises(ShardingError, match="all processes together hold 13 elements of odd, which has 14"):
+        check_layouts({flat: Layout(wrong, 25, reductions)})
 
 
 def check_zero_redundancy_skips_and_clips_together() -> None:

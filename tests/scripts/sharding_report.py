@@ -1,7 +1,8 @@
 """Measures sharded against unsharded training, of this LAMB and of others, and writes README's table.
 
 `make sharding-report`: recipes/results/sharding.jsonl gets a line for each run, and README.md the table made of them.
-Each optimizer is compared with itself. `pip install timm pytorch_optimizer` for the columns of the others.
+Each optimizer is compared with itself. `pip install timm pytorch_optimizer` for the columns of the others, `pip
+install deepspeed` for the rows of ZeRO.
 """
 
 import json
@@ -28,9 +29,21 @@ MODES = {
     "fsdp2_columns": "FSDP2, `Shard(1)`",
     "fsdp2_bf16": "FSDP2, bf16 mixed precision",
     "hsdp": "HSDP",
+    "fsdp1": "FSDP1",
+    "fsdp1_flat": "FSDP1, flat parameters",
+    "fsdp1_hybrid": "FSDP1, HYBRID_SHARD",
     "tp": "TP",
     "tp_sp": "TP + SP",
     "fsdp2_tp": "FSDP2 x TP",
+}
+ZERO = {
+    "zero0": "DeepSpeed, ZeRO-0",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "zero3_subgroups": "ZeRO-3, several sub-groups",
+    "zero1_bf16_fp32_gradients": "ZeRO-1, bf16, fp32 gradients",
+    "zero2_bf16": "ZeRO-2, bf16",
 }
 FOUR_ONLY = ("hsdp", "fsdp2_tp")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
@@ -53,6 +66,16 @@ PEERS: list[Column] = [
 def measure(processes: int, columns: list[Column]) -> list[dict[str, Any]]:
     """A record for each mode and column; those of one call share a launch."""
     modes = [mode for mode in MODES if processes == 4 or mode not in FOUR_ONLY]
+    records = _measure(processes, columns, modes, "tests.scripts.sharded_lamb")
+    if find_spec("deepspeed"):
+        # It knows no float64; at an eps of 1e-6 rounding noise of small gradients becomes a difference.
+        columns = [(h, module, "float32", {"eps": 1e-3, **options}) for h, module, _, options in columns]
+        columns = [column for column in columns if not column[0].startswith("float64")]
+        records += _measure(processes, columns, list(ZERO), "tests.scripts.zero_lamb")
+    return records
+
+
+def _measure(processes: int, columns: list[Column], modes: list[str], script: str) -> list[dict[str, Any]]:
     cases = [
         {"mode": mode, "dtype": "float32" if mode == "fsdp2_bf16" else dtype, "optimizer": module, "options": options}
         for _, module, dtype, options in columns
@@ -63,7 +86,7 @@ def measure(processes: int, columns: list[Column]) -> list[dict[str, Any]]:
         given, results = Path(folder) / "cases.json", Path(folder) / "results.json"
         given.write_text(json.dumps(cases))
         try:
-            torchrun(processes, "tests.scripts.sharded_lamb", str(given), str(results), timeout=900)
+            torchrun(processes, script, str(given), str(results), timeout=900)
             measured = json.loads(results.read_text())
         except (AssertionError, subprocess.TimeoutExpired) as error:
             measured = [{"error": f"{type(error).__name__}: all processes failed or hung"}] * len(cases)
@@ -71,7 +94,7 @@ def measure(processes: int, columns: list[Column]) -> list[dict[str, Any]]:
     for heading, case, result in zip(headings, cases, measured, strict=True):
         kept = {key: result[key] for key in ("weights", "ratios", "norms", "same_weights", "error") if key in result}
         if "collectives" in result:
-            kept["all_reduces"] = sum(operator == "allreduce" for operator, _ in result["collectives"][0])
+            kept["all_reduces"] = json.dumps(result["collectives"][0]).count('"allreduce"')
         records.append({"column": heading, "processes": processes, **case, **kept})
     return records
 
@@ -83,7 +106,9 @@ def table(records: list[dict[str, Any]]) -> str:
     crashes: dict[str, str] = {}
 
     def weights(heading: str, mode: str, processes: int) -> str:
-        record = found[heading, mode, processes]
+        record = found.get((heading, mode, processes))
+        if record is None:
+            return "–"
         if "error" in record:
             error = re.sub(r"0x[0-9a-f]+", "0x...", record["error"])
             return f"crash ({crashes.setdefault(error, chr(ord('a') + len(crashes)))})"
@@ -93,7 +118,7 @@ def table(records: list[dict[str, Any]]) -> str:
         return _cell(found[heading, mode, processes]["ratios"], found[heading, mode, processes]["dtype"])
 
     def sent(heading: str, mode: str, processes: int) -> str:
-        count = found[heading, mode, processes].get("all_reduces")
+        count = found.get((heading, mode, processes), {}).get("all_reduces")
         return f" ({count})" if count else ""
 
     own = [heading for heading, *_ in OWN]
@@ -104,12 +129,17 @@ def table(records: list[dict[str, Any]]) -> str:
         "| --- " * (3 + len(own) + len(peers)) + "|",
     ]
     for processes in (2, 4):
-        for mode, title in MODES.items():
-            if (own[0], mode, processes) not in found:
+        for mode, title in {**MODES, **ZERO}.items():
+            if (own[-1], mode, processes) not in found:
                 continue
-            cells = [f"{weights(h, mode, processes)}, {ratios(h, mode, processes)}" for h in own]
+            cells = [
+                f"{weights(h, mode, processes)}, {ratios(h, mode, processes)}"
+                if (h, mode, processes) in found
+                else "–"
+                for h in own
+            ]
             cells += [weights(heading, mode, processes) + sent(heading, mode, processes) for heading in peers]
-            count = found[own[0], mode, processes]["all_reduces"]
+            count = found[own[-1], mode, processes]["all_reduces"]
             lines.append(f"| {title} | {processes} | {count} | " + " | ".join(cells) + " |")
     lines += [f"\n({letter}) `{error}`" for error, letter in crashes.items()]
     return "\n".join(lines) + "\n"

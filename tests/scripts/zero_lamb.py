@@ -1,0 +1,238 @@
+"""Trains a small BERT with DeepSpeed ZeRO, and again unsharded in the same process: how far are the two apart?
+
+Run by tests/test_deepspeed.py and tests/scripts/sharding_report.py:
+torchrun --nproc_per_node N -m tests.scripts.zero_lamb CASES.json OUTPUT.json
+"""
+
+import gc
+import hashlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_lamb import Lamb, zero
+from tests.scripts.sharded_lamb import (
+    ROWS,
+    STEPS,
+    Case,
+    Collectives,
+    _difference,
+    _from_all,
+    _largest,
+    batch,
+    build_model,
+    mutated,
+)
+
+Layers = dict[str, tuple[float, ...]]
+
+# By mode: the stage, what else is in "zero_optimization", and the rest of the configuration.
+BF16 = {"bf16": {"enabled": True}}
+CONFIGURATIONS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "zero0": (0, {}, {}),
+    "zero1": (1, {}, {}),
+    "zero2": (2, {}, {}),
+    "zero3": (3, {}, {}),
+    "zero1_round_robin": (1, {"round_robin_gradients": True}, {}),
+    "zero2_round_robin": (2, {"round_robin_gradients": True}, {}),
+    "zero3_subgroups": (3, {"sub_group_size": 4000}, {}),
+    "zero2_aligned": (2, {"parameter_alignment": True}, {}),
+    "zero2_offload": (2, {"offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}),
+    "zero3_offload": (3, {"offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}),
+    "zero0_bf16": (0, {}, BF16),
+    "zero1_bf16": (1, {}, BF16),
+    "zero1_bf16_fp32_gradients": (1, {}, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),  # its BF16_Optimizer
+    "zero2_bf16": (2, {}, BF16),
+    "zero2_bf16_unchecked": (2, {}, {"bf16": {"enabled": True, "check_grad_overflow": False}}),
+    "zero3_bf16": (3, {}, BF16),
+    "zero3_bf16_subgroups": (3, {"sub_group_size": 4000}, BF16),
+}
+
+
+def configuration(mode: str) -> dict[str, Any]:
+    stage, zero, rest = CONFIGURATIONS[mode]
+    return {
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # its default is 1
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+        **rest,
+    }
+
+
+def groups(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Two, as most trainings have them: ZeRO makes a flat tensor of each."""
+    matrices = [(name, param) for name, param in named.items() if param.ndim > 1]
+    others = [(name, param) for name, param in named.items() if param.ndim <= 1]
+    return [{"params": matrices}, {"params": others, "weight_decay": 0.001}]
+
+
+def new_optimizer(case: Case, named: dict[str, nn.Parameter]) -> Optimizer:
+    options = {"lr": 1e-2, "weight_decay": 0.01, **case.options}
+    return importlib.import_module(case.optimizer).Lamb(groups(named), **options)
+
+
+def initialize(case: Case) -> tuple[Any, Optimizer]:
+    """The engine, and the optimizer that it drives."""
+    model = build_model(torch.float32)
+    optimizer = new_optimizer(case, dict(model.named_parameters()))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(case.mode))
+    return engine, optimizer
+
+
+def weights(engine: Any, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The fp32 ones, whole."""
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+        masters = {id(param): master for group in pairs for param, master in zip(*group, strict=True)}
+        return {name: masters[id(param)].detach().clone() for name, param in named.items()}
+    if engine.zero_optimization_stage() < 3 and next(iter(named.values())).dtype == torch.float32:
+        return {name: param.detach().clone() for name, param in named.items()}
+    return {name: safe_get_full_fp32_param(param).detach().clone() for name, param in named.items()}
+
+
+def gradient(param: nn.Parameter) -> Tensor:
+    return safe_get_full_grad(param).detach().float().clone()
+
+
+def evidence(engine: Any, optimizer: Optimizer) -> dict[str, Any]:
+    """That it ran as it was asked to."""
+    stage = engine.zero_optimization_stage()
+    facts: dict[str, Any] = {"stage": stage, "optimizer": type(engine.optimizer).__name__}
+    if isinstance(optimizer, Lamb) and stage > 0:
+        layouts = zero.layouts(engine, optimizer).values()
+        held = sum(segment.stop - segment.start for layout in layouts for segment in layout.segments)
+        facts |= {"tensors": len(layouts), "held": held, "padding": sum(layout.numel for layout in layouts) - held}
+        facts["layers"] = sum(len(layout.segments) for layout in layouts)
+    return facts
+
+
+class Unsharded:
+    """The same training without DeepSpeed, step by step; or an optimizer that is given the gradients of a sharded run.
+
+    The latter for bf16, where one weight that rounds the other way changes trust ratios by 1e-3.
+    """
+
+    def __init__(self, case: Case, whole: dict[str, Tensor] | None = None) -> None:
+        self.case, self.model = case, build_model(torch.float32)
+        self.named = dict(self.model.named_parameters())
+        if whole is not None:
+            for name, param in self.named.items():
+                param.data.copy_(whole.get(name, param.data))
+        self.optimizer = new_optimizer(case, self.named)
+        self.layers: list[Layers] = []
+
+    def step(self, step: int, grads: dict[str, Tensor] | None = None) -> None:
+        if grads is None:
+            self.model(**batch(step)).loss.backward()
+            if step == self.case.nan_at:
+                next(iter(self.named.values())).grad[0] = torch.nan
+        else:
+            for name, grad in grads.items():
+                self.named[name].grad = grad
+        self.optimizer.step()
+        self.model.zero_grad()
+        self.layers.append(layers(self.optimizer))
+
+
+def layers(optimizer: Optimizer) -> Layers:
+    return {name: tuple(row) for name, row in optimizer.layer_stats().items()} if isinstance(optimizer, Lamb) else {}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """As `sharded_lamb.measure`."""
+    engine, optimizer = initialize(case)
+    if case.mutation:
+        optimizer.attach(engine)  # whose check would find it out
+    named = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+    by_gradients = "bf16" in case.mode
+    dtype = torch.bfloat16 if by_gradients else torch.float32
+    before = weights(engine, named)
+    given = {name: param.detach().to(dtype).float() for name, param in build_model(torch.float32).named_parameters()}
+    expected = Unsharded(case, before if by_gradients else None)
+    got: list[Layers] = []
+    calls: list[list[tuple[str, int]]] = []  # of the last step: what each call of the optimizer's step sends
+    step_of_optimizer = optimizer.step
+
+    def counted() -> None:
+        with Collectives() as collectives:
+            step_of_optimizer()
+        calls.append(collectives.seen)
+
+    optimizer.step = counted
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in range(STEPS):
+        loss = engine(**batch(step, rank, world)).loss
+        engine.backward(loss * torch.nan if step == case.nan_at and rank == world - 1 else loss)
+        if by_gradients:
+            expected.step(step, {name: gradient(param) for name, param in named.items()})
+        else:
+            expected.step(step)
+        calls.clear()
+        with mutated(case.mutation):
+            engine.step()
+        got.append(layers(optimizer))
+    ours = isinstance(optimizer, Lamb)
+    skipped_at = case.nan_at if engine.skipped_steps else None
+    rows = [
+        (step[name], theirs)
+        for number, (step, expected_step) in enumerate(zip(got, expected.layers, strict=True))
+        if number != skipped_at  # by DeepSpeed: the statistics are still those of the step before
+        for name, theirs in expected_step.items()
+    ]
+    whole = weights(engine, named)
+    pairs = [(whole[name].double(), expected.named[name].detach().double()) for name in named]
+    digest = hashlib.sha256(b"".join(mine.numpy().tobytes() for mine, _ in pairs)).hexdigest()
+    result = {
+        "weights": _largest(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs),
+        "ratios": _largest(_difference(mine[2], theirs[2]) for mine, theirs in rows),
+        "norms": _largest(_difference(mine[i], theirs[i]) for mine, theirs in rows for i in (0, 1)),
+        "skipped": _from_all(optimizer.skipped_steps() if ours else None),
+        "deepspeed_skipped": engine.skipped_steps,
+        "unsharded_skipped": expected.optimizer.skipped_steps() if ours else None,
+        "same_weights": len(set(_from_all(digest))) == 1,
+        "same_layers": all(all_layers == got for all_layers in _from_all(got)),
+        "collectives": _from_all(calls),
+        "evidence": _from_all(evidence(engine, optimizer)),
+        "changed_before": [name for name, w in before.items() if not torch.equal(w, given[name])],
+    }
+    engine.destroy()
+    return result
+
+
+def main(cases: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
+    deepspeed.utils.logger.setLevel("ERROR")
+    results = []
+    for arguments in json.loads(cases.read_text()):
+        case = Case(**arguments)
+        try:
+            results.append({"case": str(case), **measure(case)})
+        except Exception as error:  # of other people's optimizers, on all processes alike
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            results.append({"case": str(case), "error": line})
+            traceback.print_exc()
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    gc.collect()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
