@@ -4,27 +4,41 @@ Run by tests/test_sharding.py: torchrun --nproc_per_node 4 -m tests.scripts.shar
 Writes, for each function named check_*, null or what went wrong on any process.
 """
 
+import contextlib
+import copy
 import gc
 import json
 import sys
 import traceback
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullyShardedDataParallel,
+    LocalOptimStateDictConfig,
+    OptimStateDictConfig,
+    ShardedOptimStateDictConfig,
+    ShardingStrategy,
+    StateDictType,
+)
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from hf_lamb import Lamb
+from hf_lamb import Lamb, lamb_param_groups, segments
+from hf_lamb.fsdp1 import clean_name
 from hf_lamb.norms import ShardingError, reduction_of
-from hf_lamb.segments import Layout, Segment, check_layouts
+from hf_lamb.segments import Layout, Segment
 
 STEPS = 10
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -299,12 +313,12 @@ def run_flat_partitions(**options: Any) -> None:
 
     flat = nn.Parameter(part(start))
     cut = {name: [min(max(i - 25 * rank, 0), 25) for i in place] for name, place in places.items()}
-    segments = tuple(Segment(name, *cut[name], start[name].numel()) for name in start)
+    parts = tuple(Segment(name, *cut[name], start[name].numel()) for name in start)
     exceptions = {"undecayed": ["bias"], "unadapted": ["bias"]}
     optimizer = Lamb([{"params": [nn.Parameter(torch.ones(1))], **exceptions}], lr=1e-2, **CLIPPED, **options)
     optimizer.param_groups[0]["params"] = [flat]  # as DeepSpeed does
-    optimizer._layouts[flat] = Layout(segments, 25, reductions)
-    check_layouts(optimizer._layouts)
+    optimizer._layouts[flat] = Layout(parts, 25, reductions)
+    segments.check_layouts(optimizer._layouts)
     named = list(layers.items())
     plain = [named[0], *named[2:]]
     groups = [{"params": plain}, {"params": named[1:2], "weight_decay": 0.0, "layer_adaptation": False}]
@@ -327,9 +341,156 @@ def run_flat_partitions(**options: Any) -> None:
     assert optimizer.skipped_steps() == reference.skipped_steps() == (1, 0)
     assert int(optimizer.state[flat]["step"]) == STEPS - 1
 
-    wrong = (*segments[:-1], segments[-1]._replace(size=14))
+    wrong = (*parts[:-1], parts[-1]._replace(size=14))
     with pytest.raises(ShardingError, match="all processes together hold 13 elements of odd, which has 14"):
-        check_layouts({flat: Layout(wrong, 25, reductions)})
+        segments.check_layouts({flat: Layout(wrong, 25, reductions)})
+
+
+class Mixture(nn.Module):
+    """Parts in a row, to be wrapped in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("plain", "nested", "flat", "whole", "partly"):
+            setattr(self, name, nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 5)))
+        self.double()
+        for i, param in enumerate(self.parameters()):
+            param.data = draw(*param.shape, seed=i) / 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            x = x + part(x)
+        return x
+
+
+def wrap_mixture(model: Mixture, flat: bool) -> None:
+    """A unit in a unit, one with a process group of its own, NO_SHARD, one with an ignored module; one left plain."""
+    fsdp1 = partial(FullyShardedDataParallel, use_orig_params=not flat, device_id=torch.device("cpu"))
+    model.nested = fsdp1(nn.Sequential(fsdp1(model.nested[0]), *model.nested[1:]))
+    # All processes take the same batch, so that the mean of two gradients is that of four.
+    model.flat = fsdp1(model.flat, process_group=init_device_mesh("cpu", (2, 2)).get_group(1))
+    model.whole = fsdp1(model.whole, sharding_strategy=ShardingStrategy.NO_SHARD)
+    model.partly = fsdp1(model.partly, ignored_modules=[model.partly[1]])
+
+
+def check_fsdp1_units_of_all_kinds() -> None:
+    """The groups of `lamb_param_groups`, before and after wrapping."""
+    run_fsdp1_units(flat=False, built_first=True)
+    run_fsdp1_units(flat=False, built_first=False)
+    run_fsdp1_units(flat=True, built_first=False)
+
+
+def run_fsdp1_units(flat: bool, built_first: bool) -> None:
+    model, unsharded = Mixture(), Mixture()
+    early = Lamb(lamb_param_groups(model), lr=1e-2, **CLIPPED)
+    wrap_mixture(model, flat)
+    optimizer = early if built_first else Lamb(lamb_param_groups(model), lr=1e-2, **CLIPPED)
+    optimizer.attach(model)
+    reference = Lamb(lamb_param_groups(unsharded), lr=1e-2, **CLIPPED)
+    for step in range(STEPS):
+        x = draw(6, 5, seed=100 + step) / 10
+        for net in (model, unsharded):
+            net.zero_grad()
+            net(x).square().mean().backward()
+        optimizer.step()
+        reference.step()
+        stats, expected = optimizer.layer_stats(), reference.layer_stats()
+        assert stats.keys() == expected.keys()
+        assert all(stats[name] == pytest.approx(expected[name], rel=1e-10) for name in expected)
+        assert same_everywhere(stats)
+    weights: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for part in (model.nested, model.flat, model.whole, model.partly):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(part, writeback=False))
+        weights = {clean_name(name): param.detach().clone() for name, param in model.named_parameters()}
+    plain = dict(unsharded.named_parameters())
+    assert max(distances([weights[name] for name in plain], plain.values())) <= TOLERANCE[torch.float64]
+
+
+def check_fsdp1_refusals() -> None:
+    """Each before anything is wrong, and with the way out."""
+    fsdp1 = partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    model: nn.Module = nn.Linear(9, 7)
+    early = Lamb(model.parameters())
+    with pytest.raises(
+        ShardingError, match=r"it would train nothing: build Lamb\(lamb_param_groups\(model\)\) on the"
+    ):
+        early.attach(fsdp1(model, use_orig_params=False))
+
+    model = fsdp1(nn.Linear(9, 7), use_orig_params=True)
+    flat = model._handle.flat_param
+    optimizer = Lamb(model.parameters())
+    model(torch.ones(2, 9)).sum().backward()
+    with pytest.raises(
+        ShardingError, match=r"is an FSDP1 shard.*call optimizer\.attach\(model\) on the wrapped model"
+    ):
+        optimizer.step()
+    with (
+        mock.patch.object(flat, "_param_extensions", [object(), None]),
+        pytest.raises(ShardingError, match=r"weight is cut by tensor parallelism and by FSDP1.*: use FSDP2"),
+    ):
+        optimizer.attach(model)
+    infos = flat._shard_param_infos
+    del flat._shard_param_infos
+    with pytest.raises(ShardingError, match=r"another FSDP1 than hf_lamb knows \(no _shard_param_infos\): use FSDP2"):
+        optimizer.attach(model)
+    fewer = [info._replace(numel_in_shard=1) if info.in_shard else info for info in infos]
+    flat._shard_param_infos = fewer
+    with pytest.raises(ShardingError, match=r"all processes together hold \d elements of weight, which has 63"):
+        optimizer.attach(model)
+    flat._shard_param_infos = infos
+    optimizer.attach(model)
+    optimizer.step()
+    with (
+        FullyShardedDataParallel.summon_full_params(model),
+        pytest.raises(ShardingError, match=r"in attach: call step outside of summon_full_params"),
+    ):
+        optimizer.step()
+
+
+def check_fsdp1_state_dicts() -> None:
+    """Full, sharded and local ones of torch's own, in memory: the run goes on bit for bit."""
+    for flat in (True, False):
+        for kind, config in {
+            StateDictType.FULL_STATE_DICT: FullOptimStateDictConfig,
+            StateDictType.SHARDED_STATE_DICT: ShardedOptimStateDictConfig,
+            StateDictType.LOCAL_STATE_DICT: LocalOptimStateDictConfig,
+        }.items():
+            if kind == StateDictType.LOCAL_STATE_DICT and not flat:
+                continue  # torch cannot load the model's then
+            # "Offloaded" from a CPU, both moments would be one tensor (torch 2.13, AdamW's too).
+            run_fsdp1_state_dicts(flat, kind, config(offload_to_cpu=False))
+
+
+def run_fsdp1_state_dicts(flat: bool, kind: StateDictType, config: OptimStateDictConfig) -> None:
+    def build(seed: int) -> tuple[FullyShardedDataParallel, Lamb]:
+        net = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 5)).double()
+        for i, param in enumerate(net.parameters()):
+            param.data = draw(*param.shape, seed=seed + i) / 3
+        model = FullyShardedDataParallel(net, use_orig_params=not flat, device_id=torch.device("cpu"))
+        optimizer = Lamb(lamb_param_groups(model), lr=1e-2)
+        optimizer.attach(model)
+        return model, optimizer
+
+    def steps(model: nn.Module, optimizer: Lamb, first: int, last: int) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            model(draw(6, 5, seed=100 + step) / 10).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = build(0)
+    steps(model, optimizer, 0, 3)
+    with FullyShardedDataParallel.state_dict_type(model, kind, None, config):
+        weights = copy.deepcopy(model.state_dict())
+        state = copy.deepcopy(FullyShardedDataParallel.optim_state_dict(model, optimizer))
+    steps(model, optimizer, 3, 6)
+
+    again, other = build(50)
+    with FullyShardedDataParallel.state_dict_type(again, kind, None, config):
+        again.load_state_dict(weights)
+        other.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(again, other, state))
+    steps(again, other, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)), (flat, kind)
 
 
 def check_zero_redundancy_skips_and_clips_together() -> None:
