@@ -219,7 +219,7 @@ def test_an_accelerate_loop_ends_as_under_ddp(stage: int, runs: Path) -> None:
         ("zero3 under 1", r"written under DeepSpeed ZeRO-3, this run has ZeRO-1: .* resume with ZeRO-3$"),
         (
             "on the CPU under 2",
-            r"launched with DeepSpeed, but .* trains without it, .*ACCELERATE_USE_CPU is set: unset",
+            r"launched with DeepSpeed, but .*without it, .*ACCELERATE_USE_CPU is set: unset",
         ),
         ("zero3 on 4", r"written under DeepSpeed ZeRO on 2 processes, this run has 4: .* resume on 2$"),
     ],
