@@ -1,4 +1,4 @@
-"""FSDP2: masked LMs with tied heads, and checkpoints that go from DDP to FSDP2 and back."""
+"""FSDP2: masked LMs with tied heads, and checkpoints that go from DDP to FSDP2 and back. FSDP1: its checkpoints."""
 
 from __future__ import annotations
 
@@ -79,12 +79,14 @@ def no_older_checkpoints() -> Iterator[None]:
 
 
 class ShardedTrainer(Trainer):
-    """`transformers.Trainer`, and what FSDP2 needs.
+    """`transformers.Trainer`, and what FSDP1 and FSDP2 need.
 
     * Masked LMs with tied heads train, see `tied_heads_in_one_group`.
     * A run goes on from a checkpoint of another layout: DDP or one process, FSDP2 with SHARDED_STATE_DICT or with
       FULL_STATE_DICT. Trainer's only know their own.
     * `save_model` saves the whole model also where checkpoints are sharded, when Trainer's does nothing.
+    * Sharded checkpoints of FSDP1 load on any number of processes; local ones, which never load, are refused before
+      the training (ValueError).
     """
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
