@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,25 @@ from hf_lamb.checkpoints import CheckpointError
 
 __all__ = ["ZeroTrainer", "check_deepspeed_checkpoint"]
 
+logger = logging.getLogger(__name__)
+
 
 class ZeroTrainer(Trainer):
     """`transformers.Trainer` that refuses a checkpoint whose optimizer state would be lost, or DeepSpeed cannot read.
 
     Trainer goes on without the state where one side is DeepSpeed and the other is not; DeepSpeed stops with assertions
-    about its own files where stage or number of processes are others.
+    about its own files where stage or number of processes are others. It warns where DeepSpeed was asked for and
+    accelerate trains without it.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if wanted and not self.is_deepspeed_enabled and self.args.should_log:
+            logger.warning(
+                "this run was launched with DeepSpeed, but accelerate trains without it, as it does where "
+                "ACCELERATE_USE_CPU is set: unset that, DeepSpeed finds the CPU by itself"
+            )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any

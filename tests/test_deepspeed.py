@@ -217,10 +217,14 @@ def test_an_accelerate_loop_ends_as_under_ddp(stage: int, runs: Path) -> None:
         ("zero2 under None", r"checkpoint-3 was written under DeepSpeed, which alone can read .*: resume it with"),
         ("zero2 under 3", r"written under DeepSpeed ZeRO-1 or 2, this run has ZeRO-3: .* resume with ZeRO-1 or 2$"),
         ("zero3 under 1", r"written under DeepSpeed ZeRO-3, this run has ZeRO-1: .* resume with ZeRO-3$"),
+        (
+            "on the CPU under 2",
+            r"launched with DeepSpeed, but .*without it, .*ACCELERATE_USE_CPU is set: unset",
+        ),
         ("zero3 on 4", r"written under DeepSpeed ZeRO on 2 processes, this run has 4: .* resume on 2$"),
     ],
 )
-def test_refuses_checkpoints_of_another_kind(what: str, message: str, runs: Path) -> None:
+def test_says_what_would_go_unsaid(what: str, message: str, runs: Path) -> None:
     """Trainer would lose the optimizer's state without a word, or DeepSpeed stop at an assertion."""
     said = json.loads((runs / "refused.json").read_text())[what]
     assert "\n" not in said

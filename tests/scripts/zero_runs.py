@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -28,8 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForMaskedLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_lamb import CheckpointError, Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
-from hf_lamb.zero_trainer import check_deepspeed_checkpoint
+from hf_lamb import CheckpointError, Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups, zero_trainer
 from tests.scripts.split_batch import FixedRows
 
 ROWS, STEPS, SAVED_AT = 32, 6, 3  # rows in a global batch
@@ -70,7 +70,7 @@ def launched(stage: int | None) -> Iterator[None]:
         gc.collect()
 
 
-def trainer(folder: Path, stage: int | None, cls: type[Trainer]) -> Trainer:
+def trainer(folder: Path, cls: type[Trainer]) -> Trainer:
     args = LambTrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -84,10 +84,7 @@ def trainer(folder: Path, stage: int | None, cls: type[Trainer]) -> Trainer:
         eval_steps=SAVED_AT,
         save_steps=SAVED_AT,
         report_to=[],
-        # accelerate turns DeepSpeed off with use_cpu, and says nothing.
-        use_cpu=stage is None,
-        ddp_backend="gloo",
-        dataloader_pin_memory=False,
+        use_cpu=True,
         disable_tqdm=True,
         seed=7,
     )
@@ -103,7 +100,7 @@ def trainer(folder: Path, stage: int | None, cls: type[Trainer]) -> Trainer:
 
 def train(folder: Path, stage: int | None, checkpoint: Path | None = None, cls: type[Trainer] = LambTrainer) -> None:
     with launched(stage):
-        run = trainer(folder, stage, cls)
+        run = trainer(folder, cls)
         run.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         assert_ran_under(run.model_wrapped, stage)
         run.save_model(str(folder))
@@ -125,13 +122,20 @@ def record_refusals(root: Path) -> None:
     said = {}
     for origin, stage in (("ddp", 2), ("zero2", None), ("zero2", 3), ("zero3", 1)):
         with launched(stage):
-            run = trainer(root / "refused", stage, LambTrainer)
+            run = trainer(root / "refused", LambTrainer)
             try:
                 run.train(resume_from_checkpoint=str(root / origin / f"checkpoint-{SAVED_AT}"))
             except CheckpointError as error:
                 said[f"{origin} under {stage}"] = str(error)
+    with (
+        launched(2),
+        mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"),
+        mock.patch.object(zero_trainer.logger, "warning") as warning,
+    ):
+        trainer(root / "refused", LambTrainer)
+    said["on the CPU under 2"] = str(warning.call_args.args[0]) if warning.called else ""
     try:
-        check_deepspeed_checkpoint(root / f"zero3/checkpoint-{SAVED_AT}", 3, processes=4)
+        zero_trainer.check_deepspeed_checkpoint(root / f"zero3/checkpoint-{SAVED_AT}", 3, processes=4)
     except CheckpointError as error:
         said["zero3 on 4"] = str(error)
     if dist.get_rank() == 0:
