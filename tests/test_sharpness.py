@@ -519,7 +519,7 @@ measure(model)
 print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
-    assert 1.5 < float(done.stdout) < 2.4
+    assert 1.5 < float(done.stdout) < 2.8  # a third copy would make it 3
 
 
 # -- what it takes ---------------------------------------------------------------------------------------------------
