@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -66,6 +66,10 @@ def main() -> None:
         if tracker and tracker not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"--report_to {tracker} is no tracker that is installed: give none, or install it")
         accelerator = Accelerator(cpu=args.use_cpu, log_with=tracker, project_dir=args.output_dir)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed steps inside of backward, which this loop is not for: use recipes.pretrain_bert"
+            )
         at_once = args.per_device_train_batch_size * accelerator.num_processes
         if min(args.global_batch_size, at_once) < 1 or args.global_batch_size % at_once:
             raise ValueError(f"--global_batch_size {args.global_batch_size} is no multiple of {at_once} at a time")
@@ -87,15 +91,16 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
     """Every step takes `accumulation` micro-batches on each process."""
     set_seed(args.seed)
     model = new_bert(args.size, data.tokenizer, args.max_seq_length)
-    optimizer = Lamb(lamb_param_groups(model, args.weight_decay), lr=args.learning_rate)
+    lamb = Lamb(lamb_param_groups(model, args.weight_decay), lr=args.learning_rate)
     order = SeedableRandomSampler(data.train, generator=torch.Generator(), data_seed=args.seed)
     loader = DataLoader(data.train, args.per_device_train_batch_size, sampler=order)
     held_out = DataLoader(data.held_out, args.per_device_train_batch_size)
     with tied_heads_in_one_group(model):  # for FSDP2
-        model, optimizer, loader, held_out = accelerator.prepare(model, optimizer, loader, held_out)
+        model, optimizer, loader, held_out = accelerator.prepare(model, lamb, loader, held_out)
+    lamb.attach(model)  # for FSDP1
     # Not prepared: Accelerate would move the schedule on by the number of processes.
     shape = partial(decay_factor, total_steps=args.max_steps, warmup_steps=args.warmup_steps)
-    schedule = LambdaLR(optimizer.optimizer, shape)
+    schedule = LambdaLR(lamb, shape)
     accelerator.register_for_checkpointing(schedule)
     if accelerator.log_with:
         accelerator.init_trackers("accelerate_loop", {name: str(value) for name, value in asdict(args).items()})
@@ -126,7 +131,7 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
             bar.update()
             if step % args.logging_steps == 0:
                 loss = torch.stack(losses).mean().item()
-                ratios = [s.trust_ratio for s in optimizer.optimizer.layer_stats(adapted_only=True).values()]
+                ratios = [s.trust_ratio for s in lamb.layer_stats(adapted_only=True).values()]
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
                 accelerator.log(values | {"trust_ratio_median": sorted(ratios)[len(ratios) // 2]}, step=step)

@@ -84,9 +84,10 @@ def test_the_same_run_as_trainers_on_two_processes(texts: Path, recipe: Path, tm
 
 
 @pytest.mark.distributed
-def test_the_same_run_as_trainers_under_fsdp2(texts: Path, recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fsdp", "file"), [("fsdp1", "pytorch_model_fsdp.bin"), ("fsdp2", "pytorch_model_fsdp_0")])
+def test_the_same_run_as_trainers_under_fsdp(fsdp: str, file: str, texts: Path, recipe: Path, tmp_path: Path) -> None:
     """`accelerate launch` with the README's configuration, but on two CPUs; resumed, it ends bit for bit alike."""
-    config = ["--config_file", "recipes/configs/accelerate/fsdp2.yaml", "--num_processes", "2"]
+    config = ["--config_file", f"recipes/configs/accelerate/{fsdp}.yaml", "--num_processes", "2"]
     config += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "tests.scripts.cpu_fsdp"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, "recipes.accelerate_loop", *OPTIONS]
     command += ["--corpus", str(texts), "--output_dir", str(tmp_path)]
@@ -98,7 +99,7 @@ def test_the_same_run_as_trainers_under_fsdp2(texts: Path, recipe: Path, tmp_pat
         assert done.returncode == 0, done.stderr[-3000:]
         if not more:
             assert_as_trainer(tmp_path, recipe)
-            assert (tmp_path / "checkpoint-8/pytorch_model_fsdp_0").is_dir()
+            assert (tmp_path / "checkpoint-8" / file).exists()
             whole = (tmp_path / "model.safetensors").read_bytes()
             shutil.rmtree(tmp_path / "checkpoint-8")
     assert (tmp_path / "model.safetensors").read_bytes() == whole

@@ -82,6 +82,7 @@ def test_torch_compile_changes_nothing(tmp_path: Path) -> None:
 
 def test_lora_adapts_its_matrices(tmp_path: Path) -> None:
     """PEFT's adapters are what LAMB gets; checkpoints hold and resume them."""
+
     def lora() -> Any:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, target_modules=["query", "value"])
