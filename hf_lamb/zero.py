@@ -12,18 +12,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from hf_lamb.norms import ShardingError, reduction_of
 from hf_lamb.segments import Layout, Segment
-
-if TYPE_CHECKING:
-    from hf_lamb.lamb import Lamb
 
 __all__ = ["Attached", "calling_engine", "is_engine", "is_trial_step", "layouts"]
 
@@ -75,7 +73,7 @@ class Flat(NamedTuple):
     weights: list[Tensor]
 
 
-def layouts(engine: Any, optimizer: Lamb) -> dict[Tensor, Layout]:
+def layouts(engine: Any, optimizer: Optimizer) -> dict[Tensor, Layout]:
     """The layouts of the tensors that a DeepSpeed engine lets `optimizer` update; none where they are the parameters.
 
     Raises:
@@ -187,7 +185,7 @@ _READERS = {
 # -- what cannot be done right ---------------------------------------------------------------------------------------
 
 
-def _check_optimizer(engine: Any, optimizer: Lamb) -> None:
+def _check_optimizer(engine: Any, optimizer: Optimizer) -> None:
     if engine.basic_optimizer is not optimizer:
         raise ShardingError(
             f"Lamb: DeepSpeed steps with {type(engine.basic_optimizer).__name__}, not with this Lamb. accelerate puts "
@@ -215,7 +213,7 @@ def _check_engine(engine: Any) -> None:
     raise ShardingError(f"Lamb: DeepSpeed ZeRO with {what} is not supported: {_WAY_OUT}")
 
 
-def _check_norm(zero: Any, optimizer: Lamb) -> None:
+def _check_norm(zero: Any, optimizer: Optimizer) -> None:
     """DeepSpeed steps one flat tensor after the other: what needs all gradients is taken from the norm it computes."""
     if getattr(zero, "compute_grad_norm", True):
         return

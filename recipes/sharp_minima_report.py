@@ -14,7 +14,7 @@ from typing import Any
 from hf_lamb.sharpness.paths import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
 from recipes.report import replacing
-from recipes.sharp_minima import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
+from recipes.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "recipes/results/sharp_minima.jsonl", ROOT / "README.md"

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from recipes import sharp_minima, sharp_minima_bert, sharp_minima_report
-from recipes.sharp_minima import LARGE, SMALL, Run, kept, train_to_target
+from recipes import sharp_minima_digits as digits
+from recipes.sharp_minima import kept
+from recipes.sharp_minima_digits import LARGE, SMALL, Run, train_to_target
 
 RECORDS = [json.loads(line) for line in sharp_minima_report.RESULTS.read_text().splitlines()]
 
@@ -49,13 +51,13 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 
 def test_the_recorded_results_say_what_the_texts_say() -> None:
     """README and docs/sharpness.md: sharper at one loss, the other way round at another; Dinh's factors."""
-    runs = [record for record in RECORDS if record["part"] == "digits" and record["target"] == sharp_minima.TARGET]
+    runs = [record for record in RECORDS if record["part"] == "digits" and record["target"] == digits.TARGET]
     for optimizer in sharp_minima_report.OPTIMIZERS:
         settled = [run for run in runs if run["optimizer"] == optimizer and run["settled"]]
         small, large = ([run["adaptive"] for run in settled if run["batch_size"] == size] for size in (SMALL, LARGE))
         assert max(small) < min(large)
         assert len(small) + len(large) >= 11
-    (further,) = (record for record in RECORDS if record.get("target") == sharp_minima.FURTHER)
+    (further,) = (record for record in RECORDS if record.get("target") == digits.FURTHER)
     small, large = (sharp_minima_report.seeds(RECORDS, "adamw", size)[0] for size in (SMALL, LARGE))
     assert large["adaptive"] > 1.5 * small["adaptive"]
     assert further["adaptive"] < small["adaptive"]
@@ -85,14 +87,14 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def run_all(runs: list[Run], keep: Callable[..., Any], processes: int, title: str) -> dict[Run, dict[str, Any]]:
         def make(run: Run) -> dict[str, Any]:
-            return sharp_minima.train_to_target(run, most_steps=40, trials=1)
+            return digits.train_to_target(run, most_steps=40, trials=1)
 
         return {run: keep(run.name, partial(make, run)) for run in runs}
 
     setting, output = sharp_minima_bert.Setting, tmp_path / "out"
     settings = {"small batch": setting(8, 20, 1e-2), "large batch": setting(32, 20, 1e-2)}
-    monkeypatch.setattr(sharp_minima, "run_all", run_all)
-    monkeypatch.setattr(sharp_minima, "RATES", {key: rates[1:2] for key, rates in sharp_minima.RATES.items()})
+    monkeypatch.setattr(digits, "run_all", run_all)
+    monkeypatch.setattr(digits, "RATES", {key: rates[1:2] for key, rates in digits.RATES.items()})
     monkeypatch.setattr(sharp_minima_bert, "SETTINGS", settings)
     monkeypatch.setattr("sys.argv", ["sharp_minima", "--output_dir", str(output)])
     sharp_minima.main()
@@ -101,8 +103,8 @@ def test_the_whole_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert {record["part"] for record in first} == {"digits", "dinh", "negated", "bert"}
 
-    monkeypatch.setattr(sharp_minima, "train_to_target", None)
-    monkeypatch.setattr(sharp_minima, "dinh", None)
+    monkeypatch.setattr(digits, "train_to_target", None)
+    monkeypatch.setattr(digits, "dinh", None)
     monkeypatch.setattr(sharp_minima_bert, "pretrain", None)
     monkeypatch.setattr(sharp_minima_bert, "compare", None)
     sharp_minima.main()
