@@ -66,8 +66,7 @@ class TrustRatioCallback(TrainerCallback):
         }
         if self.per_layer:
             summary |= {f"lamb/trust_ratio/{name}": ratio for name, ratio in ratios.items()}
-        logs.update(summary)
-        state.log_history[-1].update(summary)  # Trainer has copied `logs` there before it calls us
+        add_to_logs(logs, state, summary)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,12 +106,18 @@ class SkippedStepsCallback(TrainerCallback):
             return
         skipped = lamb.skipped_steps()
         if skipped.total:
-            logs["lamb/skipped_steps"] = state.log_history[-1]["lamb/skipped_steps"] = skipped.total
+            add_to_logs(logs, state, {"lamb/skipped_steps": skipped.total})
         if skipped.in_a_row >= self.max_in_a_row:
             raise RuntimeError(
                 f"the last {skipped.in_a_row} steps, up to step {state.global_step}, were skipped, because gradients "
                 "were inf or NaN: resume from an earlier checkpoint with a lower learning rate or without fp16"
             )
+
+
+def add_to_logs(logs: dict[str, float], state: TrainerState, values: dict[str, float]) -> None:
+    """Log these in the line at hand: from `on_log`, before which Trainer has copied `logs` into `log_history`."""
+    logs.update(values)
+    state.log_history[-1].update(values)
 
 
 def find_lamb(optimizer: Any) -> Lamb | None:

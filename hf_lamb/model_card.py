@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import SchedulerType, Trainer
 
 from hf_lamb._version import __version__
 from hf_lamb.callbacks import find_lamb
+from hf_lamb.files import replacing
 
 __all__ = ["ModelCardTrainer"]
 
@@ -25,7 +25,7 @@ class ModelCardTrainer(Trainer):
     """
 
     plan: str | None = None
-    learning_rate_why: str | None = None
+    learning_rate_why: str | None = None  # where the rate follows from another batch's: how
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the section "Large batch" where the optimizer is LAMB."""
@@ -35,12 +35,8 @@ class ModelCardTrainer(Trainer):
             card = Path(str(self.args.output_dir), "README.md")
             text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
             text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
-            unfinished = card.with_name(f".{card.name}.{os.getpid()}")
-            try:
+            with replacing(card) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
-                unfinished.replace(card)
-            finally:
-                unfinished.unlink(missing_ok=True)
 
     def _large_batch(self) -> list[str]:
         args, lamb = self.args, find_lamb(self.optimizer)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hf_lamb.files import replacing
 from hf_lamb.scaling import near, norm_growth, norm_growth_warning, scaled_learning_rate
 
 __all__ = ["PLANS", "Phase", "Plan", "plan_for_batch"]
@@ -266,14 +267,12 @@ def names() -> str:
 
 def write(path: Path, text: str) -> None:
     """All of it or nothing."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(text)
     except OSError as error:
-        raise ValueError(f"--output {path} cannot be written ({error.strerror}): name another") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+        why = os.strerror(error.errno) if error.errno else error
+        raise ValueError(f"--output {path} cannot be written ({why}): name another") from None
 
 
 def _accumulation(phase: Phase, micro_batch: int, gpus: int) -> int:

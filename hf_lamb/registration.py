@@ -15,7 +15,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from difflib import get_close_matches
 from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -28,6 +27,7 @@ from torch import nn
 from hf_lamb import fsdp1
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import lamb_param_groups
+from hf_lamb.scaling import near
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -179,8 +179,7 @@ def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
         if key in _SET_ELSEWHERE:
             raise ValueError(f"optim_args: {key} is not set here; {_SET_ELSEWHERE[key]}")
         if key not in _options():
-            near = get_close_matches(key, _options(), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = near(key, _options())
             raise ValueError(f"optim_args: unknown option {key!r}{hint}; LAMB has {', '.join(_options())}")
         if key in options:
             raise ValueError(f"optim_args: {key} is given twice")

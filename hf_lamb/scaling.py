@@ -13,6 +13,7 @@ __all__ = [
     "ScaledRate",
     "check_warmup",
     "decay_factor",
+    "near",
     "norm_growth",
     "norm_growth_warning",
     "scaled_learning_rate",

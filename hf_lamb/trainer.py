@@ -169,8 +169,6 @@ class LambTrainer(
 
     # -- the learning rate of this run's global batch ----------------------------------------------------------------
 
-    learning_rate_why: str | None = None  # where `base_learning_rate` was given: the rate that follows, and how
-
     def scale_learning_rate(self) -> None:
         """Set `args.learning_rate` from `base_learning_rate`; again where `auto_find_batch_size` halves the batch."""
         args = self.args

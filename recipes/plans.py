@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from hf_lamb.scaling import near
 
 
 def read_plan(path: str, known: Iterable[str]) -> list[list[str]]:
@@ -32,9 +33,7 @@ def read_plan(path: str, known: Iterable[str]) -> list[list[str]]:
     known = list(known)
     for name in [name for options in (content, *phases) for name in options]:
         if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"--plan {path}: unknown option {name!r}{hint}")
+            raise ValueError(f"--plan {path}: unknown option {name!r}{near(str(name), known)}")
     return [_words(content | phase) for phase in phases]
 
 

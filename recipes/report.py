@@ -1,17 +1,16 @@
 """What a run leaves behind: a line of results.jsonl, a picture, and a summary for people."""
 
 import json
-import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_lamb.files import replacing
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_lamb")
 
@@ -48,23 +47,6 @@ def between_markers(text: str, name: str, content: str) -> str:
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, rest = text.split(begin)
     return before + begin + content + end + rest.split(end)[1]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall replace `path`, which happens in one rename when the block ends.
-
-    If it fails, `path` is what it was and nothing is left over. An OSError then names `path`: that of a full disk
-    names no file by itself.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; not written", str(path)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def plot_training(log_history: list[dict[str, float]], path: Path, title: str, baseline: float | None = None) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lamb.callbacks import add_to_logs
 from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness
 from hf_lamb.sharpness.objective import LossFn, labels_loss, refuse_sharded
 
@@ -79,8 +80,7 @@ class SharpnessCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        logs.update(self._measured)
-        state.log_history[-1].update(self._measured)  # Trainer has copied `logs` there before it calls us
+        add_to_logs(logs, state, self._measured)
         self._measured = {}
 
     def _measure(self, model: nn.Module) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lamb.files import replacing
 from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness, layer_sharpness
 from hf_lamb.sharpness.flatness import epsilon_flatness
 from hf_lamb.sharpness.hessian import hessian_trace, lambda_max, weighted_trace
@@ -149,12 +150,8 @@ class Comparison:
             **pictures,
         }
         for name, write in writers.items():
-            unfinished = root / f".{os.getpid()}.{name}"
-            try:
+            with replacing(root / name) as unfinished:
                 write(unfinished)
-                unfinished.replace(root / name)
-            finally:
-                unfinished.unlink(missing_ok=True)
         return [root / name for name in writers]
 
 
