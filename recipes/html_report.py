@@ -10,7 +10,7 @@ from recipes.report import replacing
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto; padding: 1.5rem;
-       max-width: 60rem; overflow-wrap: break-word; }
+       max-width: 76rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 figure { margin: 1rem 0 2rem; } figcaption { color: #444; font-size: .9rem; }
 img { height: auto; max-width: max(100%, 40rem); } .wide { overflow-x: auto; }

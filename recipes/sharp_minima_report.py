@@ -3,22 +3,21 @@
 python -m recipes.sharp_minima_report        # writes recipes/results/sharp_minima.jsonl's tables into README.md
 """
 
-import base64
-import html
 import json
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from hf_lamb.sharpness.paths import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
-from recipes.report import replacing
+from recipes import html_report
+from recipes.report import between_markers, replacing
 from recipes.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "recipes/results/sharp_minima.jsonl", ROOT / "README.md"
-BEGIN, END = "<!-- sharp-minima -->\n", "<!-- /sharp-minima -->\n"
 OPTIMIZERS = {"lamb": "LAMB", "adamw": "AdamW", "sgd": "SGD, momentum 0.9"}
 COLORS = {SMALL: BLUE, LARGE: ORANGE}
 Record = dict[str, Any]
@@ -120,8 +119,7 @@ def number(value: float, digits: int = 3) -> str:
 
 def with_tables(readme: str, records: list[Record]) -> str:
     """README with these records' tables."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + tables(records) + END + rest.split(END)[1]
+    return between_markers(readme, "sharp-minima", tables(records))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -296,29 +294,27 @@ def write(
         draw(folder / name)
 
     page = [
-        "<h1>Small batch, large batch: which minimum is sharper?</h1>",
-        f"<p>{EXPLANATION}</p>",
-        "<h2>1. Digits, every network trained to one training loss</h2>",
+        html_report.paragraph(EXPLANATION),
+        html_report.heading("1. Digits, every network trained to one training loss"),
         _html_table(digits_table(records)),
-        _picture(folder / "learning.png", "Learning curves. The dotted line is the loss at which all end."),
-        _picture(folder / "parametric.png", "Loss and accuracy on the line through both networks."),
-        _picture(folder / "sharpness_vs_loss.png", SETTLED_FIRST),
-        _picture(folder / "rates.png", "Every point is a network; compare the colours within a panel."),
+        html_report.figure(folder / "learning.png", "Learning curves. The dotted line is the loss at which all end."),
+        html_report.figure(folder / "parametric.png", "Loss and accuracy on the line through both networks."),
+        html_report.figure(folder / "sharpness_vs_loss.png", SETTLED_FIRST),
+        html_report.figure(folder / "rates.png", "Every point is a network; compare the colours within a panel."),
         "<h3>What a comparison at unequal loss would say</h3>",
         _html_table(unequal_table(records)),
-        "<h2>2. One function, five sets of weights</h2>",
+        html_report.heading("2. One function, five sets of weights"),
         _html_table(dinh_table(records)),
-        _picture(folder / "dinh.png", "Solid: changes though the function does not. Dashed: stays."),
-        _picture(folder / "negated.png", "A hill on the line between two networks says nothing of either."),
-        "<h2>3. A tiny BERT on the embedded corpus, LAMB</h2>",
-        f"<pre>{html.escape(bert_table)}</pre>",
-        _picture(compared / "sharpness_vs_loss.png", "As recorded by SharpnessCallback, and at the end."),
-        _picture(compared / "parametric.png", "The line between the two checkpoints."),
-        _picture(compared / "layers.png", "Each layer by itself."),
+        html_report.figure(folder / "dinh.png", "Solid: changes though the function does not. Dashed: stays."),
+        html_report.figure(folder / "negated.png", "A hill on the line between two networks says nothing of either."),
+        html_report.heading("3. A tiny BERT on the embedded corpus, LAMB"),
+        f'<pre style="white-space: pre-wrap">{escape(bert_table)}</pre>',
+        html_report.figure(compared / "sharpness_vs_loss.png", "As recorded by SharpnessCallback, and at the end."),
+        html_report.figure(compared / "parametric.png", "The line between the two checkpoints."),
+        html_report.figure(compared / "layers.png", "Each layer by itself."),
     ]
     target = folder / "report.html"
-    with replacing(target) as unfinished:
-        unfinished.write_text(HEAD + "\n".join(page) + "\n")
+    html_report.write_page(target, "Small batch, large batch: which minimum is sharper?", page)
     return target
 
 
@@ -330,31 +326,11 @@ SETTLED_FIRST = (
     "Compare the two bold lines, one above the other. While the rate is high, a small batch hovers above the floor of "
     "its valley, and the slope there counts as sharpness (pale)."
 )
-HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Sharp minima</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
-figure{margin:1.5rem 0;overflow-x:auto}img{min-width:38rem;max-width:100%;height:auto}figcaption{color:#555}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}
-td,th{padding:.25rem .6rem;border-bottom:1px solid #ccc;text-align:right}td{white-space:nowrap}
-td:first-child,th:first-child{text-align:left}pre{white-space:pre-wrap;font-size:.85rem}</style>
-"""
-
-
-def _picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def _html_table(markdown: str) -> str:
     head, _, *rows = (line.strip("| ").split(" | ") for line in markdown.splitlines() if line)
-
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>{line(head, "th")}{body}</table></div>'
+    return html_report.table(head, rows)
 
 
 def main() -> None:
