@@ -4,8 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-slow test-distributed test-deepspeed \
-	sharding-report kill-test bench lint format types check clean
+.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-peers test-slow test-distributed \
+	test-deepspeed sharding-report kill-test bench lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,12 @@ sharp-minima: setup  ## small batch against large batch: sharpness of the minima
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)
+
+# timm without its dependencies: its Lamb needs torch alone, and a torchvision that does not fit torch stops transformers.
+test-peers: setup  ## compare with the LAMBs of optax and timm; installs them
+	$(RUN) pip install --quiet --constraint constraints.txt jax optax
+	$(RUN) pip install --quiet --constraint constraints.txt --no-deps timm
+	HF_LAMB_PEERS=required $(RUN) pytest tests/test_oracles.py $(ARGS)
 
 test-slow: setup  ## run the tests that take long
 	$(RUN) pytest -m slow $(ARGS)
@@ -85,7 +91,7 @@ format: setup  ## ruff: mend what can be mended
 types: setup  ## mypy --strict on hf_lamb/
 	$(RUN) mypy
 
-check: lint types test test-slow test-distributed test-deepspeed  ## all of the above
+check: lint types test test-slow test-distributed test-deepspeed test-peers  ## all of the above
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

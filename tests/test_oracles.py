@@ -1,5 +1,10 @@
-"""Protects the update against other people's LAMBs, where they are installed (`pip install hf_lamb[peers]`)."""
+"""Protects the update against other people's LAMBs, where they are installed (`make test-peers` installs them)."""
 
+import importlib
+import importlib.util
+import os
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,6 +14,26 @@ import torch
 from hf_lamb import Lamb
 
 SHAPES = [(17, 9), (9,), (3, 4, 5)]
+
+
+def peer(name: str) -> Any:
+    """A module of another project; without it the test skips, or fails where HF_LAMB_PEERS=required."""
+    if os.environ.get("HF_LAMB_PEERS") == "required":
+        return importlib.import_module(name)
+    return pytest.importorskip(name, exc_type=ImportError)
+
+
+@pytest.fixture
+def timm_lamb(monkeypatch: pytest.MonkeyPatch) -> type[torch.optim.Optimizer]:
+    """timm's Lamb from its own file: that needs torch alone, the packages around it torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if spec is not None and spec.submodule_search_locations is not None:
+        for package, folder in (("timm", ""), ("timm.optim", "/optim")):
+            bare = ModuleType(package)
+            bare.__path__ = [path + folder for path in spec.submodule_search_locations]
+            monkeypatch.setitem(sys.modules, package, bare)
+    lamb: type[torch.optim.Optimizer] = peer("timm.optim.lamb").Lamb
+    return lamb
 
 
 def trajectories(weight_decay: float) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
@@ -24,8 +49,7 @@ def trajectories(weight_decay: float) -> tuple[list[torch.Tensor], list[list[tor
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_optax(weight_decay: float) -> None:
     """optax.lamb adapts every leaf and decays every leaf."""
-    jax = pytest.importorskip("jax")
-    optax = pytest.importorskip("optax")
+    jax, optax = peer("jax"), peer("optax")
     jax.config.update("jax_enable_x64", True)
     params, steps = trajectories(weight_decay)
     transform = optax.lamb(1e-2, weight_decay=weight_decay)
@@ -43,14 +67,13 @@ def test_equals_optax(weight_decay: float) -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_timm(weight_decay: float) -> None:
+def test_equals_timm(weight_decay: float, timm_lamb: Any) -> None:
     """timm's Lamb with its trust ratio always on and its gradient clip off."""
-    timm_optim = pytest.importorskip("timm.optim", exc_type=ImportError)
     params, steps = trajectories(weight_decay)
     theirs = [p.clone() for p in params]
     options = {"lr": 1e-2, "weight_decay": weight_decay}
     ours_optimizer = Lamb(params, **options)
-    their_optimizer = timm_optim.Lamb(theirs, always_adapt=True, max_grad_norm=None, **options)
+    their_optimizer = timm_lamb(theirs, always_adapt=True, max_grad_norm=None, **options)
     for grads in steps:
         for ours, their, grad in zip(params, theirs, grads, strict=True):
             ours.grad, their.grad = grad, grad.clone()
