@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import SchedulerType, Trainer
 
 from hf_lamb._version import __version__
@@ -27,12 +28,27 @@ def options_in_force(optimizer: Any) -> dict[str, Any]:
         "learning_rate", at the schedule's peak, and "weight_decay", each the largest of all groups', and the other
         options of the first group under their own names, such as "betas" and "eps".
     """
-    groups = [{**group, "learning_rate": group.get("initial_lr", group.get("lr"))} for group in optimizer.param_groups]
-    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted"}
-    options = {name: value for name, value in groups[0].items() if name not in own}
+    groups = options_of_groups(optimizer)
+    options = dict(groups[0])
     for name in ("learning_rate", "weight_decay"):
         options[name] = max((float(group[name]) for group in groups if group.get(name) is not None), default=0.0)
     return options
+
+
+def options_of_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The same group by group, as plain values."""
+    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted"}
+    return [
+        {name: _plain(value) for name, value in group.items() if name not in own}
+        | {"learning_rate": _plain(group.get("initial_lr", group.get("lr")))}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(part) for part in value)
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 class ModelCardTrainer(Trainer):
