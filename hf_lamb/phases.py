@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import Trainer
 
 from hf_lamb.checkpoints import check_checkpoint
 from hf_lamb.scaling import near
+from hf_lamb.zero_trainer import check_deepspeed_checkpoint
 
 __all__ = ["CARRY_OVER", "PhaseTrainer"]
 
@@ -45,6 +47,8 @@ class PhaseTrainer(Trainer):
         if self.is_deepspeed_enabled:
             raise ValueError("start_from does not work under DeepSpeed: use DDP or FSDP2 for a run in two phases")
         check_checkpoint(checkpoint)
+        if carry_over != "weights":
+            check_deepspeed_checkpoint(Path(checkpoint), None, self.args.world_size)
         self._previous = checkpoint, carry_over
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

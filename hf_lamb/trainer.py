@@ -333,6 +333,10 @@ class LambTrainer(
             self.args = args
             loss_is_weighted.reset(token)
 
+    def _trains_lamb(self) -> bool | None:
+        own = type(self).create_optimizer is LambTrainer.create_optimizer and self.optimizer_cls_and_kwargs is None
+        return self.args.optim == "lamb" if self.optimizer is None and own else super()._trains_lamb()
+
     def _warn_of_default_optimizer(self) -> None:
         args = self.args
         if args.optim != "lamb" and args.optim == default_of(args, "optim") and args.should_log:
