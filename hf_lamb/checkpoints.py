@@ -164,15 +164,15 @@ class WholeCheckpointTrainer(Trainer):
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint:
-            self._check_fit(Path(resume_from_checkpoint))
+            self.check_fit(Path(resume_from_checkpoint))
         if self.args.should_save:
             tidy(Path(output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_fit(self, checkpoint: Path) -> None:
+    def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
         """Raise for another model or optimizer while nothing is loaded, as far as the heads of the files tell."""
         lamb = self._trains_lamb()
-        holds_lamb = None if lamb is None else is_of_lamb(checkpoint / "optimizer.pt")
+        holds_lamb = is_of_lamb(checkpoint / "optimizer.pt") if optimizer and lamb is not None else None
         if lamb and holds_lamb is False:
             raise CheckpointError(
                 f"{checkpoint} does not fit this run: it holds the state of another optimizer than LAMB: resume with "
