@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, options_in_force, registration
@@ -47,7 +47,7 @@ def rates(run: LambTrainer) -> list[float]:
     return [line["learning_rate"] for line in run.state.log_history if "loss" in line]
 
 
-# -- arguments are what they were ---------------------------------------------------------------------------------------
+# -- arguments are what they were -------------------------------------------------------------------------------------
 
 
 def from_json(args: LambTrainingArguments, path: Path) -> LambTrainingArguments:
@@ -93,7 +93,7 @@ def test_reports_do_not_name_a_rate_that_does_not_count(tmp_path: Path) -> None:
     assert arguments(tmp_path).to_dict()["learning_rate"] == 1e-3
 
 
-# -- of two rates the one that is set last holds -------------------------------------------------------------------------
+# -- of two rates the one that is set last holds ----------------------------------------------------------------------
 
 SUGGESTED: list[tuple[dict[str, Any], dict[str, Any], float]] = [
     (SCALED, {"learning_rate": 3e-3}, 3e-3),
@@ -111,7 +111,8 @@ def test_a_searchs_suggestion_is_what_trains(
 ) -> None:
     run = trainer(tmp_path, save_strategy="no", **options)
     run.hp_search_backend = HPSearchBackend.WANDB  # whose trials are dicts
-    monkeypatch.setattr(transformers.trainer_callback, "hp_params", dict)  # which else wants wandb itself
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(run, "_get_output_dir", lambda trial: str(tmp_path))
     run.train(trial=suggested)
     assert rates(run)[0] == pytest.approx(rate, rel=1e-12)
     assert options_in_force(run.optimizer)["learning_rate"] == pytest.approx(rate, rel=1e-12)
@@ -134,7 +135,7 @@ def test_what_a_search_makes_contradictory_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, args).train()
 
 
-# -- epsilon ------------------------------------------------------------------------------------------------------------
+# -- epsilon ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_epsilon_is_the_optimizers_unless_somebody_chose_one(
     assert not [message for message in caplog.messages if "eps" in message]
 
 
-# -- which optimizer -----------------------------------------------------------------------------------------------------
+# -- which optimizer --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_deepspeeds_optimizer_and_scheduler_do_not_replace_ours_silently(
             trainer(tmp_path, **options)
 
 
-# -- what a resumed run trains with, and says -----------------------------------------------------------------------------
+# -- what a resumed run trains with, and says -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +292,7 @@ def test_options_in_force_are_any_optimizers() -> None:
     assert options_in_force(Lamb([torch.ones(2)], lr=torch.tensor(0.25)))["learning_rate"] == 0.25
 
 
-# -- the model card -------------------------------------------------------------------------------------------------------
+# -- the model card ---------------------------------------------------------------------------------------------------
 
 
 def test_the_card_says_what_is_known(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Protects the per-layer trust-ratio history: small, the same after resuming, drawn, and put into words."""
 
+import json
 import logging
 from itertools import pairwise
 from pathlib import Path
