@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 def trust_ratio_history(state: TrainerState) -> dict[str, Any]:
     """Of a run with a `TrustRatioCallback`: `steps`, `[n]`, and `ratios`, name to `[n]`, n at most 256; or `{}`.
 
-    It is in `trainer_state.json`, so that a resumed run goes on with it.
+    It is in the checkpoints, so that a resumed run goes on with it: in `lamb_state.json`, and of a stock Trainer in
+    `trainer_state.json`.
     """
     kept: Any = state.stateful_callbacks
     history: dict[str, Any] = kept.setdefault("trust_ratios", {"attributes": {}})["attributes"]

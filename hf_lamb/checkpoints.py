@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.nn.parameter import is_lazy
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
@@ -25,6 +28,16 @@ logger = logging.getLogger(__name__)
 # Folders beside the checkpoints. transformers takes every checkpoint-* for a checkpoint and uploads all but _*.
 UNFINISHED = "_unfinished_checkpoints"  # being written, or being deleted: of no use to anybody after a kill
 REPLACED = "_replaced_checkpoints"  # whole, and has its name back if its successor did not get it
+
+# What LambTrainer's parts keep in `TrainerState.stateful_callbacks` while training. In a checkpoint it has a file of
+# its own: of entries that are no callback of this run Trainer says that they are ignored.
+KEPT = ("noise_scale", "trust_ratios")
+KEPT_FILE = "lamb_state.json"
+
+# What file systems answer for what they do not have: fsync of a folder (SMB, some FUSE and NFS mounts), renaming one.
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+UNSUPPORTED |= {errno.EISDIR, errno.ENOTTY}
+CANNOT_RENAME = {errno.EXDEV, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMFILE}
 
 # What a run needs to go on exactly; of each line at least one, the usual one first. `latest` is DeepSpeed's; .metadata
 # is what torch.distributed.checkpoint writes last into a folder of shards.
@@ -43,6 +56,10 @@ PARTS = (
     ("rng_state.pth", "rng_state_*.pth"),
 )
 READ_TO_RESUME = ("*.json", "*.safetensors", "*.pt", "*.pth", "pytorch_model*.bin", "optimizer*.bin", "*/.metadata")
+
+
+NOT_LAMB = "does not fit this run: it holds the state of LAMB; resume with it"
+RESUME_AS_SAVED = "resume with the options it was saved with"
 
 
 class CheckpointError(ValueError):
@@ -83,8 +100,15 @@ class WholeCheckpointTrainer(Trainer):
 
         self._staging = True
         try:
-            super()._save_checkpoint(model, trial)
-            self._record_best(run_dir, name)
+            kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+            own = {key: kept.pop(key) for key in KEPT if key in kept}
+            try:
+                super()._save_checkpoint(model, trial)
+                self._record_best(run_dir, name)
+            finally:
+                kept.update(own)
+            if own and self.args.should_save:
+                Path(run_dir, UNFINISHED, name, KEPT_FILE).write_text(json.dumps(own), encoding="utf-8")
             self.accelerator.wait_for_everyone()  # until every process has written its part
             if self.args.should_save:
                 publish(Path(run_dir, UNFINISHED, name), Path(run_dir, name))
@@ -139,9 +163,57 @@ class WholeCheckpointTrainer(Trainer):
                 raise CheckpointError(f"there is no complete checkpoint in {output_dir}: start without one")
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self.check_fit(Path(resume_from_checkpoint))
         if self.args.should_save:
             tidy(Path(output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
+        """Raise for another model or optimizer while nothing is loaded, as far as the heads of the files tell."""
+        lamb = self._trains_lamb()
+        holds_lamb = is_of_lamb(checkpoint / "optimizer.pt") if optimizer and lamb is not None else None
+        if lamb and holds_lamb is False:
+            raise CheckpointError(
+                f"{checkpoint} does not fit this run: it holds the state of another optimizer than LAMB: resume with "
+                "that one, or see hf_lamb.convert_state_dict"
+            )
+        if lamb is False and holds_lamb:
+            raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model_init is not None:
+            return  # the shapes here are not those of the files, or not yet those of the run
+        own = {} if self.model is None else self.model.state_dict()
+        for file in sorted(checkpoint.glob("model*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118, which it has in place of iteration
+                    if name not in own or not isinstance(own[name], Tensor) or is_lazy(own[name]):
+                        continue
+                    theirs, mine = torch.Size(weights.get_slice(name).get_shape()), own[name].shape
+                    if theirs != mine:
+                        raise CheckpointError(
+                            f"{checkpoint} is of another model: size mismatch for {name}: {theirs} in the "
+                            f"checkpoint, {mine} in this model; {RESUME_AS_SAVED}"
+                        )
+
+    def _trains_lamb(self) -> bool | None:
+        """Whether this run's optimizer will be a Lamb; None where that is not known before it is made."""
+        return None if self.optimizer is None else has_lamb_options(self.optimizer)
+
+    # -- what LambTrainer's parts keep -------------------------------------------------------------------------------
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        epochs_and_steps = super()._init_training_state(*args, **kwargs)
+        resume_from_checkpoint = args[3]
+        file = Path(resume_from_checkpoint or "", KEPT_FILE)
+        if resume_from_checkpoint and file.is_file():
+            self.state.stateful_callbacks.update(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[union-attr]
+        return epochs_and_steps
+
+    def _load_callback_state(self) -> None:
+        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        own = {key: kept.pop(key) for key in KEPT if key in kept}  # of a stock Trainer with a TrustRatioCallback
+        super()._load_callback_state()
+        kept.update(own)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -157,8 +229,7 @@ class WholeCheckpointTrainer(Trainer):
                 raise
             first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
             raise CheckpointError(
-                f"{resume_from_checkpoint} is of another model: {first.rstrip('.')}; "
-                "resume with the options it was saved with"
+                f"{resume_from_checkpoint} is of another model: {first.rstrip('.')}; {RESUME_AS_SAVED}"
             ) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -168,17 +239,37 @@ class WholeCheckpointTrainer(Trainer):
         except ValueError as error:
             raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
         if has_lamb_options(self.optimizer) and not before:  # torch's own optimizers take what they are given
-            raise CheckpointError(f"{checkpoint} does not fit this run: it holds the state of LAMB; resume with it")
+            raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
 
 
 def _why(error: Exception, folder: str | os.PathLike[str]) -> str:
     """Where, and the error's first line."""
-    megabytes = shutil.disk_usage(folder).free / 1e6
-    return f"in {folder} ({megabytes:,.1f} MB free): {str(error).partition(chr(10))[0]}"
+    try:
+        room = f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)"
+    except OSError:  # the folder could not be made, or its file system does not count
+        room = ""
+    return f"in {folder}{room}: {str(error).partition(chr(10))[0]}"
 
 
 def has_lamb_options(optimizer: Any) -> bool:
     return any("layer_adaptation" in group for group in optimizer.param_groups)
+
+
+def is_of_lamb(file: Path) -> bool | None:
+    """Whether an optimizer's file is LAMB's, by its options and state; None where it does not tell."""
+    try:
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        groups = saved["param_groups"]
+        state: dict[str, Any] = next(iter(saved["state"].values()), {})
+    except Exception:  # there is none, or Trainer will say what is wrong with it
+        return None
+    if any("layer_adaptation" in group for group in groups):
+        return True
+    foreign = any("amsgrad" in group for group in groups) or set(state) not in (
+        set(),
+        {"step", "exp_avg", "exp_avg_sq"},
+    )
+    return False if foreign else None
 
 
 # -- which checkpoints are whole --------------------------------------------------------------------------------------
@@ -253,13 +344,28 @@ def open_briefly(file: Path) -> None:
 def publish(staged: Path, final: Path) -> None:
     """Give a complete checkpoint its name; what had the name goes when it has."""
     write_through(staged)
-    if final.exists():
+    if final.exists() or final.is_symlink():
         replaced = final.parent / REPLACED
-        replaced.mkdir()
-        final.rename(replaced / final.name)
-    staged.rename(final)
+        replaced.mkdir(exist_ok=True)  # what is open elsewhere cannot be deleted on some file systems
+        move(final, replaced / final.name)
+    move(staged, final)
     write_through(final.parent, recurse=False)
     tidy(final.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename; where the file system cannot, copy, which a kill may leave half-done: such a one is not resumed from."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno not in CANNOT_RENAME:
+            raise
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, target)
+        write_through(target)
+        shutil.rmtree(source) if source.is_dir() else source.unlink()
 
 
 def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
@@ -269,8 +375,11 @@ def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
     surplus = len(checkpoints) - max(limit, len(keep))
     for checkpoint in [path for path in checkpoints if path not in keep][: max(surplus, 0)]:
-        (folder / UNFINISHED).mkdir(exist_ok=True)
-        checkpoint.rename(folder / UNFINISHED / checkpoint.name)
+        try:
+            (folder / UNFINISHED).mkdir(exist_ok=True)
+            checkpoint.rename(folder / UNFINISHED / checkpoint.name)
+        except OSError:  # the new one is saved: this is no reason to end the run
+            shutil.rmtree(checkpoint, ignore_errors=True)
     tidy(folder)
 
 
@@ -278,7 +387,7 @@ def restore(folder: Path) -> None:
     """Give a replaced checkpoint its name back if the run was killed before its successor got it."""
     for replaced in (folder / REPLACED).glob("*"):
         if not (folder / replaced.name).exists():
-            with suppress(FileNotFoundError):  # another process did it
+            with suppress(OSError):  # another process did it, or the folder is for reading only
                 replaced.rename(folder / replaced.name)
 
 
@@ -295,17 +404,33 @@ def move_files(source: Path, target: Path) -> None:
     for file in [path for path in source.rglob("*") if path.is_file()]:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(place)
-    shutil.rmtree(source)
+        try:
+            file.replace(place)
+        except OSError as error:  # onto another file system, or one that does not rename
+            if error.errno not in CANNOT_RENAME:
+                raise
+            shutil.copy(file, place)
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def write_through(folder: Path, recurse: bool = True) -> None:
-    """Wait until a folder, and what is in it, is on the disk, so that no rename is there before what it names."""
+    """Wait until a folder, and what is in it, is on the disk, so that no rename is there before what it names.
+
+    Where a file system has no such thing, as many have none for folders, its answer is no failure to save.
+    """
     if os.name != "posix":
         return
     for path in [*(folder.rglob("*") if recurse else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                continue
+            raise
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(descriptor)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 
-from hf_lamb.checkpoints import check_checkpoint
+from hf_lamb.checkpoints import WholeCheckpointTrainer, check_checkpoint
 from hf_lamb.scaling import near
+from hf_lamb.zero_trainer import check_deepspeed_checkpoint
 
 __all__ = ["CARRY_OVER", "PhaseTrainer"]
 
 CARRY_OVER = ("moments", "optimizer", "weights")
 
 
-class PhaseTrainer(Trainer):
+class PhaseTrainer(WholeCheckpointTrainer):
     """`transformers.Trainer` that can begin where another run ended: BERT's second phase, with longer sequences."""
 
     _previous: tuple[str, str] | None = None  # the checkpoint, and what to take over
@@ -45,9 +46,14 @@ class PhaseTrainer(Trainer):
         if self.is_deepspeed_enabled:
             raise ValueError("start_from does not work under DeepSpeed: use DDP or FSDP2 for a run in two phases")
         check_checkpoint(checkpoint)
+        if carry_over != "weights":
+            check_deepspeed_checkpoint(Path(checkpoint), None, self.args.world_size)
         self._previous = checkpoint, carry_over
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self._previous is not None and resume_from_checkpoint is None:
+            checkpoint, carry_over = self._previous
+            self.check_fit(Path(checkpoint), optimizer=carry_over != "weights")
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, resume_from_checkpoint
         )

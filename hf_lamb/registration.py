@@ -259,7 +259,8 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
         "betas": (given.pop("beta1", args.adam_beta1), given.pop("beta2", args.adam_beta2)),
         "weight_decay": args.weight_decay,
     }
-    if args.adam_epsilon != inspect.signature(TrainingArguments).parameters["adam_epsilon"].default:
+    trainers, own = (cls.__dataclass_fields__["adam_epsilon"].default for cls in (TrainingArguments, type(args)))
+    if args.adam_epsilon != trainers or own != trainers:  # a class with a default of its own means what it holds
         options["eps"] = args.adam_epsilon
     options |= given
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from transformers.training_args import OptimizerNames
 from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback
 from hf_lamb.checkpoints import WholeCheckpointTrainer
 from hf_lamb.fsdp import ShardedTrainer
-from hf_lamb.model_card import ModelCardTrainer
+from hf_lamb.model_card import ModelCardTrainer, options_of_groups
 from hf_lamb.noise_scale import NoiseScaleTrainer
 from hf_lamb.phases import PhaseTrainer
 from hf_lamb.registration import loss_is_weighted, options_of
@@ -35,10 +37,14 @@ logger = logging.getLogger(__name__)
 class LambTrainingArguments(TrainingArguments):
     """`TrainingArguments` with LAMB's defaults: `optim="lamb"`, `learning_rate=1e-3`, `weight_decay=0.01`.
 
+    No trainer writes a run's own numbers into them, so that they can be used again, copied and read back. Of
+    `learning_rate` and `base_learning_rate` the one that is set last, as a hyperparameter search does, holds.
+
     Args:
+        adam_epsilon: ε. Default 1e-6 with LAMB, and Trainer's 1e-8 with any other optimizer.
         base_learning_rate, base_batch_size: a rate and the global batch (sequences in an optimizer step) it was found
-            at; in place of `learning_rate`, which `LambTrainer` then sets for this run's global batch: micro-batch x
-            accumulation x data-parallel processes. Default none.
+            at; in place of `learning_rate`, which does not count then: `LambTrainer` trains at the rate of this run's
+            global batch, micro-batch x accumulation x data-parallel processes. Default none.
         learning_rate_scaling: how: `sqrt`, `linear` or `none`, see `hf_lamb.scaling`. Default "sqrt".
         decay_power: after a linear warm-up let the rate fall to 0 as (1 - t)**decay_power; in place of
             `lr_scheduler_type`. 1 is the paper's decay (and Trainer's default "linear"), 0.5 NVIDIA's. Default none.
@@ -59,6 +65,10 @@ class LambTrainingArguments(TrainingArguments):
         default=1e-3, metadata={"help": "The initial learning rate; LAMB's is relative to the weights' norm."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; not of biases and norms."})
+    adam_epsilon: float = field(
+        default=cast(float, None),  # until __post_init__, which knows the optimizer
+        metadata={"help": "Epsilon of LAMB, default 1e-6, or of Adam, default 1e-8."},
+    )
     base_learning_rate: float | None = field(
         default=None,
         metadata={"help": "In place of --learning_rate: the rate at --base_batch_size, scaled to the global batch."},
@@ -84,12 +94,36 @@ class LambTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.adam_epsilon is None:
+            self.adam_epsilon = 1e-6 if self.optim == "lamb" else default_of(TrainingArguments, "adam_epsilon")
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self._check_scaling()
+        self.check_scaling()
         if self.optim == "lamb":
             options_of(self)  # now, not when the data are there; and Trainer does not name a malformed item
+        self._last_rate_holds = True
 
-    def _check_scaling(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The last of the two rates that is set holds; without that a search's suggestion would be of no effect."""
+        super().__setattr__(name, value)
+        if value is None or not vars(self).get("_last_rate_holds"):
+            return
+        if name == "learning_rate" and self.base_learning_rate is not None:
+            self._base_batch_size = self.base_batch_size
+            self.base_learning_rate = self.base_batch_size = None
+        elif name == "base_learning_rate":
+            vars(self)["learning_rate"] = default_of(self, "learning_rate")
+            if self.base_batch_size is None:
+                self.base_batch_size = vars(self).get("_base_batch_size")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Trainer's, for JSON and reports, without the `learning_rate` that `base_learning_rate` replaces."""
+        options: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        if self.base_learning_rate is not None:
+            del options["learning_rate"]
+        return options
+
+    def check_scaling(self) -> None:
+        """Refuse what cannot be or contradicts itself; also when training begins, as all of it can be set later."""
         rate, batch = self.base_learning_rate, self.base_batch_size
         if (rate is None) != (batch is None):
             given, missing = ("base_learning_rate", "base_batch_size")[:: -1 if rate is None else 1]
@@ -102,7 +136,7 @@ class LambTrainingArguments(TrainingArguments):
         # Whatever the batch will be, these and the rule can be checked now.
         base = (1.0, 1) if rate is None or batch is None else (rate, batch)
         scaled_learning_rate(*base, 1, self.learning_rate_scaling)
-        if rate is not None and self.learning_rate != type(self).learning_rate:
+        if rate is not None and self.learning_rate != default_of(self, "learning_rate"):
             raise ValueError(
                 f"learning_rate {self.learning_rate:g} and base_learning_rate {rate:g} contradict each other: give one"
             )
@@ -119,6 +153,11 @@ class LambTrainingArguments(TrainingArguments):
             raise ValueError("decay_from_first_step without decay_power: add decay_power=0.5 for NVIDIA's schedule")
         if self.max_steps > 0:
             check_warmup(self.get_warmup_steps(self.max_steps), self.max_steps)
+
+
+def default_of(args: TrainingArguments | type[TrainingArguments], name: str) -> Any:
+    """A field's default in a class of arguments."""
+    return next(field.default for field in fields(args) if field.name == name)
 
 
 class LambTrainer(
@@ -169,37 +208,87 @@ class LambTrainer(
 
     # -- the learning rate of this run's global batch ----------------------------------------------------------------
 
-    def scale_learning_rate(self) -> None:
-        """Set `args.learning_rate` from `base_learning_rate`; again where `auto_find_batch_size` halves the batch."""
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The global batch, in sequences: as Trainer counts, but with `split_batches`, where it counts each twice.
+
+        accelerate then deals each of the loader's batches out to the processes, so that they do not multiply it.
+        """
+        if self.accelerator.split_batches:
+            return int(self._train_batch_size * args.gradient_accumulation_steps)
+        return int(super().get_total_train_batch_size(args))
+
+    def scale_learning_rate(self) -> float:
+        """This run's peak learning rate: `args.learning_rate`, or what follows from `base_learning_rate`, and says so.
+
+        Another one where `auto_find_batch_size` halves the batch.
+        """
         args = self.args
-        if not isinstance(args, LambTrainingArguments) or args.base_learning_rate is None:
-            return
+        if not isinstance(args, LambTrainingArguments):
+            return args.learning_rate
+        args.check_scaling()
+        if args.base_learning_rate is None or args.base_batch_size is None:
+            self.learning_rate_why = None
+            return args.learning_rate
         batch = self.get_total_train_batch_size(args)
-        assert args.base_batch_size is not None
         rate, why = scaled_learning_rate(
             args.base_learning_rate, args.base_batch_size, batch, args.learning_rate_scaling
         )
         if why != self.learning_rate_why and args.should_log:
             logger.info(f"{why} (base_learning_rate, learning_rate_scaling {args.learning_rate_scaling})")
-        args.learning_rate, self.learning_rate_why = rate, why
-        if self._made_optimizer and self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] = rate
+        self.learning_rate_why = why
+        return rate
 
-    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        self.scale_learning_rate()
-        warning = norm_growth_warning(self.args.learning_rate, max_steps) if self.args.optim == "lamb" else None
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        rate = self.scale_learning_rate()
+        if self._made_optimizer and self.learning_rate_why and self.optimizer is not None:
+            set_peak(self.optimizer, rate)
+        warning = norm_growth_warning(rate, max_steps) if self.args.optim == "lamb" else None
         if warning and self.args.should_log:
             logger.warning(warning)
-        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
-        peaks = {float(rate) for rate in getattr(self.lr_scheduler, "base_lrs", ())}
-        wanted = self.args.learning_rate
-        if self.learning_rate_why and self.args.should_log and any(not math.isclose(r, wanted) for r in peaks):
-            logger.warning(
-                f"the peak learning rate in force is {', '.join(f'{r:.4g}' for r in sorted(peaks))}, that of the "
-                f"checkpoint or of the optimizer that was passed, not {wanted:.4g}"
-            )
+        self._asked_for = ()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs)
+        self._look_at_what_is_in_force(rate, max_steps, resume_from_checkpoint)
         return prepared
+
+    _asked_for: Sequence[dict[str, Any]] = ()  # the options of the optimizer's groups before a checkpoint was loaded
+
+    def _look_at_what_is_in_force(self, rate: float, max_steps: int, checkpoint: str | None) -> None:
+        """Warn where the optimizer goes on with other options than this run's, and let the schedule end as asked."""
+        if self.optimizer is None or not hasattr(self.lr_scheduler, "base_lrs"):
+            return
+        in_force = options_of_groups(self.optimizer)
+        peaks = sorted({float(group["learning_rate"]) for group in in_force})
+        if not checkpoint and self.learning_rate_why and any(not math.isclose(peak, rate) for peak in peaks):
+            if self.args.should_log:
+                logger.warning(
+                    f"the peak learning rate in force is {', '.join(f'{peak:.4g}' for peak in peaks)}, that of the "
+                    f"optimizer that was passed, not {rate:.4g} of base_learning_rate: give one of them"
+                )
+            return
+        differ = {
+            f"{name} {in_force_value}, not {asked[name]}": name
+            for group, asked in zip(in_force, self._asked_for, strict=False)
+            for name, in_force_value in group.items()
+            if name in asked and in_force_value != asked[name]
+        }
+        if differ and self.args.should_log:
+            logger.warning(
+                f"a resumed run goes on with the options of its checkpoint: {'; '.join(differ)}. To train with this "
+                "run's options, begin anew from the checkpoint: trainer.start_from(checkpoint, 'optimizer')"
+            )
+        if (
+            "learning_rate" in differ.values()
+            and self._created_lr_scheduler
+            and isinstance(self.lr_scheduler, LambdaLR)
+        ):
+            # transformers' schedules know the rate they end with as a share of the peak that was asked for.
+            mine, self.lr_scheduler = self.lr_scheduler, None
+            like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1])
+            schedule = cast(LambdaLR, self.create_scheduler(max_steps, like_mine))
+            mine.lr_lambdas = schedule.lr_lambdas * len(mine.base_lrs)
+            self.lr_scheduler = mine
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """As Trainer's, and the polynomial of `decay_power`."""
@@ -219,20 +308,44 @@ class LambTrainer(
                 assert optimizer is not None
                 self.lr_scheduler = LambdaLR(optimizer, factor)
                 self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed has stand-ins at first
+            self._asked_for = options_of_groups(self.optimizer)
+        return scheduler
 
     _made_optimizer = False  # or the caller has, with rates of its own
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As Trainer's, without the warning about the loss that this trainer puts right."""
-        if self.optimizer is None:
-            self.scale_learning_rate()
-            self._made_optimizer = True
+        """As Trainer's, at this run's rate, without the warning about the loss that this trainer puts right."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        self._made_optimizer = self.optimizer_cls_and_kwargs is None
+        args, rate = self.args, self.scale_learning_rate()
+        if self._made_optimizer:
+            self._warn_of_default_optimizer()
         token = loss_is_weighted.set(self._weighs_loss)
         try:
+            if rate != args.learning_rate:  # Trainer's handlers read it from the arguments
+                self.args = copy.copy(args)
+                self.args.learning_rate = rate
             return super().create_optimizer(model)
         finally:
+            self.args = args
             loss_is_weighted.reset(token)
+
+    def _trains_lamb(self) -> bool | None:
+        own = type(self).create_optimizer is LambTrainer.create_optimizer and self.optimizer_cls_and_kwargs is None
+        return self.args.optim == "lamb" if self.optimizer is None and own else super()._trains_lamb()
+
+    def _warn_of_default_optimizer(self) -> None:
+        args = self.args
+        if args.optim != "lamb" and args.optim == default_of(args, "optim") and args.should_log:
+            name = getattr(args.optim, "value", args.optim)
+            logger.warning(
+                f"LambTrainer trains with {name}, the default of {type(args).__name__}, at learning rate "
+                f"{args.learning_rate:g}: for LAMB use LambTrainingArguments, or optim='lamb' and a rate of about "
+                f"1e-3; for {name} without this line LambTrainingArguments(optim='{name}', learning_rate=...)"
+            )
 
     # -- the loss of a micro-batch: its share of the mean over the global batch --------------------------------------
 
@@ -356,6 +469,18 @@ class LambTrainer(
             own = state.remainder - self.accelerator.process_index * len(labels)
             inputs["labels"] = labels.clone()
             inputs["labels"][max(own, 0) :] = -100
+
+
+def set_peak(optimizer: Any, rate: float) -> None:
+    """Another peak learning rate for an optimizer that exists; groups with rates of their own keep their share."""
+    before, groups = optimizer.defaults["lr"], optimizer.param_groups
+    while optimizer is not None:  # what wraps it may have defaults of its own, and transformers' schedules look there
+        if hasattr(optimizer, "defaults"):
+            optimizer.defaults["lr"] = rate
+        optimizer = getattr(optimizer, "optimizer", None)
+    for group in groups:
+        peak = group.get("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] = rate if peak == before else peak * (rate / before)
 
 
 def _has_rows(value: Any, rows: int) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from hf_lamb.callbacks import find_lamb
 from hf_lamb.checkpoints import CheckpointError
@@ -34,13 +35,34 @@ class ZeroTrainer(Trainer):
                 "ACCELERATE_USE_CPU is set: unset that, DeepSpeed finds the CPU by itself"
             )
 
+        config = self._deepspeed_config()
+        instead = config.get("optimizer")
+        if instead and self.args.optim == "lamb":
+            raise ValueError(
+                f"the DeepSpeed configuration's optimizer, {instead.get('type')}, would train in place of "
+                'optim="lamb": remove "optimizer" there'
+            )
+        of_its_own = [name for name in ("base_learning_rate", "decay_power") if getattr(self.args, name, None)]
+        if config.get("scheduler") and of_its_own:
+            raise ValueError(
+                f"the DeepSpeed configuration's scheduler would be in place of {of_its_own[0]}: remove "
+                '"scheduler" there'
+            )
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return getattr(plugin, "deepspeed_config", None) or {}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's, with a look at the checkpoint before anything of it is loaded."""
+        if resume_from_checkpoint and isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            stage = self._deepspeed_config()["zero_optimization"]["stage"] if self.is_deepspeed_enabled else None
+            check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage, self.args.world_size)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any
     ) -> Any:
-        if resume_from_checkpoint is not None:
-            config = self.accelerator.state.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
-            stage = config["zero_optimization"]["stage"] if config else None
-            check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage, self.args.world_size)
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs
         )

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lamb import LambTrainer, checkpoints
-from hf_lamb.checkpoints import REPLACED, UNFINISHED, CheckpointError, check_checkpoint, newest_complete_checkpoint
+from hf_lamb.checkpoints import (
+    KEPT_FILE,
+    REPLACED,
+    UNFINISHED,
+    CheckpointError,
+    check_checkpoint,
+    newest_complete_checkpoint,
+)
 from recipes import bert
 from tests.helpers import SMALL, pretrain, torchrun
 from tests.scripts.checkpointed_run import STEPS, trainer
@@ -268,7 +276,7 @@ def test_a_saved_model_is_never_half_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_same_checkpoints_as_a_stock_trainer(tmp_path: Path) -> None:
-    """Their names under save_total_limit, the files in them, and which one is the best (here, the first)."""
+    """Their names under save_total_limit, the files in them but one, and which one is the best (here, the first)."""
     found = []
     for cls in (Trainer, LambTrainer):
         output = tmp_path / cls.__name__
@@ -278,7 +286,7 @@ def test_the_same_checkpoints_as_a_stock_trainer(tmp_path: Path) -> None:
         state = json.loads((output / f"checkpoint-{STEPS}/trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == run.state.best_model_checkpoint == str(output / "checkpoint-1")
         found.append(sorted(str(path.relative_to(output)) for path in output.rglob("*")))
-    assert found[0] == found[1]
+    assert [file for file in found[1] if not file.endswith(f"/{KEPT_FILE}")] == found[0]
 
 
 def test_what_is_uploaded_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,3 +426,111 @@ def test_the_recipe_refuses_the_state_of_another_optimizer_in_one_line(
         pretrain(monkeypatch, *arguments, "--resume_from_checkpoint", "latest")
     (line,) = str(exit_.value).splitlines()
     assert re.search("checkpoint-2 does not fit this run: ", line), line
+
+
+# -- before anything is loaded, and on every file system --------------------------------------------------------------
+
+
+def deepspeed_marker(checkpoint: Path) -> None:
+    (checkpoint / "latest").write_text("global_step4")
+
+
+def other_shape(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    last = list(weights)[-1]  # so that load_state_dict would have copied the others
+    save_file(weights | {last: torch.zeros(3, 5, 7)}, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def adams_state(checkpoint: Path) -> None:
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    state["param_groups"] = [{"lr": 1e-3, "amsgrad": False, "params": g["params"]} for g in state["param_groups"]]
+    torch.save(state, checkpoint / "optimizer.pt")
+
+
+def resumed(run: LambTrainer, checkpoint: str) -> None:
+    run.train(resume_from_checkpoint=checkpoint)
+
+
+def next_phase(run: LambTrainer, checkpoint: str) -> None:
+    run.start_from(checkpoint)
+    run.train()
+
+
+REFUSED_AT_ONCE = [
+    (deepspeed_marker, {}, "was written under DeepSpeed, which alone can read its optimizer's state"),
+    (other_shape, {}, r"is of another model: size mismatch for .*\(\[3, 5, 7\]\) in the checkpoint"),
+    (adams_state, {}, "does not fit this run: it holds the state of another optimizer than LAMB"),
+    (lambda _: None, {"optim": "adamw_torch"}, "does not fit this run: it holds the state of LAMB; resume with it"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "message"), REFUSED_AT_ONCE)
+@pytest.mark.parametrize("begin", [resumed, next_phase])
+def test_a_refused_checkpoint_changes_no_weight(
+    change: Callable[[Path], None], options: Any, message: str, begin: Any, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    change(tmp_path / "checkpoint-4")
+    run = trainer(tmp_path, **options)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        begin(run, str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "ENOTSUP", "EBADF", "EACCES"])
+def test_a_file_system_that_syncs_no_folders_is_no_failure(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SMB shares, FUSE and NFS mounts answer."""
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    run.save_model()
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert names(tmp_path) >= {"checkpoint-2", "model.safetensors"}
+
+
+def test_a_disk_that_fails_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 was not saved .* Input/output error"):
+        trainer(tmp_path, max_steps=2).train()
+
+
+@pytest.mark.parametrize("number", ["EXDEV", "ENOTSUP", "EPERM"])
+def test_a_file_system_that_renames_nothing_gets_copies(
+    number: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Object stores behind FUSE; also onto a checkpoint of that name, and under save_total_limit."""
+
+    def rename(self: Path, target: Path) -> None:
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", rename)
+    run = trainer(tmp_path, save_total_limit=2)
+    run.train()
+    run.save_model()
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{STEPS}")
+    assert {name for name in names(tmp_path) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
+    assert not list(tmp_path.glob("_*"))
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_checkpoint_that_is_a_link_is_replaced(whole: Path, tmp_path: Path) -> None:
+    """To a disk that is there, or is gone."""
+    for step, place in ((2, tmp_path / "gone"), (4, whole / "checkpoint-4")):
+        (tmp_path / f"checkpoint-{step}").symlink_to(place)
+    trainer(tmp_path).train()
+    assert not any((tmp_path / f"checkpoint-{step}").is_symlink() for step in (2, 4))
+    assert_same_end(tmp_path, whole)
+    assert (whole / "checkpoint-4/model.safetensors").exists()

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_polynomial_decay_schedule_with_warmup
 
-from hf_lamb import LambTrainer, LambTrainingArguments, scaling
+from hf_lamb import LambTrainer, LambTrainingArguments, options_in_force, scaling
 from tests.helpers import torchrun
 from tests.scripts import split_batch
 
@@ -122,7 +122,7 @@ def test_the_rate_follows_the_global_batch(tmp_path: Path, caplog: pytest.LogCap
     assert line.startswith("learning rate 0.002 = 0.004 * sqrt(16 / 64)")
     rates = [entry["learning_rate"] for entry in run.state.log_history if "loss" in entry]
     assert rates == pytest.approx([2e-3 * (1 - step / 6) for step in range(6)])
-    assert run.args.learning_rate == pytest.approx(2e-3)
+    assert options_in_force(run.optimizer)["learning_rate"] == pytest.approx(2e-3)
 
 
 @pytest.mark.distributed
@@ -133,6 +133,19 @@ def test_processes_count_in_the_global_batch(tmp_path: Path) -> None:
     assert rates == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
 
 
+@pytest.mark.distributed
+def test_split_batches_are_dealt_out_not_multiplied(tmp_path: Path) -> None:
+    """accelerate splits each batch of 16 between two processes: the global batch is 16 for rate, noise and card."""
+    torchrun(2, "tests.scripts.noise_runs", "split_batches", "16", "1", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["learning_rate"] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
+    assert found["rows"] == 8
+    assert found["noise_batch"] == 16
+    assert "- global batch: 16 sequences = 8 x 1 accumulation steps x 2 processes\n" in found["card"]
+    assert "- train_batch_size: 8\n" in found["card"]
+    assert "- total_train_batch_size: 16\n" in found["card"]
+
+
 def test_the_decay_of_the_arguments_reaches_the_optimizer(tmp_path: Path) -> None:
     run = scaled_trainer(tmp_path, warmup_steps=2, decay_power=0.5, decay_from_first_step=True)
     run.train()
@@ -140,9 +153,17 @@ def test_the_decay_of_the_arguments_reaches_the_optimizer(tmp_path: Path) -> Non
     assert rates == pytest.approx([0, 0.5, *((1 - step / 6) ** 0.5 for step in range(2, 6))])
 
 
-def test_a_halved_micro_batch_gets_its_own_rate(tmp_path: Path) -> None:
-    """auto_find_batch_size starts anew with half the micro-batch when memory runs out."""
-    run = scaled_trainer(tmp_path, per_device_train_batch_size=64, auto_find_batch_size=True)
+ABSOLUTE_ENDS: list[dict[str, Any]] = [
+    {},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}},
+    {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3, "power": 1.0}},
+]
+
+
+@pytest.mark.parametrize("schedule", ABSOLUTE_ENDS, ids=["linear", "cosine_with_min_lr", "polynomial"])
+def test_a_halved_micro_batch_gets_its_own_rate(schedule: dict[str, Any], tmp_path: Path) -> None:
+    """auto_find_batch_size starts anew with half the micro-batch when memory runs out, as if it had begun so."""
+    run = scaled_trainer(tmp_path, per_device_train_batch_size=64, auto_find_batch_size=True, **schedule)
     step, failures = run.training_step, iter([RuntimeError("CUDA out of memory.")])
 
     def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -156,6 +177,10 @@ def test_a_halved_micro_batch_gets_its_own_rate(tmp_path: Path) -> None:
     assert batch < 64
     first = next(entry["learning_rate"] for entry in run.state.log_history if "loss" in entry)
     assert first == pytest.approx(4e-3 * math.sqrt(batch / 64))
+    same = scaled_trainer(tmp_path, per_device_train_batch_size=batch, **schedule)
+    same.train()
+    rates = [[e["learning_rate"] for e in r.state.log_history if "loss" in e] for r in (run, same)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
 
 
 def test_a_checkpoint_of_another_batch_keeps_its_rate_and_says_so(
@@ -165,12 +190,11 @@ def test_a_checkpoint_of_another_batch_keeps_its_rate_and_says_so(
     scaled_trainer(tmp_path, save_strategy="steps", save_steps=3).train()
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):
         scaled_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-        assert not any("in force" in message for message in caplog.messages)
+        assert not any("goes on with" in message for message in caplog.messages)
         run = scaled_trainer(tmp_path, gradient_accumulation_steps=4)
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    (line,) = [message for message in caplog.messages if "in force" in message]
-    assert "in force is 0.001," in line
-    assert line.endswith("not 0.002")
+    (line,) = [message for message in caplog.messages if "goes on with" in message]
+    assert ": learning_rate 0.001, not 0.002. To train with this run's options" in line
     assert run.state.log_history[3]["learning_rate"] == pytest.approx(1e-3 / 2)
 
 

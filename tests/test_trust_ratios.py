@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
-from hf_lamb import LambTrainer, LambTrainingArguments, trust_ratio_history
+from hf_lamb import LambTrainer, LambTrainingArguments, TrustRatioCallback, trust_ratio_history
 from hf_lamb.trust_ratios import MAX_COLUMNS, record_trust_ratios, trust_ratio_warnings
 from recipes.report import plot_trust_ratios
 from tests.scripts import split_batch
@@ -76,13 +77,15 @@ def test_an_empty_history_says_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def run(path: Path, resume: str | None = None, **options: Any) -> LambTrainer:
+def run(
+    path: Path, resume: str | None = None, cls: type[Trainer] = LambTrainer, callbacks: Any = None, **options: Any
+) -> Trainer:
     defaults: dict[str, Any] = {"max_steps": 8, "logging_steps": 1, "save_steps": 4, "report_to": []}
     args = LambTrainingArguments(
         output_dir=str(path), use_cpu=True, disable_tqdm=True, **defaults | {"learning_rate": 5e-3} | options
     )
     model, data = split_batch.trained_model("mlm", path / "start"), split_batch.FixedRows("mlm", 64, seed=0)
-    trainer = LambTrainer(model=model, args=args, train_dataset=data)
+    trainer = cls(model=model, args=args, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -103,11 +106,31 @@ def test_a_resumed_run_has_the_whole_history(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_history_resumes(tmp_path: Path) -> None:
     """Of an earlier version, or of a stock Trainer."""
     run(tmp_path)
-    file = tmp_path / "checkpoint-4/trainer_state.json"
-    state = json.loads(file.read_text())
-    del state["stateful_callbacks"]["trust_ratios"]
-    file.write_text(json.dumps(state))
+    (tmp_path / "checkpoint-4/lamb_state.json").unlink()
     assert trust_ratio_history(run(tmp_path, str(tmp_path / "checkpoint-4")).state)["steps"] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("resumed", [LambTrainer, Trainer])
+@pytest.mark.parametrize("first", [LambTrainer, Trainer])
+def test_what_is_kept_is_not_called_ignored(
+    first: type[Trainer], resumed: type[Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainer warns of entries that are no callback of the run, under restore_callback_states_from_checkpoint."""
+    run(tmp_path, cls=first, gradient_accumulation_steps=2)
+    caplog.clear()
+    options = {"gradient_accumulation_steps": 2, "restore_callback_states_from_checkpoint": True}
+    trainer = run(tmp_path, str(tmp_path / "checkpoint-4"), cls=resumed, **options)
+    assert not any("Ignoring" in message for message in caplog.messages)
+    if first is resumed is LambTrainer:
+        assert trust_ratio_history(trainer.state)["steps"] == list(range(1, 9))
+
+
+def test_a_history_of_a_stock_trainer_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Which has it in trainer_state.json."""
+    run(tmp_path, cls=Trainer, callbacks=[TrustRatioCallback()])
+    resumed = run(tmp_path, str(tmp_path / "checkpoint-4"), restore_callback_states_from_checkpoint=True)
+    assert trust_ratio_history(resumed.state)["steps"] == list(range(1, 9))
+    assert not any("Ignoring" in message for message in caplog.messages)
 
 
 def test_a_rate_that_is_too_high_is_said_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,9 @@
 """LambTrainer on one process or, through torchrun, on several; writes what it logged.
 
-python -m tests.scripts.noise_runs {rate,noise,split} PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
+python -m tests.scripts.noise_runs {rate,split_batches,noise,split} PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
 
-`rate`: the learning rates of a scaled run. `noise`: the gradient noise scale of a model where it is known: the loss
+`rate`: the learning rates of a scaled run. `split_batches`: those, and what it counts, where
+accelerate splits its batches. `noise`: the gradient noise scale of a model where it is known: the loss
 x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
 `split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
@@ -60,7 +61,7 @@ def noise_trainer(path: Path, batch: int, accumulation: int, seed: int = 0, **op
     return LambTrainer(model=Linear(), args=args, train_dataset=Rows(16 * 240, seed))
 
 
-def scaled_trainer(path: Path, batch: int, accumulation: int, steps: int) -> LambTrainer:
+def scaled_trainer(path: Path, batch: int, accumulation: int, steps: int, **options: Any) -> LambTrainer:
     """A masked LM whose rate follows from the global batch."""
     args = LambTrainingArguments(
         output_dir=str(path / "trainer"),
@@ -74,6 +75,7 @@ def scaled_trainer(path: Path, batch: int, accumulation: int, steps: int) -> Lam
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **options,
     )
     model = split_batch.trained_model("mlm", path / f"start-{batch}")
     return LambTrainer(model=model, args=args, train_dataset=split_batch.FixedRows("mlm", 256, seed=0))
@@ -87,7 +89,19 @@ def logged(trainer: LambTrainer, key: str) -> list[float]:
 def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) -> None:
     path, noise = output.parent, "lamb/noise_scale"
     found: Any
-    if what == "noise":
+    if what == "split_batches":
+        trainer = scaled_trainer(path, batch, accumulation, steps=3, accelerator_config={"split_batches": True})
+        rows: set[int] = set()
+        hook = trainer.model.register_forward_pre_hook(
+            lambda _, given, kwargs: rows.add(len(kwargs["labels"])), with_kwargs=True
+        )
+        found = {"learning_rate": logged(trainer, "learning_rate"), "noise_batch": trainer._global_batch_size()}
+        hook.remove()
+        trainer.create_model_card()
+        (found["rows"],) = rows
+        if trainer.is_world_process_zero():
+            found["card"] = (path / "trainer/README.md").read_text()
+    elif what == "noise":
         trainer = noise_trainer(path / "trainer", batch, accumulation, seed)
         found = logged(trainer, noise)
     else:
