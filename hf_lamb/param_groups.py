@@ -104,13 +104,13 @@ def split_by_adaptation(
     Which adapt is as with `lamb_param_groups`; a group that has "layer_adaptation" keeps it. Other options stay, and
     with them which parameters decay. What is not the model's adapts.
     """
-    groups = list(groups)
-    if groups and not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
+    given: list[Any] = list(groups)
+    if given and not isinstance(given[0], dict):
+        given = [{"params": given}]
     layers = list(_layers(model))
     no_decay = {layer.name for layer in layers if not layer.decays}
     no_adapt = set() if adapt_all else {layer.name for layer in layers if not layer.adapts}
-    found = _split(model, groups, no_decay, no_adapt, layers)
+    found = _split(model, given, no_decay, no_adapt, layers)
     if not found:
         raise ValueError(_nothing_to_train(model))
     return found
@@ -123,7 +123,7 @@ def _nothing_to_train(model: nn.Module) -> str:
 def _split(
     model: nn.Module, groups: list[Any], no_decay: set[str], no_adapt: set[str], layers: list[_Layer]
 ) -> list[dict[str, Any]]:
-    name_of = {param: clean_name(name) for name, param in model.named_parameters()}
+    name_of: dict[Tensor, str] = {param: clean_name(name) for name, param in model.named_parameters()}
     flat = flat_tensors(model)
     in_flat = {layer.name for layer in layers if layer.in_flat}
     exceptions = {"undecayed": sorted(no_decay & in_flat), "unadapted": sorted(no_adapt & in_flat)}
@@ -132,17 +132,19 @@ def _split(
         parts: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
         given = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         for place, item in enumerate(given):
-            name, param = item if isinstance(item, tuple) else (f"param_groups.{index}.params.{place}", item)
-            name = name_of.get(param, name)
+            own, param = item if isinstance(item, tuple) else (f"param_groups.{index}.params.{place}", item)
+            name = name_of.get(param) or str(own)
             parts[bool(group.get("layer_adaptation", name not in no_adapt))].append((name, param))
-        name = group.get("name") or ("decay" if group.get("weight_decay", True) else "no_decay")
+        label = group.get("name") or ("decay" if group.get("weight_decay", True) else "no_decay")
         for adapts, members in parts.items():
             if members:
                 has_flat = any(param in flat for _, param in members)
                 found.append(
                     {
                         **group,
-                        "name": name if "layer_adaptation" in group else f"{name}, {'adapt' if adapts else 'no_adapt'}",
+                        "name": label
+                        if "layer_adaptation" in group
+                        else label + (", adapt" if adapts else ", no_adapt"),
                         "params": [param for _, param in members],
                         "param_names": [name for name, _ in members],
                         "layer_adaptation": adapts,
@@ -178,7 +180,8 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
         if param not in flat:
             name = clean_name(raw)
             # DeepSpeed ZeRO-3 leaves an empty tensor in a parameter's place, and its shape there.
-            shape = shapes.get(name) or getattr(param, "ds_shape", () if is_lazy(param) else param.shape)
+            here: Sequence[int] = () if is_lazy(param) else param.shape
+            shape = shapes.get(name, getattr(param, "ds_shape", here))
             owner_name, _, own_name = raw.rpartition(".")
             in_parametrized = re.fullmatch(r"(?:(.*)\.)?parametrizations\.([^.]+)", owner_name)
             if in_parametrized and re.fullmatch(r"original\d*", own_name):
@@ -197,7 +200,9 @@ def _is_layer_norm(module: nn.Module) -> bool:
 _BIAS = re.compile(r"(?:^|_)bias(?:es)?\d*(?:_|$)")
 _COMPUTES = re.compile(r"(?:^|_)(?:weight|kernel|proj|projection|matrix)$")
 _POSITION = re.compile(r"(?:^|_)(?:rel|relative|pos|position|positional)_")
-_NORM = re.compile(r"(?:^|_)(?:norm|layer_?norm|rms_?norm|batch_?norm|group_?norm|ln)\d*_(?:weight|gamma|gain|scale|g)$")
+_NORM = re.compile(
+    r"(?:^|_)(?:norm|layer_?norm|rms_?norm|batch_?norm|group_?norm|ln)\d*_(?:weight|gamma|gain|scale|g)$"
+)
 
 _TORCH_NORMS = (
     nn.LayerNorm,

@@ -206,7 +206,7 @@ def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
         if key in _SET_ELSEWHERE:
             raise ValueError(f"optim_args: {key} is not set here; {_SET_ELSEWHERE[key]}")
         if key not in _options():
-            hint = near(key, _options())
+            hint = near(key.lower(), _options())
             raise ValueError(f"optim_args: unknown option {key!r}{hint}; LAMB has {', '.join(_options())}")
         if key in options:
             raise ValueError(f"optim_args: {key} is given twice")
