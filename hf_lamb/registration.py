@@ -253,6 +253,7 @@ loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=Fals
 def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
     """What makes LAMB pointless or wrong with this model, in a line each."""
     doubts = []
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's; Trainer asks it too
     low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if low:
         doubts.append(
@@ -260,11 +261,11 @@ def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
             "model in float32 and train with --bf16"
         )
     splits = args.gradient_accumulation_steps * args.world_size
-    if splits > 1 and not loss_is_weighted.get() and inflates_loss(model):
+    if splits > 1 and not loss_is_weighted.get() and inflates_loss(own):
         doubts.append(
-            f"{type(model).__name__} ignores num_items_in_batch, so Trainer multiplies its loss and gradient by "
+            f"{type(own).__name__} ignores num_items_in_batch, so Trainer multiplies its loss and gradient by "
             f"{splits} (accumulation x processes; https://github.com/huggingface/transformers/issues/47688): use "
-            f"hf_lamb.LambTrainer, or set {type(model).__name__}.accepts_loss_kwargs = False"
+            f"hf_lamb.LambTrainer, or set {type(own).__name__}.accepts_loss_kwargs = False"
         )
     return doubts
 

@@ -222,6 +222,7 @@ def test_decay_is_trainers_and_only_biases_tables_and_norms_do_not_adapt(kind: s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_model_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     """553 of the 804 kinds of transformers 5.23 build from their default configuration; the others are listed."""
     kinds, wrong, unbuilt = sorted(CONFIG_MAPPING.keys()), [], []

@@ -673,6 +673,17 @@ def test_eps_is_lambs_unless_somebody_chose_one(
     assert all(said in line for line in lines)
 
 
+def test_the_inflated_loss_of_a_model_with_adapters_is_remarked_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT's model passes the arguments on; Trainer looks at the one inside, and multiplies its loss."""
+    peft = pytest.importorskip("peft")
+    registration._warn_once.cache_clear()
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"]))
+    Trainer(model, arguments(tmp_path, learning_rate=1e-3, gradient_accumulation_steps=4)).create_optimizer()
+    assert [line for line in caplog.messages if "BertForMaskedLM ignores num_items_in_batch" in line]
+
+
 @pytest.mark.parametrize(("learning_rate", "warned"), [(5e-5, True), (1e-4, False)])
 def test_a_learning_rate_made_for_adamw_is_remarked_on(
     tmp_path: Path, model, caplog: pytest.LogCaptureFixture, learning_rate: float, warned: bool
