@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_lamb.norms import Reduction, Reductions, ShardingError, reduction_of
 from hf_lamb.segments import Layout, Segment
 
-__all__ = ["clean_name", "flat_tensors", "layouts", "unwrapped"]
+__all__ = ["clean_name", "flat_tensors", "layouts", "unwrapped", "whole_shapes"]
 
 # What FSDP1 and activation checkpointing put into the names of the modules that they wrap.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -68,6 +68,15 @@ def flat_tensors(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
         ]
         for prefix, handle in _handles(model)
         if not handle._use_orig_params
+    }
+
+
+def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """By name, the shapes that FSDP1's layers have when they are whole."""
+    return {
+        name: tuple(shape)
+        for prefix, handle in _handles(model)
+        for name, shape in zip(_names(prefix, handle.flat_param), handle.flat_param._shapes, strict=True)
     }
 
 

@@ -176,6 +176,13 @@ class Lamb(Optimizer):
                 raise ValueError(f'Lamb: a parameter group has {has}, but no "params": put its parameters there')
             check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        names, params = self.param_groups[-1].get("param_names"), self.param_groups[-1]["params"]
+        if names is not None and len(names) != len(params):
+            del self.param_groups[-1]
+            raise ValueError(
+                f"Lamb: a parameter group has {len(params)} parameters and {len(names)} param_names: leave out the "
+                "same ones of both"
+            )
         for index, param in enumerate(self.param_groups[-1]["params"]):
             if not param.is_floating_point() or param.is_meta:
                 kind = "on the meta device" if param.is_meta else f"of dtype {param.dtype}"

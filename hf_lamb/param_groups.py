@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from hf_lamb.fsdp1 import clean_name, flat_tensors
+from hf_lamb.fsdp1 import clean_name, flat_tensors, whole_shapes
 
-__all__ = ["lamb_param_groups"]
+__all__ = ["lamb_param_groups", "split_by_adaptation"]
 
 
 def lamb_param_groups(
@@ -21,11 +23,30 @@ def lamb_param_groups(
     exclude_from_weight_decay: Sequence[str] = (),
     exclude_from_layer_adaptation: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `Lamb`: biases and normalisation parameters neither decay nor adapt, all others do both.
+    """Parameter groups for `Lamb`: biases and normalisation parameters do not adapt, and what Trainer says decays.
 
-    A parameter is a bias when the last part of its name is `bias` or ends in `_bias`, and a normalisation parameter
-    when the class of the module that owns it has `norm` in its name (LayerNorm, RMSNorm, BatchNorm2d, ...); the
-    number of dimensions plays no part. Tied parameters appear once, frozen ones not at all.
+    Decay: exactly what `transformers.Trainer.get_decay_parameter_names` names. So nothing decays that is inside of a
+    `torch.nn.LayerNorm` or whose name, in lower case, has `bias`, `layernorm` or `rmsnorm` in it, or a part that is
+    `norm` or ends in `_norm`. All others do: a BatchNorm2d named `bn1` too.
+
+    Adaptation: all parameters adapt but these three kinds:
+
+    * Biases: the last part of the name has the word `bias`: `bias`, `in_proj_bias`, an RNN's `bias_ih_l0`,
+      MultiheadAttention's `bias_k`, `pos_bias_u`.
+    * Tables of biases for positions: Swin's `relative_position_bias_table`, T5's embedding
+      `relative_attention_bias.weight`, LayoutLMv3's linear `rel_pos_bias.weight`, WavLM's `rel_attn_embed.weight`.
+      A layer that computes biases is none (`bias_conv.weight`, `continuous_position_bias_mlp.0.weight`).
+    * Gains and shifts of normalisations: all of torch's LayerNorm, RMSNorm, BatchNorm, GroupNorm and InstanceNorm;
+      `weight`, `gamma`, `scale`, ... of a class named after one of them (`LlamaRMSNorm`); the vectors of that name
+      in any other class with `norm` in its name, and vectors that are named as a norm's (`layer_norm_weight`), so
+      that the matrices of a `NormedEmbedding` or a `LayerNormLinear` adapt.
+
+    So these adapt: all matrices, convolutions and embeddings, position embeddings and `cls_token` among them;
+    LayerScale's `gamma` and `lambda1`; both tensors of `torch.nn.utils.weight_norm`; Mamba's `A_log` and `D`; scalars
+    such as `logit_scale` and gates. A gate that begins at 0 hardly leaves it when it adapts: name it in
+    `exclude_from_layer_adaptation`.
+
+    Tied parameters appear once, under their first name, frozen ones not at all.
 
     FSDP1 with `use_orig_params=False` puts weights and biases into one flat tensor, which can be in one group only.
     That group then names its exceptions, "undecayed" and "unadapted", lists of layers; `Lamb` heeds them
@@ -40,8 +61,9 @@ def lamb_param_groups(
         exclude_from_layer_adaptation: the same for the trust ratio. Default none.
 
     Returns:
-        At most four groups, none empty: `{"name", "params": [(name, parameter), ...], "weight_decay",
-        "layer_adaptation"}`, and "undecayed" and "unadapted" where there are flat tensors.
+        At most four groups, none empty: `{"name", "params": [parameter, ...], "param_names": [name, ...],
+        "weight_decay", "layer_adaptation"}`, and "undecayed" and "unadapted" where there are flat tensors. Any
+        optimizer of torch takes them.
 
     Raises:
         ValueError: no module; no trainable parameter; a pattern that is no regular expression or matches no
@@ -53,51 +75,181 @@ def lamb_param_groups(
         raise ValueError(
             f"lamb_param_groups: expected a module, got {type(model).__name__}: pass model, not model.parameters()"
         )
-    named = [(clean_name(name), param) for name, param in model.named_parameters() if param.requires_grad]
+    named = {clean_name(name): param for name, param in model.named_parameters() if param.requires_grad}
     if not named:
-        raise ValueError(f"lamb_param_groups: {type(model).__name__} has no trainable parameter: unfreeze some")
-    layers_of = flat_tensors(model)
-    in_flat = {name: owner for param, layers in layers_of.items() if param.requires_grad for name, owner in layers}
-    names = [name for name, param in named if param not in layers_of] + list(in_flat)
-    by_rule = {name for name in names if _is_bias(name)} | _normalisation_parameters(model)
-    by_rule |= {name for name, owner in in_flat.items() if _is_normalisation(owner)}
-    no_decay = by_rule | _matching(exclude_from_weight_decay, names, "exclude_from_weight_decay")
-    no_adapt = (set() if adapt_all else by_rule) | _matching(
-        exclude_from_layer_adaptation, names, "exclude_from_layer_adaptation"
-    )
+        raise ValueError(_nothing_to_train(model))
+    layers = [layer for layer in _layers(model) if layer.trains]
+    names = [layer.name for layer in layers]
+    no_decay = {layer.name for layer in layers if not layer.decays}
+    no_decay |= _matching(exclude_from_weight_decay, names, "exclude_from_weight_decay")
+    no_adapt = set() if adapt_all else {layer.name for layer in layers if not layer.adapts}
+    no_adapt |= _matching(exclude_from_layer_adaptation, names, "exclude_from_layer_adaptation")
 
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, param in named:
-        groups.setdefault((name not in no_decay, name not in no_adapt), []).append((name, param))
-    exceptions = {"undecayed": sorted(no_decay & in_flat.keys()), "unadapted": sorted(no_adapt & in_flat.keys())}
-    return [
+    groups = [
         {
-            "name": f"{'decay' if decays else 'no_decay'}, {'adapt' if adapts else 'no_adapt'}",
-            "params": members,
-            "weight_decay": weight_decay if decays else 0.0,
-            "layer_adaptation": adapts,
-            **(exceptions if in_flat and decays and adapts else {}),
+            "name": "no_decay" if excluded else "decay",
+            "params": [param for name, param in named.items() if (name in no_decay) == excluded],
+            "weight_decay": 0.0 if excluded else weight_decay,
         }
-        for (decays, adapts), members in sorted(groups.items(), reverse=True)
+        for excluded in (False, True)
     ]
+    return _split(model, groups, no_decay, no_adapt, layers)
 
 
-def _is_bias(name: str) -> bool:
-    last = name.rpartition(".")[2]
-    return last == "bias" or last.endswith("_bias")
+def split_by_adaptation(
+    model: nn.Module, groups: Iterable[dict[str, Any]] | Iterable[Tensor], *, adapt_all: bool = False
+) -> list[dict[str, Any]]:
+    """Somebody else's parameter groups with names, split where some members adapt and others do not.
+
+    Which adapt is as with `lamb_param_groups`; a group that has "layer_adaptation" keeps it. Other options stay, and
+    with them which parameters decay. What is not the model's adapts.
+    """
+    given: list[Any] = list(groups)
+    if given and not isinstance(given[0], dict):
+        given = [{"params": given}]
+    layers = list(_layers(model))
+    no_decay = {layer.name for layer in layers if not layer.decays}
+    no_adapt = set() if adapt_all else {layer.name for layer in layers if not layer.adapts}
+    found = _split(model, given, no_decay, no_adapt, layers)
+    if not found:
+        raise ValueError(_nothing_to_train(model))
+    return found
 
 
-def _normalisation_parameters(model: nn.Module) -> set[str]:
-    return {
-        clean_name(f"{prefix}.{name}" if prefix else name)
-        for prefix, module in model.named_modules()
-        if _is_normalisation(module)
-        for name, _ in module.named_parameters(recurse=False)
-    }
+def _nothing_to_train(model: nn.Module) -> str:
+    return f"lamb_param_groups: {type(model).__name__} has no trainable parameter: unfreeze some"
 
 
-def _is_normalisation(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+def _split(
+    model: nn.Module, groups: list[Any], no_decay: set[str], no_adapt: set[str], layers: list[_Layer]
+) -> list[dict[str, Any]]:
+    name_of: dict[Tensor, str] = {param: clean_name(name) for name, param in model.named_parameters()}
+    flat = flat_tensors(model)
+    in_flat = {layer.name for layer in layers if layer.in_flat}
+    exceptions = {"undecayed": sorted(no_decay & in_flat), "unadapted": sorted(no_adapt & in_flat)}
+    found = []
+    for index, group in enumerate(groups):
+        parts: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+        given = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        for place, item in enumerate(given):
+            own, param = item if isinstance(item, tuple) else (f"param_groups.{index}.params.{place}", item)
+            name = name_of.get(param) or str(own)
+            parts[bool(group.get("layer_adaptation", name not in no_adapt))].append((name, param))
+        label = group.get("name") or ("decay" if group.get("weight_decay", True) else "no_decay")
+        for adapts, members in parts.items():
+            if members:
+                has_flat = any(param in flat for _, param in members)
+                found.append(
+                    {
+                        **group,
+                        "name": label
+                        if "layer_adaptation" in group
+                        else label + (", adapt" if adapts else ", no_adapt"),
+                        "params": [param for _, param in members],
+                        "param_names": [name for name, _ in members],
+                        "layer_adaptation": adapts,
+                        **(exceptions if has_flat and adapts else {}),
+                    }
+                )
+    return found
+
+
+# ---- The rules ------------------------------------------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    name: str  # in the model that nothing wraps
+    decays: bool
+    adapts: bool
+    trains: bool
+    in_flat: bool = False
+
+
+def _layers(model: nn.Module) -> Iterator[_Layer]:
+    """Every parameter, those in FSDP1's flat tensors in their places."""
+    flat, shapes = flat_tensors(model), whole_shapes(model)
+    layer_norms = [f"{clean_name(name)}." for name, part in model.named_modules() if name and _is_layer_norm(part)]
+
+    def layer(name: str, owner: nn.Module, shape: Sequence[int], trains: bool, in_flat: bool = False) -> _Layer:
+        decays = not (_UNDECAYED.search(name.lower()) or name.startswith(tuple(layer_norms)))
+        return _Layer(name, decays, _adapts(name, owner, shape), trains, in_flat)
+
+    for raw, param in model.named_parameters():
+        for name, owner in flat.get(param, ()):
+            yield layer(name, owner, shapes[name], param.requires_grad, True)
+        if param not in flat:
+            name = clean_name(raw)
+            # DeepSpeed ZeRO-3 leaves an empty tensor in a parameter's place, and its shape there.
+            here: Sequence[int] = () if is_lazy(param) else param.shape
+            shape = shapes.get(name, getattr(param, "ds_shape", here))
+            owner_name, _, own_name = raw.rpartition(".")
+            in_parametrized = re.fullmatch(r"(?:(.*)\.)?parametrizations\.([^.]+)", owner_name)
+            if in_parametrized and re.fullmatch(r"original\d*", own_name):
+                owner_name = in_parametrized[1] or ""
+            yield layer(name, model.get_submodule(owner_name), shape, param.requires_grad)
+
+
+# transformers' Trainer.get_decay_parameter_names, the same from 5.17 to 5.23.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm)
+
+
+_BIAS = re.compile(r"(?:^|_)bias(?:es)?\d*(?:_|$)")
+_COMPUTES = re.compile(r"(?:^|_)(?:weight|kernel|proj|projection|matrix)$")
+_POSITION = re.compile(r"(?:^|_)(?:rel|relative|pos|position|positional)_")
+_NORM = re.compile(
+    r"(?:^|_)(?:norm|layer_?norm|rms_?norm|batch_?norm|group_?norm|ln)\d*_(?:weight|gamma|gain|scale|g)$"
+)
+
+_TORCH_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm in all dimensions
+)
+# Also where a class of somebody's own makes one of these and has "norm" in its name.
+_MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.RNNBase)
+_NORM_CLASS = re.compile(r"(?:layer|rms|batch|group|instance)_?norm(?:\dd)?(?:gated|activation|act)?$")
+_NORM_PARAMETERS = {"weight", "bias", "gamma", "beta", "scale", "shift", "gain", "offset", "g", "b", "w"}
+_NORM_PARAMETERS |= {"a_2", "b_2", "temp", "temperature"}
+
+
+def _adapts(name: str, owner: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether it is neither a bias nor a table of position biases nor a normalisation's."""
+    parts = re.sub(r"(?:^|\.)parametrizations\.([^.]+)\.original\d*$", r".\1", name.lower()).strip(".").split(".")
+    own, owners = parts[-1], parts[-2] if len(parts) > 1 else ""
+    if isinstance(owner, (nn.ParameterList, nn.ParameterDict)):
+        own = f"{owners}_{own}"
+    if _BIAS.search(own) and not _COMPUTES.search(own):
+        return False
+    if own == "weight" and _is_bias_table(owners, owner):
+        return False
+    return not _is_normalisation(own, owner, shape)
+
+
+def _is_bias_table(name: str, module: nn.Module) -> bool:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return bool(_BIAS.search(name)) or name == "rel_attn_embed"
+    # Applied to positions as one-hot vectors.
+    is_lookup = isinstance(module, nn.Linear) and module.bias is None
+    return is_lookup and bool(_POSITION.search(name)) and name.endswith("_bias")
+
+
+def _is_normalisation(own: str, module: nn.Module, shape: Sequence[int]) -> bool:
+    kind = type(module).__name__.lower()
+    if isinstance(module, _TORCH_NORMS):
+        return True
+    if isinstance(module, _MATRICES):
+        return False
+    if _NORM_CLASS.search(kind) and own in _NORM_PARAMETERS:
+        return True  # of any shape: Cohere's has a gain for each head and channel
+    # (C,) or, beside images, (1, C, 1, 1); a matrix with one row is a matrix.
+    is_vector = len(shape) != 2 and max(shape, default=1) == torch.Size(shape).numel()
+    in_norm = ("norm" in kind or kind.endswith("grn")) and own in _NORM_PARAMETERS
+    return is_vector and (in_norm or bool(_NORM.search(own)))
 
 
 def _matching(patterns: Iterable[str], names: list[str], option: str) -> set[str]:

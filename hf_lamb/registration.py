@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
 from importlib.abc import MetaPathFinder
@@ -26,7 +26,7 @@ from torch import nn
 
 from hf_lamb import fsdp1
 from hf_lamb.lamb import Lamb
-from hf_lamb.param_groups import lamb_param_groups
+from hf_lamb.param_groups import split_by_adaptation
 from hf_lamb.scaling import near
 
 if TYPE_CHECKING:
@@ -78,11 +78,44 @@ def _add_name(training_args: ModuleType) -> None:
     if taken is None:
         add_member(names, "LAMB", "lamb")
     elif "__reduce_ex__" not in vars(taken):
-        _refuse("has a LAMB of its own, which stays in place")
+        return _refuse("has a LAMB of its own, which stays in place")
+    _name_the_misspelt(names)
+
+
+def _name_the_misspelt(names: type[enum.Enum]) -> None:
+    """Have "LAMB" answered with "lamb", not with a list of all optimizers."""
+    missing = names._missing_
+
+    def answer(cls: type[enum.Enum], value: object) -> Any:
+        # str() of a member, as some write it into YAML, is "OptimizerNames.LAMB".
+        if isinstance(value, str) and value.strip().lower().removeprefix("optimizernames.") in ("lamb", "hf_lamb"):
+            raise ValueError(f'optim={value!r}: write optim="lamb" (--optim lamb)')
+        return missing(value)
+
+    if missing.__name__ != answer.__name__:
+        names._missing_ = classmethod(answer)  # type: ignore[assignment]
 
 
 def _add_handler(trainer_optimizer: ModuleType) -> None:
     trainer_optimizer._OPTIMIZER_HANDLERS.setdefault("lamb", _lamb)
+    parse = getattr(trainer_optimizer, "_parse_optim_args", None)
+    if parse is None or parse.__module__ == __name__:
+        return
+
+    def parse_or_name_the_item(text: str | None) -> Any:
+        """As transformers' own; but where that fails, it does not say of what, nor of which option."""
+        try:
+            return parse(text)
+        except (AttributeError, ValueError):
+            for key, _ in _items(text, "key=value,key=value"):
+                if key == "betas":
+                    raise ValueError(f"optim_args: betas is not set here; {_SET_ELSEWHERE['betas']}") from None
+            raise
+
+    # And where Trainer has imported it already.
+    for name in (trainer_optimizer.__name__, "transformers.trainer"):
+        if hasattr(sys.modules.get(name), "_parse_optim_args"):
+            setattr(sys.modules[name], "_parse_optim_args", parse_or_name_the_item)  # noqa: B010 - mypy knows no such
 
 
 def _refuse(reason: str) -> None:
@@ -145,7 +178,7 @@ _SET_ELSEWHERE = {
     "lr": "use --learning_rate",
     "learning_rate": "use --learning_rate",
     "weight_decay": "use --weight_decay",
-    "betas": "use beta1=...,beta2=... (a value holds no comma)",
+    "betas": "use --adam_beta1 and --adam_beta2 (a value holds no comma)",
 }
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -163,28 +196,37 @@ def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
 
     Keys are `beta1`, `beta2`, `adapt_all` (see `lamb_param_groups`) and the options of `Lamb`, but for lr, betas and
     weight_decay. Numbers are read as Python does; booleans are true/false, yes/no or 1/0; `none` is accepted where
-    `Lamb` accepts None. `Trainer` itself splits the string before its handler sees it and stops at a malformed item
-    with "not enough values to unpack"; call this first for a message that names the item.
+    `Lamb` accepts None.
 
     Raises:
         ValueError: no string; an item that is not key=value, an unknown or repeated key, a value of the wrong type.
     """
-    if text and not isinstance(text, str):
-        raise ValueError(f'optim_args: {text!r} is no string; write for example "eps=1e-6,max_trust_ratio=10"')
     options: dict[str, float | bool | None] = {}
-    for item in text.replace(" ", "").split(",") if text else ():
-        key, _, value = item.partition("=")
-        if not key or not value or "=" in value:
-            raise ValueError(f'optim_args: {item!r} is not key=value; write for example "eps=1e-6,max_trust_ratio=10"')
+    for key, value in _items(text, "eps=1e-6,max_trust_ratio=10"):
         if key in _SET_ELSEWHERE:
             raise ValueError(f"optim_args: {key} is not set here; {_SET_ELSEWHERE[key]}")
         if key not in _options():
-            hint = near(key, _options())
+            hint = near(key.lower(), _options())
             raise ValueError(f"optim_args: unknown option {key!r}{hint}; LAMB has {', '.join(_options())}")
         if key in options:
             raise ValueError(f"optim_args: {key} is given twice")
         options[key] = _typed(key, value)
     return options
+
+
+def _items(text: Any, example: str) -> Iterator[tuple[str, str]]:
+    """The keys and values, not read yet; one line for what is malformed."""
+    if not text:
+        return
+    if not isinstance(text, str):
+        if isinstance(text, dict) and not any(isinstance(value, (dict, list, tuple)) for value in text.values()):
+            example = ",".join(f"{key}={value}" for key, value in text.items())
+        raise ValueError(f'optim_args: {text!r} is no string; write for example "{example}"')
+    for item in "".join(text.split()).split(","):
+        key, _, value = item.partition("=")
+        if not key or not value or "=" in value:
+            raise ValueError(f'optim_args: {item!r} is not key=value; write for example "{example}"')
+        yield key, value
 
 
 def _typed(key: str, value: str) -> float | bool | None:
@@ -211,6 +253,7 @@ loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=Fals
 def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
     """What makes LAMB pointless or wrong with this model, in a line each."""
     doubts = []
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's; Trainer asks it too
     low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if low:
         doubts.append(
@@ -218,11 +261,11 @@ def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
             "model in float32 and train with --bf16"
         )
     splits = args.gradient_accumulation_steps * args.world_size
-    if splits > 1 and not loss_is_weighted.get() and inflates_loss(model):
+    if splits > 1 and not loss_is_weighted.get() and inflates_loss(own):
         doubts.append(
-            f"{type(model).__name__} ignores num_items_in_batch, so Trainer multiplies its loss and gradient by "
+            f"{type(own).__name__} ignores num_items_in_batch, so Trainer multiplies its loss and gradient by "
             f"{splits} (accumulation x processes; https://github.com/huggingface/transformers/issues/47688): use "
-            f"hf_lamb.LambTrainer, or set {type(model).__name__}.accepts_loss_kwargs = False"
+            f"hf_lamb.LambTrainer, or set {type(own).__name__}.accepts_loss_kwargs = False"
         )
     return doubts
 
@@ -302,23 +345,61 @@ def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
         said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
     else:
         said += _doubts(fsdp1.unwrapped(ctx.model), args)
-        groups = lamb_param_groups(ctx.model, args.weight_decay, adapt_all=adapt_all)
-        if kwargs.get("layer_adaptation") is False:
-            # The groups say which parameters adapt, and would overrule the option.
-            groups = [{**group, "layer_adaptation": False} for group in groups]
-        kwargs["params"] = groups
     if args.should_log:
         for line in said:
             _warn_once(f'optim="lamb": {line}')
-    return (_attached if ctx.model is not None and fsdp1.layouts(ctx.model) else Lamb), kwargs
+    return (Lamb if ctx.model is None else _lamb_of(ctx.model, adapt_all)), kwargs
 
 
-def _attached() -> Callable[..., Lamb]:
-    """What Trainer calls a factory: an optimizer for a model that FSDP1 has already wrapped."""
+def _lamb_of(model: nn.Module, adapt_all: bool) -> type[Lamb]:
+    """`Lamb` for parameter groups of this model that somebody else has made, Trainer or a subclass of it.
 
-    def build(model: nn.Module, **kwargs: Any) -> Lamb:
-        optimizer = Lamb(**kwargs)
-        optimizer.attach(model)
-        return optimizer
+    They say what decays, at which rate; `split_by_adaptation` adds what adapts, and the names. A class and no
+    factory, because Trainer keeps its groups, with what its `get_decay_parameter_names` says, from factories.
+    """
 
-    return build
+    class LambOfModel(Lamb):
+        def __new__(cls, params: Iterable[Any], **options: Any) -> Any:
+            groups = split_by_adaptation(model, params, adapt_all=adapt_all)
+            if options.get("layer_adaptation") is False:
+                # The groups say which parameters adapt, and would overrule the option.
+                groups = [{**group, "layer_adaptation": False} for group in groups]
+            optimizer = Lamb(groups, **options)
+            if fsdp1.layouts(model):
+                optimizer.attach(model)
+            if not loss_is_weighted.get():
+                optimizer.register_step_post_hook(_SkippedSteps())
+            return optimizer  # a plain one, which pickles
+
+    LambOfModel.__name__ = LambOfModel.__qualname__ = Lamb.__name__
+    return LambOfModel
+
+
+class _SkippedSteps:
+    """After a step, tells of steps that Lamb has skipped, and ends a run that only skips.
+
+    For a stock Trainer, which logs a loss of 0.0 then and goes on; `LambTrainer` has `SkippedStepsCallback`. Looks
+    after each of the first ten steps and every twentieth, because looking waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.said = False
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.steps += 1
+        if self.steps > 10 and self.steps % 20:
+            return
+        assert isinstance(optimizer, Lamb)
+        total, in_a_row = optimizer.skipped_steps()
+        remedy = "look for inf or NaN in weights and data, and lower the learning rate"
+        if in_a_row >= 20:
+            raise RuntimeError(
+                f'optim="lamb": the last {in_a_row} steps were skipped, because gradients were inf or NaN: {remedy}'
+            )
+        if total and not self.said:
+            self.said = True
+            logger.warning(
+                f'optim="lamb": {total} of the first {self.steps} steps skipped, because gradients were inf or NaN; '
+                f"the weights stay as they are then: {remedy}"
+            )

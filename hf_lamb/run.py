@@ -19,6 +19,7 @@ import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import pairwise
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
@@ -44,13 +45,21 @@ def main() -> None:
         exec(code, vars(module))
     except _CannotRun as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code == 2 and _has_lamb_in_other_letters(options.args):  # argparse has listed all optimizers
+            print(f"{parser.prog}: write --optim lamb", file=sys.stderr)  # noqa: T201
         raise
     except BaseException as error:
         # Let the interpreter end as it always does, but show the script's frames only.
         show, frames = sys.excepthook, _from_script(error.__traceback__)
         sys.excepthook = lambda kind, value, _: show(kind, value.with_traceback(frames), frames)
         raise
+
+
+def _has_lamb_in_other_letters(args: list[str]) -> bool:
+    values = [value for option, value in pairwise(args) if option == "--optim"]
+    values += [arg.removeprefix("--optim=") for arg in args if arg.startswith("--optim=")]
+    return any(value != "lamb" and value.strip().lower() in ("lamb", "hf_lamb") for value in values)
 
 
 class _CannotRun(Exception):

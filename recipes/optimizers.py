@@ -19,7 +19,7 @@ def new_optimizer(name: str, model: nn.Module, learning_rate: float, weight_deca
     groups = lamb_param_groups(model, weight_decay)
     if name == "lamb":
         return Lamb(groups, lr=learning_rate, eps=1e-6)
-    plain = [{"params": [w for _, w in group["params"]], "weight_decay": group["weight_decay"]} for group in groups]
+    plain = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
     if name == "adamw":
         return torch.optim.AdamW(plain, lr=learning_rate, eps=1e-6, fused=True)
     if name == "adam":

@@ -433,9 +433,9 @@ ARGUMENTS = [
     ({"optim_args": "foreach=1,fused=1"}, "optim_args: `fused` and `foreach` cannot be `True` together"),
     ({"optim_args": "trust_ratio=1"}, r"optim_args: unknown option 'trust_ratio' \(did you mean \w+_trust_ratio\?\)"),
 ]
-# Of optim_args, Trainer itself stops at what is no string or holds no "=", before it asks LAMB.
+# A stock Trainer answers the first and the last with another example, and the name as soon as it is given.
 LAMB_ARGUMENTS = [
-    ({"optim_args": {"eps": 1e-6}}, r"optim_args: \{'eps': 1e-06\} is no string; write for example \"eps=1e-6"),
+    ({"optim_args": {"eps": 1e-6}}, r"optim_args: \{'eps': 1e-06\} is no string; write for example \"eps=1e-06"),
     ({"optim": "lamp"}, "lamp is not a valid OptimizerNames, please select one of .*'lamb'"),
     ({"optim_args": "eps=1e-6;beta1=0.9"}, "'eps=1e-6;beta1=0.9' is not key=value; write for example"),
 ]

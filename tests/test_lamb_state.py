@@ -153,7 +153,7 @@ def test_another_optimizers_state_is_refused_with_the_way_to_take_it_over() -> N
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """AdamW over the same parameters and groups as `lamb_param_groups` makes, after 3 steps."""
-    groups = [{"params": [p for _, p in group["params"]]} for group in lamb_param_groups(model)]
+    groups = [{"params": group["params"]} for group in lamb_param_groups(model)]
     optimizer = torch.optim.AdamW(groups, lr=0.1, **options)
     for _ in range(3):
         optimizer.step()

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, Trainer,
 from transformers.training_args import OptimizerNames
 
 import hf_lamb
-from hf_lamb import Lamb, registration
+from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups, registration
 from hf_lamb.registration import parse_optim_args, register
 
 
@@ -290,6 +291,22 @@ def test_the_command_line_lists_lamb_and_refuses_its_misspelling(capsys: pytest.
     assert re.search(r"--optim: invalid choice: 'lamp' \(choose from .*\blamb\b", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["LAMB", "Lamb", " lamb ", "OptimizerNames.LAMB", "hf_lamb"])
+@pytest.mark.parametrize("cls", [TrainingArguments, LambTrainingArguments])
+def test_a_lamb_in_other_letters_is_answered_with_the_name(cls, name: str, tmp_path: Path) -> None:
+    """In one line, where transformers lists all its optimizers."""
+    wanted = re.escape(f'optim={name!r}: write optim="lamb" (--optim lamb)')
+    for build in (cls, HfArgumentParser(cls).parse_dict):
+        options = {"output_dir": str(tmp_path), "optim": name}
+        with pytest.raises(ValueError, match=f"^{wanted}$"):
+            build(**options) if build is cls else build(options)
+
+
+def test_other_misspelt_optimizers_get_transformers_own_list(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^lamp is not a valid OptimizerNames, please select one of"):
+        TrainingArguments(str(tmp_path), optim="lamp")
+
+
 # ---- The options ----------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +349,24 @@ ALL = (
         ("lr=1e-3", "lr is not set here; use --learning_rate"),
         ("learning_rate=1e-3", "learning_rate is not set here; use --learning_rate"),
         ("weight_decay=0.1", "weight_decay is not set here; use --weight_decay"),
-        ("betas=(0.9,0.99)", "betas is not set here; use beta1=...,beta2=... (a value holds no comma)"),
+        ("betas=(0.9,0.99)", "betas is not set here; use --adam_beta1 and --adam_beta2 (a value holds no comma)"),
+        (
+            "max_trust_ratio:10",
+            "'max_trust_ratio:10' is not key=value; write for example \"eps=1e-6,max_trust_ratio=10\"",
+        ),
+        ("eps=1;foreach=1", "'eps=1;foreach=1' is not key=value; write for example \"eps=1e-6,max_trust_ratio=10\""),
+        ('{"eps": 1}', '\'{"eps":1}\' is not key=value; write for example "eps=1e-6,max_trust_ratio=10"'),
+        ("eps='1e-6'", "eps='1e-6': expected a number"),
+        ("EPS=1e-6", f"unknown option 'EPS' (did you mean eps?); LAMB has {ALL}"),
+        (
+            {"eps": 1e-6, "foreach": True},
+            "{'eps': 1e-06, 'foreach': True} is no string; write for example \"eps=1e-06,foreach=True\"",
+        ),
+        (
+            {"betas": (0.9, 0.98)},
+            "{'betas': (0.9, 0.98)} is no string; write for example \"eps=1e-6,max_trust_ratio=10\"",
+        ),
+        (["eps=1e-6"], "['eps=1e-6'] is no string; write for example \"eps=1e-6,max_trust_ratio=10\""),
         ("eps=small", "eps=small: expected a number"),
         ("eps=none", "eps=none: expected a number"),
         ("max_trust_ratio=ten", "max_trust_ratio=ten: expected a number or none"),
@@ -352,18 +386,61 @@ def test_bad_optim_args_are_refused_by_name_with_a_way_out(text: str, message: s
         parse_optim_args(text)
 
 
+MALFORMED = [
+    ("betas=(0.9,0.98)", "betas is not set here; use --adam_beta1 and --adam_beta2 (a value holds no comma)"),
+    ("max_trust_ratio:10", "'max_trust_ratio:10' is not key=value; write for example"),
+    ("eps=1e-6;max_trust_ratio=10", "'eps=1e-6;max_trust_ratio=10' is not key=value; write for example"),
+    ("eps=1e-6,", "'' is not key=value; write for example"),
+    ({"max_trust_ratio": 10}, "{'max_trust_ratio': 10} is no string; write for example \"max_trust_ratio=10\""),
+    (10, "10 is no string; write for example"),
+]
+
+
+@pytest.mark.parametrize("optim", ["lamb", "adamw_torch"])
+@pytest.mark.parametrize(("text", "message"), MALFORMED)
+def test_the_stock_trainer_names_what_it_cannot_read(tmp_path: Path, model, optim: str, text, message: str) -> None:
+    """It splits the text itself, before it looks for LAMB, with "not enough values to unpack" or an AttributeError."""
+    trainer = Trainer(model, arguments(tmp_path, optim_args=text, optim=optim))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'optim_args: {message}')}"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize(("text", "message"), MALFORMED)
+def test_lamb_training_arguments_name_it_before_anything_is_loaded(tmp_path: Path, text, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'optim_args: {message}')}"):
+        LambTrainingArguments(str(tmp_path), optim_args=text)
+
+
+@pytest.mark.parametrize(
+    "imports", ["import hf_lamb, transformers.trainer", "import transformers.trainer, hf_lamb", "import transformers"]
+)
+def test_it_is_named_in_any_import_order(imports: str) -> None:
+    program = f"""
+        {imports}
+        import hf_lamb, transformers
+        for text in ("eps:1", "eps=1,b=2"):
+            try:
+                print(transformers.trainer._parse_optim_args(text))
+            except ValueError as error:
+                print(error)
+    """
+    said = "optim_args: 'eps:1' is not key=value; write for example \"key=value,key=value\"\n"
+    assert python(program) == said + "{'eps': '1', 'b': '2'}\n"
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 16,
+}
+
+
 def tiny_bert() -> BertForMaskedLM:
     torch.manual_seed(0)
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=16,
-        )
-    )
+    return BertForMaskedLM(BertConfig(**SIZES))
 
 
 @pytest.fixture(scope="module")
@@ -382,15 +459,19 @@ def test_the_trainer_gets_lamb_with_the_arguments_it_was_given(tmp_path: Path, m
         optim_args="beta2=0.95,max_trust_ratio=10",
     )
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    groups = kwargs.pop("params")
-    assert kind is Lamb
+    assert issubclass(kind, Lamb)
     assert kwargs == {"lr": 4e-3, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.1, "max_trust_ratio": 10.0}
 
+    optimizer = Trainer(model, args).create_optimizer()
+    assert type(optimizer) is Lamb
+    groups = optimizer.param_groups
     assert {group["name"]: (group["weight_decay"], group["layer_adaptation"]) for group in groups} == {
         "decay, adapt": (0.1, True),
         "no_decay, no_adapt": (0.0, False),
     }
-    assert {name for group in groups for name, _ in group["params"]} == {name for name, _ in model.named_parameters()}
+    assert {name for group in groups for name in group["param_names"]} == {
+        name for name, _ in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize(
@@ -408,6 +489,150 @@ def test_what_adapts_follows_optim_args(tmp_path: Path, model, optim_args: str |
     assert isinstance(optimizer, Lamb)
     found = {"decay" if g["weight_decay"] else "no_decay": g["layer_adaptation"] for g in optimizer.param_groups}
     assert found == adapting
+
+
+def flags_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+    names = {param: name for name, param in model.named_parameters()}
+    return {
+        names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+
+
+class NoDecayOfEmbeddings(Trainer):
+    """What a subclass may say since transformers 4.35."""
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if "embeddings" not in name]
+
+
+class RateOfEmbeddings(Trainer):
+    """Takes groups apart as sentence-transformers' `learning_rate_mapping` does: plain tensors, no names."""
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: torch.nn.Module | None = None):
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        decaying = self.get_decay_parameter_names(model)
+        named = dict(model.named_parameters())
+        chosen = {name: p for name, p in named.items() if "embeddings" in name}
+        key = "params" if "params" in kwargs else "optimizer_dict"
+        groups = kwargs.setdefault(
+            key,
+            [
+                {
+                    "params": [p for name, p in named.items() if (name in decaying) == decays],
+                    "weight_decay": 0.1 * decays,
+                }
+                for decays in (True, False)
+            ],
+        )
+        for group in groups:
+            group["params"] = [p for p in group["params"] if all(p is not other for other in chosen.values())]
+        for decays in (True, False):
+            members = [p for name, p in chosen.items() if (name in decaying) == decays]
+            groups.append({"params": members, "lr": 1e-4, "weight_decay": 0.1 * decays})
+        return cls, kwargs
+
+
+@pytest.mark.parametrize("cls", [Trainer, NoDecayOfEmbeddings, RateOfEmbeddings])
+@pytest.mark.parametrize("own", [False, True])
+def test_decay_and_rates_are_those_of_adamw_and_adaptation_goes_by_the_rule(tmp_path: Path, cls, own: bool) -> None:
+    """What a subclass of Trainer says of decay and rates holds for LAMB as for AdamW, under LambTrainer too."""
+    lamb_cls, lamb_args = (LambTrainer, LambTrainingArguments) if own else (Trainer, TrainingArguments)
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "weight_decay": 0.1}
+    adamw = cls(tiny_bert(), TrainingArguments(**options, learning_rate=1e-3, optim="adamw_torch"))
+    mixed = cls if cls in (Trainer, lamb_cls) else type(cls.__name__, (cls, lamb_cls), {})
+    lamb = (lamb_cls if cls is Trainer else mixed)(tiny_bert(), lamb_args(**options, learning_rate=1e-3, optim="lamb"))
+    optimizer = lamb.create_optimizer()
+    assert type(optimizer) is Lamb
+    assert flags_of(optimizer, lamb.model) == flags_of(adamw.create_optimizer(), adamw.model)
+
+    names = {param: name for name, param in lamb.model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["param_names"] == [names[param] for param in group["params"]]
+        assert group["layer_adaptation"] == (not any("bias" in n or "LayerNorm" in n for n in group["param_names"]))
+
+
+def test_groups_without_names_or_with_too_many_are_never_mislabelled(model: BertForMaskedLM) -> None:
+    """Whoever filters "params" must filter "param_names" too."""
+    groups = lamb_param_groups(model)
+    del groups[0]["params"][1]
+    count = len(groups[0]["params"])
+    with pytest.raises(ValueError, match=f"has {count} parameters and {count + 1} param_names: leave out the same"):
+        Lamb(groups)
+
+
+def test_sentence_transformers_learning_rate_mapping(tmp_path: Path) -> None:
+    """Where it is installed: its own Trainer with LAMB takes apart and adds groups as with AdamW."""
+    pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses, models
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from transformers import BertModel
+
+    from recipes.tokenizer import train_tokenizer
+
+    words = ["one two three four five six seven eight"]
+    tokenizer = train_tokenizer(words * 4, 100)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    config = BertConfig(**SIZES | {"vocab_size": len(tokenizer)})
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    rows = Dataset.from_dict({"anchor": ["one two", "three four"] * 4, "positive": ["two", "four"] * 4})
+
+    flags = []
+    for optim in ("adamw_torch", "lamb"):
+        modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(32)]
+        encoder = SentenceTransformer(modules=modules, device="cpu")
+        args = Arguments(
+            output_dir=str(tmp_path / optim),
+            optim=optim,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            learning_rate_mapping={"embeddings": 1e-4},
+            max_steps=1,
+            use_cpu=True,
+            report_to=[],
+        )
+        loss = losses.MultipleNegativesRankingLoss(encoder)
+        trainer = SentenceTransformerTrainer(model=encoder, args=args, train_dataset=rows, loss=loss)
+        flags.append(flags_of(trainer.create_optimizer(), encoder))
+        trainer.train()
+    assert flags[0] == flags[1]
+    assert {rate for rate, _ in flags[1].values()} == {1e-3, 1e-4}
+
+
+class Poisoned(torch.nn.Module):
+    """NaN gradients in its first steps."""
+
+    def __init__(self, bad_steps: int) -> None:
+        super().__init__()
+        self.weight, self.left = torch.nn.Parameter(torch.ones(4)), bad_steps
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.left -= 1
+        loss = self.weight.sum() + 0 * (input_ids.sum() + labels.sum())
+        return {"loss": loss * float("nan") if self.left >= 0 else loss}
+
+
+@pytest.mark.parametrize(
+    ("bad_steps", "steps", "warned", "raised"),
+    [
+        pytest.param(0, 25, None, False, id="no step"),
+        pytest.param(1, 3, "1 of the first 1 steps skipped", False, id="the first"),
+        pytest.param(3, 3, "1 of the first 1 steps skipped", False, id="all of a short run"),
+        pytest.param(100, 30, "1 of the first 1 steps skipped", True, id="all of a long run"),
+    ],
+)
+def test_a_stock_trainer_tells_of_skipped_steps_and_ends_a_run_that_only_skips(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad_steps: int, steps: int, warned: str | None, raised: bool
+) -> None:
+    """It would log a loss of 0.0 and end as if all were well."""
+    args = arguments(tmp_path, learning_rate=1e-3, max_steps=steps, save_strategy="no", disable_tqdm=True)
+    trainer = Trainer(Poisoned(bad_steps), args, train_dataset=batches())
+    with pytest.raises(RuntimeError, match="the last 20 steps were skipped") if raised else nullcontext():
+        trainer.train()
+    lines = [line for line in caplog.messages if "skipped" in line]
+    assert len(lines) == (warned is not None), "said once, or not at all"
+    assert all(warned in line for line in lines)
+    assert pickle.loads(pickle.dumps(trainer.optimizer.optimizer)).state_dict().keys() == {"state", "param_groups"}
 
 
 def test_frozen_parameters_stay_out(tmp_path: Path) -> None:
@@ -446,6 +671,17 @@ def test_eps_is_lambs_unless_somebody_chose_one(
     lines = [record.getMessage() for record in caplog.records if record.name == "hf_lamb.registration"]
     assert len(lines) == (said is not None), "said once, or not at all"
     assert all(said in line for line in lines)
+
+
+def test_the_inflated_loss_of_a_model_with_adapters_is_remarked_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT's model passes the arguments on; Trainer looks at the one inside, and multiplies its loss."""
+    peft = pytest.importorskip("peft")
+    registration._warn_once.cache_clear()
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"]))
+    Trainer(model, arguments(tmp_path, learning_rate=1e-3, gradient_accumulation_steps=4)).create_optimizer()
+    assert [line for line in caplog.messages if "BertForMaskedLM ignores num_items_in_batch" in line]
 
 
 @pytest.mark.parametrize(("learning_rate", "warned"), [(5e-5, True), (1e-4, False)])

@@ -239,6 +239,28 @@ def test_spawned_processes_have_lamb_too(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "worker: lamb lamb\n"), done.stderr
 
 
+@pytest.mark.parametrize("options", [["--optim", "LAMB"], ["--optim=Lamb"]])
+def test_a_lamb_in_other_letters_is_answered_with_the_name(options: list[str], tmp_path: Path) -> None:
+    """After argparse's list of all optimizers, as the last line."""
+    done = execute("-m", "hf_lamb.run", SCRIPTS / "train_tiny.py", *options, "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "python -m hf_lamb.run: write --optim lamb"
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "message"),
+    [
+        ("betas=(0.9,0.98)", "betas is not set here; use --adam_beta1 and --adam_beta2 (a value holds no comma)"),
+        ("max_trust_ratio:10", "'max_trust_ratio:10' is not key=value; write for example \"key=value,key=value\""),
+    ],
+)
+def test_malformed_optim_args_end_in_one_clear_line(optim_args: str, message: str, tmp_path: Path) -> None:
+    options = ["--optim", "lamb", "--optim_args", optim_args, "--use_cpu", "--output_dir", "out", "--max_steps", "1"]
+    done = execute("-m", "hf_lamb.run", SCRIPTS / "train_tiny.py", *options, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ValueError: optim_args: {message}"
+
+
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
