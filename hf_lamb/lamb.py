@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from hf_lamb import fsdp1, norms, zero
-from hf_lamb.backends import Bucket, cpu, eager, foreach
+from hf_lamb.backends import Bucket, Sums, cpu, eager, foreach
 from hf_lamb.backends.bucket import math_dtype
-from hf_lamb.options import check_options
+from hf_lamb.options import check_options, python_numbers
 from hf_lamb.segments import Layout, check_layouts
 from hf_lamb.state import check_order, check_state, check_state_dict
 
@@ -54,6 +54,9 @@ class Lamb(Optimizer):
         u = m̂ / (sqrt(v̂) + eps) + weight_decay*w
         r = ‖w‖ / ‖u‖  if both norms are positive, else 1
         w = w - lr*r*u
+
+    A layer whose g and m are exactly zero keeps its weights: u would be its decay alone, which the trust ratio would
+    make a step of the share lr of the weights. Its step counts all the same. (Without `layer_adaptation` it decays.)
 
     The arithmetic and the state are float32 for bf16, fp16 and fp32 parameters, float64 for float64 ones.
     Gradients are never written to, nothing is read back to the host, and `step` branches on no tensor's value.
@@ -129,6 +132,8 @@ class Lamb(Optimizer):
             "fused": fused,
         }
         check_options(defaults)
+        defaults |= python_numbers(defaults)
+        _check_iterable(params)
         self._forget()
         self._shapes: set[torch.Size] = set()
         self._layouts: dict[Tensor, Layout] = {}  # of the tensors that say nothing of what they hold
@@ -160,6 +165,7 @@ class Lamb(Optimizer):
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
                 group.setdefault(option, self.defaults[option])
+            group.update(python_numbers(group))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy's tensors are others: it must be attached anew, and not take what was flattened for a layer."""
@@ -175,6 +181,8 @@ class Lamb(Optimizer):
                 has = ", ".join(map(str, param_group)) or "nothing"
                 raise ValueError(f'Lamb: a parameter group has {has}, but no "params": put its parameters there')
             check_options({**self.defaults, **param_group})
+            param_group.update(python_numbers(param_group))
+            _check_iterable(param_group["params"])
         super().add_param_group(param_group)
         names, params = self.param_groups[-1].get("param_names"), self.param_groups[-1]["params"]
         if names is not None and len(names) != len(params):
@@ -184,13 +192,11 @@ class Lamb(Optimizer):
                 "same ones of both"
             )
         for index, param in enumerate(self.param_groups[-1]["params"]):
-            if not param.is_floating_point() or param.is_meta:
-                kind = "on the meta device" if param.is_meta else f"of dtype {param.dtype}"
+            kind = _unfit(param)
+            if kind is not None:
                 name = self.parameter_name(len(self.param_groups) - 1, index)
                 del self.param_groups[-1]
-                raise ValueError(
-                    f"Lamb: parameter {name} is {kind}: it takes real floating-point tensors that hold data"
-                )
+                raise ValueError(f"Lamb: parameter {name} is {kind}")
         self._shapes.update(param.shape for param in self.param_groups[-1]["params"])
 
     def attach(self, model: Any = None, *, process_group: ProcessGroup | None = None) -> None:
@@ -345,9 +351,9 @@ class Lamb(Optimizer):
             self._layers.clear()
         for together, across in self._rounds(buckets, sharded):
             directions = [_backend(bucket).direction(bucket) for bucket in together]
-            squares = _sum_over_shards(together, [(w_sq, u_sq) for w_sq, u_sq, _ in directions], across)
-            for bucket, (w_sq, u_sq), (_, _, held) in zip(together, squares, directions, strict=True):
-                layers = _layers(bucket, w_sq.sqrt(), u_sq.sqrt())
+            sums = _sum_over_shards(together, [sums for sums, _ in directions], across)
+            for bucket, of_layers, (_, held) in zip(together, sums, directions, strict=True):
+                layers = _layers(bucket, of_layers)
                 _backend(bucket).apply(bucket, held, _step_sizes(bucket, layers.trust_ratio))
                 self._layers.append(layers)
         return loss
@@ -384,7 +390,8 @@ class Lamb(Optimizer):
     def layer_stats(self, adapted_only: bool = False) -> dict[str, LayerStats]:
         """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
 
-        `adapted_only` leaves out the parameters of groups without `layer_adaptation`, whose trust ratio is 1.
+        `adapted_only` leaves out the parameters of groups without `layer_adaptation`, whose trust ratio is 1. A layer
+        that kept its weights is not there either, whether it had no gradient or one of zeros with nothing in m.
 
         Names are those the parameters were given with (`lamb_param_groups`, `model.named_parameters()`), else
         `param_groups.I.params.J`. Reading waits for the device once; `step` itself does not. Empty before the
@@ -394,8 +401,10 @@ class Lamb(Optimizer):
         for layers in self._layers:
             if adapted_only and not layers.adapted:
                 continue
-            table = torch.stack((layers.weight_norm, layers.adam_norm, layers.trust_ratio), dim=1).tolist()
-            stats.update((name, LayerStats(*row)) for name, row in zip(layers.names, table, strict=True))
+            columns = (layers.weight_norm, layers.adam_norm, layers.trust_ratio, layers.moved)
+            table = torch.stack(columns, dim=1).tolist()
+            rows = zip(layers.names, table, strict=True)
+            stats.update((name, LayerStats(*row)) for name, (*row, moved) in rows if moved)
         return stats
 
     def skipped_steps(self) -> SkippedSteps:
@@ -461,10 +470,11 @@ class Lamb(Optimizer):
         buckets: dict[Any, Bucket] = {}
         sharded: Sharded = {}
         for group_index, group in enumerate(self.param_groups):
+            options = {**group, **python_numbers(group)}  # schedules of other people's write there
             for index, param in enumerate(group["params"]):
                 layout = self._layouts.get(param) if self._layouts else None
                 if layout is not None:
-                    self._collect_segments(buckets, sharded, group_index, index, layout)
+                    self._collect_segments(buckets, sharded, options, group_index, index, layout)
                     continue
                 name = self.parameter_name(group_index, index)
                 if param.shape not in self._shapes:
@@ -484,17 +494,27 @@ class Lamb(Optimizer):
                 state = self._state_of(param)
                 exp_avg = norms.local_shard(state["exp_avg"], name)[0]
                 exp_avg_sq = norms.local_shard(state["exp_avg_sq"], name)[0]
+                if not local.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
+                    raise norms.ShardingError(
+                        f"Lamb: parameter {name} has shape {tuple(local.shape)} here, its gradient {tuple(grad.shape)} "
+                        f"and its moments {tuple(exp_avg.shape)}: for a resized layer build a new optimizer"
+                    )
                 contiguous = all(tensor.is_contiguous() for tensor in (local, grad, exp_avg, exp_avg_sq))
                 key = (group_index, local.device, local.dtype, grad.dtype, reductions, contiguous)
-                bucket = buckets.setdefault(key, Bucket(group, reductions, contiguous))
+                bucket = buckets.setdefault(key, Bucket(options, reductions, contiguous))
                 bucket.add(name, slot, local, grad, exp_avg, exp_avg_sq, state["step"])
         return list(buckets.values()), sharded
 
     def _collect_segments(
-        self, buckets: dict[Any, Bucket], sharded: Sharded, group_index: int, index: int, layout: Layout
+        self,
+        buckets: dict[Any, Bucket],
+        sharded: Sharded,
+        group: dict[str, Any],
+        group_index: int,
+        index: int,
+        layout: Layout,
     ) -> None:
         """The same for a tensor that holds parts of layers: each is an entry of its own, on every process."""
-        group = self.param_groups[group_index]
         param = group["params"][index]
         if param.numel() != layout.numel:
             raise norms.ShardingError(
@@ -538,6 +558,11 @@ class Lamb(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=math_dtype(param))
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=math_dtype(param))
+        elif state["exp_avg"].dtype != math_dtype(param) or state["exp_avg"].device != param.device:
+            # Somebody has cast the model, or moved it to another device, since the last step.
+            state["step"] = state["step"].to(param.device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = state[moment].to(param.device, math_dtype(param))
         return state
 
 
@@ -549,6 +574,30 @@ class _Layers(NamedTuple):
     weight_norm: Tensor
     adam_norm: Tensor
     trust_ratio: Tensor
+    moved: Tensor  # 0 where the layer kept its weights, for there was neither a gradient nor a first moment
+
+
+def _check_iterable(params: Any) -> None:
+    """Refuse what is given in the place of parameters, where torch's words name neither it nor the way out."""
+    module = isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList)
+    if module or isinstance(params, dict) or not isinstance(params, (Tensor, Iterable)):
+        group = isinstance(params, dict) and "params" in params
+        raise TypeError(
+            f"Lamb: expected parameters or groups of them, got {type(params).__name__}: "
+            f"pass {'a list of such dicts' if group else 'lamb_param_groups(model) or model.parameters()'}"
+        )
+
+
+def _unfit(param: Tensor) -> str | None:
+    """Why LAMB can't train a parameter, and what to do."""
+    if isinstance(param, torch.nn.parameter.UninitializedParameter):
+        return "not initialised yet (a lazy module's): run the model on a batch before you build the optimizer"
+    if param.layout != torch.strided:
+        return f"of layout {param.layout}, which LAMB's norms do not support: make it dense, with .to_dense()"
+    if param.is_floating_point() and not param.is_meta:
+        return None
+    kind = "on the meta device" if param.is_meta else f"of dtype {param.dtype}"
+    return f"{kind}: it takes real floating-point tensors that hold data"
 
 
 def _refuse_sparse(grad: Tensor, name: str) -> None:
@@ -559,33 +608,31 @@ def _refuse_sparse(grad: Tensor, name: str) -> None:
         )
 
 
-def _sum_over_shards(
-    buckets: list[Bucket], squares: list[tuple[Tensor, Tensor]], sharded: Sharded
-) -> list[tuple[Tensor, Tensor]]:
-    """(‖w‖², ‖u‖²) of whole layers from those of the local shards; a layer without a gradient here adds nothing."""
+def _sum_over_shards(buckets: list[Bucket], sums: list[Sums], sharded: Sharded) -> list[Sums]:
+    """The sums of whole layers from those of the local shards; a layer without a gradient here adds nothing."""
     if not sharded:
-        return squares
+        return sums
     local = {
-        slot: torch.stack(pair)
-        for bucket, (w_sq, u_sq) in zip(buckets, squares, strict=True)
+        slot: of_layer
+        for bucket, here in zip(buckets, sums, strict=True)
         if bucket.reductions
-        for slot, *pair in zip(bucket.slots, w_sq, u_sq, strict=True)
+        for slot, of_layer in zip(bucket.slots, torch.stack(here, dim=1), strict=True)
     }
     device = next(bucket.device for bucket in buckets if bucket.reductions) if local else None
     parts = {}
     for reductions, slots in sharded.items():
-        nothing = torch.zeros(2, device=device, dtype=_common(slots))
+        nothing = torch.zeros(len(Sums._fields), device=device, dtype=_common(slots))
         parts[reductions] = torch.stack([local.get(slot, nothing).to(nothing) for slot in slots])
     whole = {
-        slot: pair
+        slot: of_layer
         for reductions, summed in norms.sum_over_processes(parts).items()
-        for slot, pair in zip(sharded[reductions], summed, strict=True)
+        for slot, of_layer in zip(sharded[reductions], summed, strict=True)
     }
     return [
-        tuple(torch.stack([whole[slot] for slot in bucket.slots], dim=1).to(w_sq))
+        Sums(*torch.stack([whole[slot] for slot in bucket.slots], dim=1).to(here.weight_sq))
         if bucket.reductions
-        else (w_sq, u_sq)
-        for bucket, (w_sq, u_sq) in zip(buckets, squares, strict=True)
+        else here
+        for bucket, here in zip(buckets, sums, strict=True)
     ]
 
 
@@ -611,13 +658,14 @@ def _zero_redundancy_group() -> norms.Reduction | None:
     return None
 
 
-def _layers(bucket: Bucket, weight_norm: Tensor, adam_norm: Tensor) -> _Layers:
-    group = bucket.group
+def _layers(bucket: Bucket, sums: Sums) -> _Layers:
+    group, weight_norm, adam_norm = bucket.group, sums.weight_sq.sqrt(), sums.update_sq.sqrt()
+    ratio = moved = torch.ones_like(weight_norm)
     if group["layer_adaptation"]:
         ratio = norms.trust_ratio(weight_norm, adam_norm, group["min_trust_ratio"], group["max_trust_ratio"])
-    else:
-        ratio = torch.ones_like(weight_norm)
-    return _Layers(bucket.names, group["layer_adaptation"], weight_norm, adam_norm, ratio)
+        ratio = torch.where(sums.nonzero > 0, ratio, 0.0)
+        moved = (sums.nonzero > 0).to(ratio)
+    return _Layers(bucket.names, group["layer_adaptation"], weight_norm, adam_norm, ratio, moved)
 
 
 def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:
@@ -625,6 +673,8 @@ def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:
     lr = bucket.group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # a one-element tensor would broadcast as well, but a 0-dim one may live on the CPU
+        if lr.device.type != "cpu":
+            lr = lr.to(trust_ratio.device)  # some parameters may be elsewhere
     step_sizes: Tensor = lr * trust_ratio
     return step_sizes if bucket.finite is None else step_sizes * bucket.finite
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "python_numbers"]
+
+_NUMBERS = ("lr", "eps", "weight_decay", "min_trust_ratio", "max_trust_ratio", "max_grad_norm")
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -16,7 +18,7 @@ def check_options(options: dict[str, Any]) -> None:
     lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    _check_number("learning rate", lr, lambda x: 0.0 <= x < math.inf, "a number that is not negative")
+    _check_number("learning rate", lr, lambda x: 0.0 <= x < math.inf, "a number that is not negative", tensor=True)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas}: expected two numbers, (beta1, beta2)")
     for index, beta in enumerate(betas):
@@ -36,21 +38,57 @@ def check_options(options: dict[str, Any]) -> None:
     if max_grad_norm is not None:
         _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")
     for option in ("bias_correction", "layer_adaptation", "skip_nonfinite", "maximize"):
-        if options[option] not in (True, False):
-            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True or False")
+        _check_choice(option, options[option], (True, False), "True or False")
     for option in ("foreach", "fused"):
-        if options[option] not in (True, False, None):
-            raise ValueError(f"Invalid {option}: {options[option]!r}: expected True, False or None")
+        _check_choice(option, options[option], (True, False, None), "True, False or None")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def _check_number(what: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
-    """NumPy's numbers and tensors of one element pass too; True and text do not, though float() takes them."""
+def python_numbers(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of these options that are numbers, as floats: no backend needs to know NumPy's, nor does a checkpoint.
+
+    A tensor lr stays one, so that it can be changed in place.
+
+    Raises:
+        ValueError: somebody has put a tensor into `param_groups` as another option than lr.
+    """
+    numbers = {name: options[name] for name in _NUMBERS if options.get(name) is not None}
+    if "betas" in options:
+        numbers |= dict(zip(("beta1", "beta2"), options["betas"], strict=True))
+    for name, value in numbers.items():
+        if not isinstance(value, Tensor):
+            numbers[name] = float(value)
+        elif name != "lr":
+            raise ValueError(f"Invalid {name}: {value!r}: expected a number{_NO_TENSOR}")
+    if "betas" in options:
+        numbers["betas"] = (numbers.pop("beta1"), numbers.pop("beta2"))
+    return numbers
+
+
+# To be a tensor's value, an option would have to be read back to the host in every step.
+_NO_TENSOR = ", not a tensor, which only lr may be: pass its .item()"
+
+
+def _check_number(
+    what: str, value: Any, in_range: Callable[[float], bool], expected: str, tensor: bool = False
+) -> None:
+    """NumPy's numbers pass too; True and text do not, though float() takes them."""
+    refused = (bool, str, bytes) if tensor else (bool, str, bytes, Tensor)
     try:
-        good = not isinstance(value, (bool, str)) and in_range(float(value))
-    except (TypeError, ValueError, RuntimeError):
+        good = not isinstance(value, refused) and in_range(float(value))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         good = False
     if not good:
         hint = ", not text (in YAML, write 1.0e-3 for 1e-3)" if isinstance(value, str) else ""
+        hint = _NO_TENSOR if isinstance(value, Tensor) and not tensor else hint
         raise ValueError(f"Invalid {what}: {value!r}: expected {expected}{hint}")
+
+
+def _check_choice(what: str, value: Any, choices: tuple[bool | None, ...], expected: str) -> None:
+    try:
+        good = not isinstance(value, Tensor) and value in choices
+    except ValueError:  # an array
+        good = False
+    if not good:
+        raise ValueError(f"Invalid {what}: {value!r}: expected {expected}")

@@ -49,6 +49,8 @@ class ReferenceLamb:
             if self.bias_correction:
                 m_hat = m_hat / (1 - self.beta1**self.t)
                 v_hat = v_hat / (1 - self.beta2**self.t)
+            if self.layer_adaptation and not g[i].any() and not self.m[i].any():
+                continue  # nothing but decay, which the trust ratio would make as long as any step
             u = m_hat / (np.sqrt(v_hat) + self.eps) + self.weight_decay * self.w[i]
             self.w[i] = self.w[i] - self.lr * self.trust_ratio(self.w[i], u) * u
         return self.w

@@ -32,7 +32,7 @@ import recipes.corpus
 from hf_lamb import Lamb, LambTrainingArguments, convert_state_dict, lamb_param_groups, run
 from recipes.report import append_json_line, plot_training
 from recipes.tokenizer import load_or_train_tokenizer, train_tokenizer
-from tests.helpers import SMALL, pretrain
+from tests.helpers import BACKENDS, SMALL, pretrain
 
 NAN = float("nan")
 
@@ -49,6 +49,7 @@ def refused(call: Callable[[], Any], error: type[Exception], message: str) -> No
 # -- options of Lamb ------------------------------------------------------------------------------------------------
 
 NUMBER = "expected a number that is not negative"
+NO_TENSOR = r".*, not a tensor, which only lr may be: pass its \.item\(\)"
 OPTIONS = [
     ({"lr": "1e-3"}, f"Invalid learning rate: '1e-3': {NUMBER}, not text .in YAML, write 1.0e-3"),
     ({"lr": None}, f"Invalid learning rate: None: {NUMBER}"),
@@ -58,12 +59,22 @@ OPTIONS = [
     ({"lr": torch.tensor(NAN)}, rf"Invalid learning rate: tensor\(nan\): {NUMBER}"),
     ({"lr": torch.tensor(-1.0)}, rf"Invalid learning rate: tensor\(-1.\): {NUMBER}"),
     ({"betas": None}, r"Invalid betas: None: expected two numbers, \(beta1, beta2\)"),
+    ({"betas": torch.tensor([0.9, 0.99])}, r"Invalid betas: tensor.*: expected two numbers"),
     ({"betas": 0.9}, "Invalid betas: 0.9: expected two numbers"),
     ({"betas": (0.9, 0.99, 0.999)}, r"Invalid betas: \(0.9, 0.99, 0.999\): expected two numbers"),
     ({"betas": "99"}, "Invalid betas: 99: expected two numbers"),
     ({"betas": ("0.9", 0.999)}, r"Invalid beta parameter at index 0: '0.9': expected a number in \[0, 1\), not text"),
     ({"betas": (0.9, None)}, r"Invalid beta parameter at index 1: None: expected a number in \[0, 1\)"),
     ({"betas": (NAN, 0.999)}, r"Invalid beta parameter at index 0: nan: expected a number in \[0, 1\)"),
+    *[
+        ({name: (value, 0.99) if name == "betas" else value}, rf"tensor\(.*: expected .*number{NO_TENSOR}")
+        for name in ("betas", "eps", "weight_decay", "min_trust_ratio", "max_trust_ratio", "max_grad_norm")
+        for value in (torch.tensor(0.9), torch.tensor([0.9]))
+    ],
+    ({"lr": 10**400}, f"Invalid learning rate: 1000.*: {NUMBER}"),
+    ({"maximize": torch.tensor(True)}, r"Invalid maximize: tensor\(True\): expected True or False"),
+    ({"bias_correction": np.array([True, False])}, r"Invalid bias_correction: array\(.*: expected True or False"),
+    ({"fused": torch.tensor(True)}, r"Invalid fused: tensor\(True\): expected True, False or None"),
     ({"eps": None}, f"Invalid eps value: None: {NUMBER}"),
     ({"eps": NAN}, f"Invalid eps value: nan: {NUMBER}"),
     ({"weight_decay": "0.01"}, f"Invalid weight_decay value: '0.01': {NUMBER}, not text"),
@@ -91,8 +102,9 @@ def test_options_of_another_kind(options: dict[str, Any], message: str) -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_what_torch_takes_is_taken() -> None:
-    """Zeros, tensors, NumPy's numbers, lists, integers and infinity are no mistakes."""
+@BACKENDS
+def test_what_torch_takes_is_taken(backend: dict[str, bool]) -> None:
+    """Zeros, a tensor lr, NumPy's numbers, lists, integers and infinity are no mistakes."""
     for options in [
         {"lr": 0, "eps": 0, "weight_decay": 0, "betas": [0, 0.5]},
         {"lr": torch.tensor(1e-3), "min_trust_ratio": 0},
@@ -103,7 +115,7 @@ def test_what_torch_takes_is_taken() -> None:
     ]:
         param = torch.ones(2, requires_grad=True)
         param.grad = torch.ones(2)
-        Lamb([param], **options).step()
+        Lamb([param], **backend, **options).step()
         assert bool(param.isfinite().all())
 
 
@@ -136,6 +148,7 @@ def resized() -> None:
     optimizer.step()
 
 
+PARAMS = r"pass lamb_param_groups\(model\) or model.parameters\(\)"
 REAL = "it takes real floating-point tensors that hold data"
 PARAMETERS = [
     ("none", lambda: Lamb([]), ValueError, "optimizer got an empty parameter list"),
@@ -145,8 +158,20 @@ PARAMETERS = [
         TypeError,
         r"should be an iterable of Tensors or dicts, but got torch\.",
     ),
-    ("a model", lambda: Lamb(linear()), TypeError, "'Linear' object is not iterable"),
-    ("a method", lambda: Lamb(linear().parameters), TypeError, "'method' object is not iterable"),
+    ("a model", lambda: Lamb(linear()), TypeError, f"got Linear: {PARAMS}"),
+    ("a model of models", lambda: Lamb(nn.Sequential(linear())), TypeError, f"got Sequential: {PARAMS}"),
+    ("a method", lambda: Lamb(linear().parameters), TypeError, f"got method: {PARAMS}"),
+    ("nothing", lambda: Lamb(None), TypeError, f"got NoneType: {PARAMS}"),
+    ("a state dict", lambda: Lamb(linear().state_dict()), TypeError, f"got OrderedDict: {PARAMS}"),
+    ("one group", lambda: Lamb({"params": [torch.ones(1)]}), TypeError, "got dict: pass a list of such dicts"),
+    ("a model in a group", lambda: Lamb([{"params": linear()}]), TypeError, f"got Linear: {PARAMS}"),
+    (
+        "lazy",
+        lambda: Lamb(nn.LazyLinear(2).named_parameters()),
+        ValueError,
+        r"parameter weight is not initialised yet \(a lazy module's\): run the model on a batch before",
+    ),
+    ("sparse", lambda: Lamb([torch.ones(2).to_sparse()]), ValueError, r"is of layout torch.sparse_coo.*: make it dense"),
     ("numbers", lambda: Lamb([1, 2]), TypeError, "can only optimize Tensors, but one of the params is int"),
     ("no leaf", lambda: Lamb([nn.Parameter(torch.ones(2)) * 2]), ValueError, "can't optimize a non-leaf Tensor"),
     ("complex", lambda: Lamb([("w", torch.ones(2) * 1j)]), ValueError, f"w is of dtype torch.complex64: {REAL}"),

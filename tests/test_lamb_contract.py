@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -434,6 +435,8 @@ def test_learning_rate_schedulers_and_zero_grad() -> None:
         (torch.ones(2, dtype=torch.complex64), r"parameter head is of dtype torch.complex64: it takes real floating"),
         (torch.ones(2, dtype=torch.int64), r"parameter head is of dtype torch.int64"),
         (torch.ones(2, device="meta"), r"parameter head is on the meta device"),
+        (torch.ones(2).to_sparse(), r"parameter head is of layout torch.sparse_coo"),
+        (torch.nn.LazyLinear(2).weight, r"parameter head is not initialised yet \(a lazy module's\): run the model"),
     ],
 )
 def test_parameters_it_cannot_train_are_refused_by_name(param: torch.Tensor, message: str) -> None:
@@ -443,6 +446,138 @@ def test_parameters_it_cannot_train_are_refused_by_name(param: torch.Tensor, mes
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [("head", param)]})
     assert len(optimizer.param_groups) == 1
+
+
+@BACKENDS
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", 0.125),
+        ("betas", 0.75),
+        ("eps", 0.5),
+        ("weight_decay", 0.25),
+        ("min_trust_ratio", 4.0),
+        ("max_trust_ratio", 0.125),
+        ("max_grad_norm", 0.5),
+    ],
+)
+def test_numpys_numbers_are_numbers(
+    option: str, value: float, number: Callable[[float], Any], backend: dict[str, bool]
+) -> None:
+    """To the bit what Python's give; as options, of a group, and where a schedule writes them into `param_groups`.
+
+    Nor does a checkpoint hold them: `torch.load` would refuse it."""
+
+    def options(of: Callable[[float], Any]) -> dict[str, Any]:
+        return {option: (of(value), of(0.5)) if option == "betas" else of(value)}
+
+    def stepped(make: Callable[[list[torch.Tensor]], Lamb]) -> list[torch.Tensor]:
+        optimizer = make(params_with_grads())
+        for _ in range(2):
+            optimizer.step()
+        return snapshot(optimizer)
+
+    def edited(params: list[torch.Tensor]) -> Lamb:
+        optimizer = Lamb(params, **backend)
+        optimizer.param_groups[0].update(options(number))
+        return optimizer
+
+    expected = stepped(lambda params: Lamb(params, **options(float), **backend))
+    assert same(stepped(lambda params: Lamb(params, **options(number), **backend)), expected)
+    assert same(stepped(lambda params: Lamb([{"params": params, **options(number)}], **backend)), expected)
+    assert same(stepped(edited), expected)
+    saved = Lamb(params_with_grads(), **options(number)).state_dict()["param_groups"][0][option]
+    assert type(saved[0] if option == "betas" else saved) is float
+    other = Lamb(params_with_grads())
+    other.load_state_dict(edited(params_with_grads()).state_dict())
+    loaded = other.param_groups[0][option]
+    assert type(loaded[0] if option == "betas" else loaded) is float
+
+
+@BACKENDS
+@pytest.mark.parametrize("option", ["betas", "eps", "weight_decay", "min_trust_ratio", "max_grad_norm"])
+def test_a_tensor_put_into_a_group_is_refused_before_anything_moves(option: str, backend: dict[str, bool]) -> None:
+    """It would have to be read back to the host. `lr` alone may be one."""
+    params = params_with_grads()
+    optimizer = Lamb(params, **backend)
+    optimizer.step()
+    before = snapshot(optimizer)
+    value = torch.tensor(0.9)
+    optimizer.param_groups[0][option] = (value, 0.99) if option == "betas" else value
+    with NoHostSync(), pytest.raises(ValueError, match=r"expected a number, not a tensor, which only lr may be"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+@BACKENDS
+@pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor([[0.1]], dtype=torch.float64)])
+def test_a_tensor_rate_of_any_one_element_shape(lr: torch.Tensor, backend: dict[str, bool]) -> None:
+    params, others = params_with_grads(), params_with_grads()
+    Lamb(params, lr=lr, **backend).step()
+    Lamb(others, lr=0.1, **backend).step()
+    for param, other in zip(params, others, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=5),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_schedules_of_the_first_beta(make: Callable[[Lamb], Any], backend: dict[str, bool]) -> None:
+    """What torch's schedules write into `betas` is used in the next step."""
+    (param, *_), (other, *_) = params_with_grads(), params_with_grads()
+    optimizer = Lamb([param], **backend)
+    schedule, used = make(optimizer), set()
+    plain = Lamb([other], **backend)
+    for _ in range(3):
+        used.add(optimizer.param_groups[0]["betas"][0])
+        for name in ("lr", "betas"):
+            plain.param_groups[0][name] = optimizer.param_groups[0][name]
+        optimizer.step()
+        plain.step()
+        schedule.step()
+    assert len(used) == 3
+    assert torch.equal(param, other)
+
+
+@BACKENDS
+def test_a_layer_resized_to_the_shape_of_another_is_refused(backend: dict[str, bool]) -> None:
+    """Its moments would be broadcast, or another's."""
+    params = params_with_grads()
+    optimizer = Lamb(params, **backend)
+    optimizer.step()
+    before = snapshot(optimizer)[1:]
+    params[0].data = torch.ones(5)
+    params[0].grad = torch.ones(5)
+    with pytest.raises(ShardingError, match=r"has shape \(5,\).*and its moments \(8, 5\): for a resized layer build"):
+        optimizer.step()
+    assert same(snapshot(optimizer)[1:], before)
+
+
+@BACKENDS
+def test_a_model_may_be_cast_between_steps(backend: dict[str, bool]) -> None:
+    """As if it had been cast, and its state loaded: the moments follow."""
+    params, others = params_with_grads(), params_with_grads()
+    optimizer, other = Lamb(params, **backend), Lamb(others, **backend)
+    optimizer.step()
+    other.step()
+    for param, twin in zip(params, others, strict=True):
+        param.grad = twin.grad = None
+        param.data, twin.data = param.data.double(), twin.data.double()
+        param.grad = torch.ones_like(param)
+        twin.grad = torch.ones_like(twin)
+    loaded = Lamb(others, **backend)
+    loaded.load_state_dict(copy.deepcopy(other.state_dict()))
+    optimizer.step()
+    loaded.step()
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float64
+    assert same(snapshot(optimizer), snapshot(loaded))
 
 
 # -- steps that are skipped -------------------------------------------------------------------------------------------

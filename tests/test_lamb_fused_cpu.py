@@ -162,6 +162,7 @@ def laid_out(array: np.ndarray, dtype: torch.dtype, layout: str) -> torch.Tensor
     layouts=st.lists(st.sampled_from(["contiguous", "view", "transposed"]), min_size=6, max_size=6),
     scales=st.lists(st.sampled_from([1e-8, 1e-4, 1.0, 1e4, 1e8]), min_size=3, max_size=3),
     poisoned=st.sampled_from([None, 0, 1, 2]),
+    idle=st.sampled_from([0, 0, 1, 3]),
     block=st.sampled_from([3, 16, 1 << 20]),
     seed=st.integers(0, 2**16),
 )
@@ -172,10 +173,14 @@ def test_random_cases_equal_the_reference(
     layouts: list[str],
     scales: list[float],
     poisoned: int | None,
+    idle: int,
     block: int,
     seed: int,
 ) -> None:
-    """Any shapes, layouts, options and block sizes; a step with a NaN in it changes nothing and is not counted."""
+    """Any shapes, layouts, options and block sizes; a step with a NaN in it changes nothing and is not counted.
+
+    The last layer has gradients of zero in its first `idle` steps.
+    """
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK", block)
@@ -187,6 +192,8 @@ def test_random_cases_equal_the_reference(
         for step, scale in enumerate(scales):
             for param in params:
                 param.grad = torch.tensor(heterogeneous(tuple(param.shape), rng, scale), dtype=dtype)
+            if step < idle:
+                params[-1].grad.zero_()
             full = [param for param in params if param.numel()]
             if step == poisoned and full:
                 full[0].grad.view(-1)[0] = torch.nan

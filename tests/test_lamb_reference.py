@@ -129,6 +129,139 @@ def test_mixed_dtypes_in_one_group() -> None:
         assert torch.equal(p, q)
 
 
+# -- layers without a gradient ---------------------------------------------------------------------------------------
+
+# What a runtime, or a model, may hand a layer, step by step: factors of a random gradient.
+IDLE = {
+    "never": [0, 0, 0, 0, 0],
+    "not at first": [0, 0, 1, 1, 1],
+    "not later on": [1, 1, 0, 0, 0],
+    "now and then": [1, 0, 0, 1, 0],
+    "hardly": [1e-30, 1e-30, 0, 0, 1e-30],  # whose squares underflow in float32
+    "always": [1, 1, 1, 1, 1],
+}
+
+
+def check_layers_without_gradients(dtype: torch.dtype, options: dict, backend: dict[str, bool]) -> None:
+    """Zeros in the place of gradients: the reference, to the bit where a layer has never had another gradient.
+
+    Its step and its state go on, and the statistics are those of layers that moved.
+    """
+    rng = np.random.default_rng(0)
+    kinds = [(kind, shape) for kind in IDLE for shape in ((7,), (), (3, 411))]
+    params = [torch.tensor(heterogeneous(shape, rng), dtype=dtype) for _, shape in kinds]
+    names = [f"{kind} {shape}" for kind, shape in kinds]
+    start = [param.clone() for param in params]
+    optimizer = Lamb(zip(names, params, strict=True), lr=0.1, **backend, **options)
+    reference = ReferenceLamb([p.double().numpy() for p in params], lr=0.1, **options)
+    adapts = options.get("layer_adaptation", True)
+    for step in range(5):
+        before_step = [param.clone() for param in params]
+        for (kind, shape), param in zip(kinds, params, strict=True):
+            param.grad = torch.tensor(heterogeneous(shape, rng, IDLE[kind][step]), dtype=dtype)
+        optimizer.step()
+        reference.step([p.grad.double().numpy() for p in params])
+        idle = {
+            name
+            for (kind, _), name, m in zip(kinds, names, reference.m, strict=True)
+            if adapts and not m.any() and not IDLE[kind][step]
+        }
+        assert set(optimizer.layer_stats()) == set(names) - idle
+        for name, param, before in zip(names, params, before_step, strict=True):
+            if name in idle:
+                assert torch.equal(param, before), name
+    assert worst_difference(params, reference.w) <= TOLERANCE[dtype]
+    assert {float(optimizer.state[param]["step"]) for param in params} == {5.0}
+    for param, before, (kind, _) in zip(params, start, kinds, strict=True):
+        if kind == "never":
+            assert torch.equal(param, before) == adapts
+
+
+IDLE_OPTIONS = [
+    {},
+    {"betas": (0.0, 0.0)},
+    {"max_grad_norm": 1e-3, "maximize": True},
+    {"min_trust_ratio": 0.5, "weight_decay": 0.5},
+    {"layer_adaptation": False},
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("options", IDLE_OPTIONS, ids=str)
+def test_a_layer_without_a_gradient_keeps_its_weights(
+    options: dict, dtype: torch.dtype, backend: dict[str, bool]
+) -> None:
+    """FSDP1 and ZeRO hand zeros where there was no gradient; so does `set_to_none=False`, and LoRA's first step."""
+    check_layers_without_gradients(dtype, options, backend)
+
+
+def check_the_least_gradient(backend: dict[str, bool]) -> None:
+    """A gradient too small for m, or one that cancels what was in m, is a gradient: r = 1/λ, w = (1 - lr)*w."""
+    smallest = torch.tensor(2.0**-149)
+    m = torch.tensor(1.0)
+    for grad, first_moment, beta1 in ((smallest, 0 * m, 0.9), (-smallest, 0 * m, 0.9), (-m, m, 0.5)):
+        w = torch.ones(5)
+        optimizer = Lamb([w], lr=0.1, betas=(beta1, 0.999), **backend)
+        w.grad = torch.zeros(5)
+        optimizer.step()
+        assert torch.equal(w, torch.ones(5))
+        optimizer.state[w]["exp_avg"].fill_(first_moment)
+        w.grad[3] = grad
+        w.grad[:3] = w.grad[4:] = -first_moment
+        optimizer.step()
+        assert not optimizer.state[w]["exp_avg"].any()
+        torch.testing.assert_close(w, torch.full((5,), 0.9))
+
+
+@BACKENDS
+def test_the_least_gradient_is_a_gradient(backend: dict[str, bool]) -> None:
+    check_the_least_gradient(backend)
+
+
+def check_no_eps(backend: dict[str, bool]) -> None:
+    """Without eps, 0 / 0: of a layer that keeps its weights it is not taken."""
+    idle, other = torch.ones(700), torch.ones(700)
+    idle.grad, other.grad = torch.zeros(700), torch.ones(700)
+    optimizer = Lamb([("idle", idle), ("other", other)], lr=0.1, eps=0.0, **backend)
+    optimizer.step()
+    assert torch.equal(idle, torch.ones(700))
+    torch.testing.assert_close(other, torch.full((700,), 0.9))
+    assert list(optimizer.layer_stats()) == ["other"]
+
+
+@BACKENDS
+def test_a_layer_without_a_gradient_needs_no_eps(backend: dict[str, bool]) -> None:
+    check_no_eps(backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_layers_without_a_gradient(dtype: torch.dtype, backend: dict[str, bool]) -> None:
+    """Whatever the gradient's least value is: the layer moves, and with zeros it does not."""
+    idle, least = torch.ones(9, dtype=dtype), torch.ones(9, dtype=dtype)
+    idle.grad, least.grad = torch.zeros_like(idle), torch.zeros_like(least)
+    least.grad[4] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    Lamb([idle, least], lr=0.1, **backend).step()
+    assert torch.equal(idle, torch.ones_like(idle))
+    assert (least != 1).any()
+
+
+@BACKENDS
+def test_a_layer_not_adapted_is_adamws_without_a_gradient_too(backend: dict[str, bool]) -> None:
+    """It decays: nothing there depends on whether gradients are zero."""
+    ours, theirs = (torch.linspace(-1, 1, 9, dtype=torch.float64) for _ in range(2))
+    optimizers = [
+        Lamb([ours], lr=0.1, weight_decay=0.5, layer_adaptation=False, **backend),
+        torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.5, eps=1e-6),
+    ]
+    for param, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for factor in (0.0, 0.0, 1.0, 0.0):
+            param.grad = torch.full_like(param, factor)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
 # -- published and precomputed numbers ------------------------------------------------------------------------------
 
 # TF-Addons' formula (the implementation that the paper's abstract names), float64, eps 1e-6, lr 1e-3, constant

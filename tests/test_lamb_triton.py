@@ -12,9 +12,19 @@ import pytest
 import torch
 
 from hf_lamb import Lamb, lamb
-from hf_lamb.backends import Bucket
+from hf_lamb.backends import Bucket, Sums
 from tests.reference import ReferenceLamb
-from tests.test_lamb_reference import OPTIONS, SCALES, TOLERANCE, heterogeneous, worst_difference
+from tests.test_lamb_reference import (
+    IDLE_OPTIONS,
+    OPTIONS,
+    SCALES,
+    TOLERANCE,
+    check_layers_without_gradients,
+    check_no_eps,
+    check_the_least_gradient,
+    heterogeneous,
+    worst_difference,
+)
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 from triton.runtime.interpreter import _convert_float
@@ -124,6 +134,14 @@ def test_every_dtype_is_the_rounded_reference(dtype: torch.dtype, grad_dtype: to
     }
 
 
+@pytest.mark.parametrize("options", IDLE_OPTIONS, ids=str)
+def test_a_layer_without_a_gradient_keeps_its_weights(options: dict[str, Any]) -> None:
+    """The reference's rule, in chunks; without eps too, where u is 0 / 0; and the least gradient is one."""
+    check_layers_without_gradients(torch.float32, options, {"fused": True})
+    check_no_eps({"fused": True})
+    check_the_least_gradient({"fused": True})
+
+
 def test_mixed_dtypes_in_one_group() -> None:
     """Each parameter as if it were alone, float64 by foreach."""
     rng = np.random.default_rng(3)
@@ -181,13 +199,14 @@ def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType
         bucket_of(kernels, pieces[1], [g[17:].clone() for g in grads]),
     ]
     for _ in range(3):
-        w_sq, u_sq, held = kernels.direction(of_whole)
-        kernels.apply(of_whole, held, 0.1 * (w_sq / u_sq).sqrt())
+        whole_sums, held = kernels.direction(of_whole)
+        step_sizes = 0.1 * (whole_sums.weight_sq / whole_sums.update_sq).sqrt()
+        kernels.apply(of_whole, held, step_sizes)
         first = [kernels.direction(shard) for shard in shards]
-        torch.testing.assert_close(sum(sums[0] for sums in first), w_sq, rtol=1e-6, atol=0)
-        torch.testing.assert_close(sum(sums[1] for sums in first), u_sq, rtol=1e-6, atol=0)
-        for shard, (_, _, held) in zip(shards, first, strict=True):
-            kernels.apply(shard, held, 0.1 * (w_sq / u_sq).sqrt())
+        for parts, of_whole_layers in zip(zip(*(sums for sums, _ in first), strict=True), whole_sums, strict=True):
+            torch.testing.assert_close(sum(parts), of_whole_layers, rtol=1e-6, atol=0)
+        for shard, (_, held) in zip(shards, first, strict=True):
+            kernels.apply(shard, held, step_sizes)
         for w, *parts in zip(whole, *pieces, strict=True):
             assert torch.equal(w, torch.cat(parts))  # elementwise the same arithmetic
 
@@ -237,7 +256,7 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
     here.table.owners = torch.zeros(chunk + 1, dtype=torch.int32)
     here.table.first_chunks = [chunk, chunk + 1]  # of which one is launched
     for bucket in (here, alone):
-        _, _, held = kernels.direction(bucket)
+        _, held = kernels.direction(bucket)
         kernels.apply(bucket, held, torch.tensor([0.1]))
     for tensors in ("params", "exp_avgs", "exp_avg_sqs"):
         assert torch.equal(getattr(here, tensors)[0], getattr(alone, tensors)[0])
@@ -323,7 +342,7 @@ def test_kernels_that_compute_something_else_are_not_used(
     monkeypatch.setattr(kernels, "apply", lambda bucket, held, step_sizes: apply(bucket, held, step_sizes * 1.01))
     with pytest.raises(RuntimeError, match=r"a small torch.float32 step gave other params than foreach's, by up to"):
         kernels.check(torch.device("cpu"))
-    monkeypatch.setattr(kernels, "direction", lambda bucket: (torch.ones(2), torch.ones(2), None))
+    monkeypatch.setattr(kernels, "direction", lambda bucket: (Sums(*torch.ones(3, 2)), None))
     monkeypatch.setattr(kernels, "apply", lambda bucket, held, step_sizes: bucket.params[0].fill_(torch.nan))
     with pytest.raises(RuntimeError, match="other params"):
         kernels.check(torch.device("cpu"))

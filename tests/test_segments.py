@@ -109,17 +109,15 @@ def test_a_step_of_many_layers_counts_once(backend: dict[str, bool]) -> None:
     assert counts == [1, 2, 2, 3]
 
 
-def test_layers_that_are_elsewhere_are_reported_and_nothing_here() -> None:
-    """A layer without an element in this tensor does not move it."""
+def test_layers_that_are_elsewhere_are_nothing_here() -> None:
+    """A layer without an element in this tensor does not move it, and nobody has a gradient of it."""
     optimizer, flat = Lamb([torch.ones(1)], lr=0.1), nn.Parameter(torch.arange(1.0, 7.0))
     optimizer.param_groups[0]["params"] = [flat]
     segments = (Segment("before", 0, 0, 9), Segment("here", 0, 4, 4), Segment("after", 0, 0, 2))
     optimizer._layouts[flat] = Layout(segments, 6)
     flat.grad = torch.ones(6)
     optimizer.step()
-    stats = optimizer.layer_stats()
-    assert list(stats) == ["before", "here", "after"]
-    assert stats["before"] == stats["after"] == (0, 0, 1)
+    assert list(optimizer.layer_stats()) == ["here"]
     assert torch.equal(flat[4:], torch.tensor([5.0, 6.0]))
     assert int(optimizer.state[flat]["step"]) == 1
 

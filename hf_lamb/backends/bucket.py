@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lamb.norms import Reductions
+from hf_lamb.norms import Reductions, any_nonzero
+
+
+class Sums(NamedTuple):
+    """What the first visit finds of the tensors of a bucket, shape [n] each. Over a layer's parts they add up."""
+
+    weight_sq: Tensor  # ‖w‖²
+    update_sq: Tensor  # ‖u‖²
+    nonzero: Tensor  # positive where the gradient or the moved m is not all zero; of adapted layers only
 
 
 @dataclass(slots=True)
@@ -114,6 +122,19 @@ class Bucket:
         if self.clip_factor is not None:
             grad = grad * self.clip_factor
         return grad if self.finite is None else torch.where(self.finite, grad, 0.0)
+
+    def nonzero(self, grads: list[Tensor], exp_avgs: list[Tensor]) -> Tensor:
+        """`Sums.nonzero` of tensors of this bucket, from their gradients as given and their moved first moments.
+
+        Of the gradients too, because (1 - beta1)*g may underflow, or cancel what was in m.
+        """
+        if not self.group["layer_adaptation"]:
+            return torch.zeros(len(grads), dtype=self.math_dtype, device=self.device)
+        return (any_nonzero(grads) | any_nonzero(exp_avgs)).to(self.math_dtype)
+
+    def at_rest(self, u: Tensor, step_size: Tensor) -> Tensor:
+        """u, or zero where the step size is zero: without eps u may be 0 / 0 there, which times zero is no zero."""
+        return u if self.group["eps"] > 0 else torch.where(step_size == 0, 0.0, u)
 
     def bias_corrections(self) -> tuple[Tensor, Tensor]:
         """(1 - beta1**t, 1 - beta2**t) for each parameter, shape [n]; ones where bias_correction is off."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.bucket import Bucket, Sums
 from hf_lamb.norms import squared_norms
 
 # Elements. w, g, m, v and u of a block should be in the cache together, of a part w and u. Best of 2^18 to 2^21 and
@@ -35,8 +35,8 @@ def scratch_size(bucket: Bucket) -> int:
     return max(min(sum(sizes), PART), max(sizes))
 
 
-def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
-    """t += 1, move m and v; return ‖w‖², ‖u‖² and, where there is scratch for all of them, the -u."""
+def direction(bucket: Bucket) -> tuple[Sums, Held | None]:
+    """t += 1, move m and v; return the sums and, where there is scratch for all of them, the -u."""
     bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     bias_correction, weight_decay = bucket.group["bias_correction"], bucket.group["weight_decay"]
@@ -48,13 +48,13 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
 
     held: Held = []
     owners: list[int] = []
-    squares = []
+    sums = []
     start = 0
     for run in _runs(bucket):
         w = [x.to(bucket.math_dtype) for x in _take(bucket.params, run)]
-        g = [x.to(bucket.math_dtype) for x in _take(bucket.grads, run)]
-        if bucket.clip_factor is not None:
-            g = list(torch._foreach_mul(g, bucket.clip_factor))
+        given = [x.to(bucket.math_dtype) for x in _take(bucket.grads, run)]
+        m = _take(bucket.exp_avgs, run)
+        g = given if bucket.clip_factor is None else list(torch._foreach_mul(given, bucket.clip_factor))
         minus_u = []
         for x in w:
             minus_u.append(torch.mul(x, -weight_decay, out=scratch[start : start + x.numel()].view_as(x)))
@@ -62,7 +62,7 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
         torch._fused_adam_(
             minus_u,
             g,
-            _take(bucket.exp_avgs, run),
+            m,
             _take(bucket.exp_avg_sqs, run),
             [],
             [steps[i] for i, _, _ in run],
@@ -75,15 +75,15 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Held | None]:
             maximize=bool(bucket.group["maximize"]),
             found_inf=skip,
         )
-        squares.append(torch.stack((squared_norms(w), squared_norms(minus_u))))
+        sums.append(torch.stack((squared_norms(w), squared_norms(minus_u), bucket.nonzero(given, m))))
         owners.extend(i for i, _, _ in run)
         if keep:
             held.append((run, minus_u))
         else:
             start = 0
-    sums = torch.zeros(2, len(bucket.params), dtype=bucket.math_dtype)
-    w_sq, u_sq = sums.index_add_(1, torch.tensor(owners), torch.cat(squares, dim=1))
-    return w_sq, u_sq, held if keep else None
+    whole = torch.zeros(3, len(bucket.params), dtype=bucket.math_dtype)
+    whole.index_add_(1, torch.tensor(owners), torch.cat(sums, dim=1))
+    return Sums(*whole), held if keep else None
 
 
 def apply(bucket: Bucket, held: Held | None, step_sizes: Tensor) -> None:
@@ -91,10 +91,11 @@ def apply(bucket: Bucket, held: Held | None, step_sizes: Tensor) -> None:
     sizes = step_sizes.unbind()
     for run, minus_u in reversed(held) if held is not None else _computed_again(bucket):
         for x, y, (i, _, _) in zip(_take(bucket.params, run), minus_u, run, strict=True):
+            step = bucket.at_rest(y, sizes[i])
             if x.dtype == y.dtype:
-                x.addcmul_(y, sizes[i])
+                x.addcmul_(step, sizes[i])
             else:
-                x.copy_(torch.addcmul(x.to(y.dtype), y, sizes[i]))
+                x.copy_(torch.addcmul(x.to(y.dtype), step, sizes[i]))
 
 
 def _computed_again(bucket: Bucket) -> Iterator[tuple[list[Piece], list[Tensor]]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.bucket import Bucket, Sums
 from hf_lamb.norms import squared_norms
 
 
-def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """t += 1, move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+def direction(bucket: Bucket) -> tuple[Sums, list[Tensor]]:
+    """t += 1, move m and v; return the sums and u, the direction of each parameter."""
     bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     keep1, keep2 = bucket.betas
@@ -27,10 +27,11 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
         u = m_hat / (v_hat.sqrt() + eps) + weight_decay * w
         weights.append(w)
         updates.append(u)
-    return squared_norms(weights), squared_norms(updates), updates
+    nonzero = bucket.nonzero(bucket.grads, bucket.exp_avgs)
+    return Sums(squared_norms(weights), squared_norms(updates), nonzero), updates
 
 
 def apply(bucket: Bucket, updates: list[Tensor], step_sizes: Tensor) -> None:
     """w -= step_size * u."""
     for param, u, step_size in zip(bucket.params, updates, step_sizes.unbind(), strict=True):
-        param.copy_(param.to(u.dtype) - step_size * u)
+        param.copy_(param.to(u.dtype) - step_size * bucket.at_rest(u, step_size))

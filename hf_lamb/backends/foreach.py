@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.bucket import Bucket, Sums
 from hf_lamb.norms import squared_norms
 
 
-def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """t += 1, move m and v; return ‖w‖², ‖u‖² and u, the direction of each parameter."""
+def direction(bucket: Bucket) -> tuple[Sums, list[Tensor]]:
+    """t += 1, move m and v; return the sums and u, the direction of each parameter."""
     bucket.advance()
     beta1, beta2 = bucket.group["betas"]
     keep1, keep2 = bucket.betas
@@ -34,12 +34,15 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, list[Tensor]]:
     torch._foreach_add_(denominators, [eps] * len(denominators) if isinstance(eps, Tensor) else eps)
     torch._foreach_div_(updates, denominators)
     torch._foreach_add_(updates, weights, alpha=bucket.group["weight_decay"])
-    return squared_norms(weights), squared_norms(updates), updates
+    nonzero = bucket.nonzero(bucket.grads, bucket.exp_avgs)
+    return Sums(squared_norms(weights), squared_norms(updates), nonzero), updates
 
 
 def apply(bucket: Bucket, updates: list[Tensor], step_sizes: Tensor) -> None:
     """w -= step_size * u."""
-    torch._foreach_mul_(updates, step_sizes.unbind())
+    sizes = step_sizes.unbind()
+    updates = [bucket.at_rest(u, size) for u, size in zip(updates, sizes, strict=True)]
+    torch._foreach_mul_(updates, sizes)
     if bucket.params[0].dtype == bucket.math_dtype:
         torch._foreach_sub_(bucket.params, updates)
     else:

@@ -1,6 +1,6 @@
 """The fused backend for CUDA, in Triton: one launch a visit, however many tensors there are.
 
-The first visit moves m and v and leaves the sums of squares of w and u, chunk by chunk; the second computes u again
+The first visit moves m and v and leaves the sums of every chunk; the second computes u again
 from w, m and v, and moves w. A part is small enough for the second visit to find it in the L2 cache where it need not
 wait for other processes. There are no atomics: sums are taken in one order, so that every run gives the same bits.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lamb.backends import foreach
-from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.bucket import Bucket, Sums
 
 # Elements. A chunk is what a program works on, 8 in each of its 256 threads. w, m and v of a part, 12 bytes an element
 # in float32, are half of the 50 MB of L2 of an H100: arithmetic, not a measurement.
@@ -42,10 +42,9 @@ def check(device: torch.device) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         ours, theirs = _small_bucket(dtype, device), _small_bucket(dtype, device)
         ours.table = table_of(ours, None)
-        w_sq, u_sq, held = direction(ours)
-        apply(ours, held, (w_sq / u_sq).sqrt() / 10)
-        w_sq, u_sq, updates = foreach.direction(theirs)
-        foreach.apply(theirs, updates, (w_sq / u_sq).sqrt() / 10)
+        for bucket, do, then in ((ours, direction, apply), (theirs, foreach.direction, foreach.apply)):
+            sums, held = do(bucket)
+            then(bucket, held, (sums.nonzero * sums.weight_sq / sums.update_sq).sqrt() / 10)
         for what in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
             for a, b in zip(getattr(ours, what), getattr(theirs, what), strict=True):
                 if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
@@ -59,6 +58,7 @@ def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
     """A whole chunk with a rest, and a tensor smaller than one."""
     generator = torch.Generator().manual_seed(0)
     group = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True, "maximize": False}
+    group["layer_adaptation"] = True
     bucket = Bucket(group, finite=torch.tensor(True, device=device))
     for size in (CHUNK + 5, 7):
         w, g, m, root_v = torch.randn(4, size, generator=generator).to(device).unbind()
@@ -143,13 +143,14 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
-    """t += 1, move m and v; return ‖w‖², ‖u‖² and the bias corrections, with which `apply` computes u again."""
+def direction(bucket: Bucket) -> tuple[Sums, Tensor]:
+    """t += 1, move m and v; return the sums and the bias corrections, with which `apply` computes u again."""
     group, n = bucket.group, len(bucket.params)
     beta1, beta2 = group["betas"]
     table, first_chunk, chunks = _place(bucket)
-    corrections, sums = torch.empty(2, 2, n, dtype=torch.float32, device=bucket.device).unbind()
-    squares = torch.empty(2, chunks, dtype=torch.float32, device=bucket.device)
+    corrections = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
+    sums = torch.empty(3, n, dtype=torch.float32, device=bucket.device)
+    of_chunks = torch.empty(3, chunks, dtype=torch.float32, device=bucket.device)
 
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     grid = -(-n // _AT_ONCE)
@@ -169,7 +170,7 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
             bucket.finite,
             bucket.clip_factor,
             corrections,
-            squares,
+            of_chunks,
             float(beta1),
             float(1 - beta1),
             float(beta2),
@@ -182,8 +183,8 @@ def direction(bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
             ALIGNED=table.aligned,
             CHUNK=CHUNK,
         )
-    _launch(_sum, n, bucket, table.rows, bucket.start, first_chunk, n, chunks, squares, sums, CHUNK, BLOCK=_AT_ONCE)
-    return sums[0], sums[1], corrections
+    _launch(_sum, n, bucket, table.rows, bucket.start, first_chunk, n, chunks, of_chunks, sums, CHUNK, BLOCK=_AT_ONCE)
+    return Sums(*sums.unbind()), corrections
 
 
 def apply(bucket: Bucket, corrections: Tensor, step_sizes: Tensor) -> None:
@@ -290,10 +291,11 @@ def _move(
     w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1, beta2, rest2, eps, weight_decay,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Move m and v of a chunk; its sums of squares of w and u."""
+    """Move m and v of a chunk; its sums of squares of w and u, and 1 if g or m holds anything but zeros, else 0."""
     offsets = tl.arange(0, CHUNK)
     w = _load(w_at, offsets, size, WHOLE)
-    g = _load(g_at, offsets, size, WHOLE) * factor
+    given = _load(g_at, offsets, size, WHOLE)
+    g = given * factor
     m = _load(m_at, offsets, size, WHOLE)
     v = _load(v_at, offsets, size, WHOLE)
     if keep:  # this step is skipped
@@ -306,14 +308,15 @@ def _move(
     u = _u(w, m, v, inverse1, inverse2, eps, weight_decay)
     if not WHOLE:
         u = tl.where(offsets < size, u, 0.0)  # eps may be 0, and 0 / 0 no number
-    return tl.sum(w * w), tl.sum(u * u)
+    nonzero = tl.max(tl.where((given != 0) | (m != 0), 1.0, 0.0))
+    return tl.sum(w * w), tl.sum(u * u), nonzero
 
 
 @triton.jit(
-    do_not_specialize=["rows", "owners", "start", "first", "n", "finite", "clip_factor", "corrections", "squares"]
+    do_not_specialize=["rows", "owners", "start", "first", "n", "finite", "clip_factor", "corrections", "of_chunks"]
 )
 def _first_visit(
-    rows, owners, start, first, n, finite, clip_factor, corrections, squares,
+    rows, owners, start, first, n, finite, clip_factor, corrections, of_chunks,
     beta1, rest1, beta2, rest2, eps, weight_decay,
     MAXIMIZE: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -337,30 +340,36 @@ def _first_visit(
     if MAXIMIZE:
         factor = -factor
     if size >= CHUNK:
-        w_sq, u_sq = _move(w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1, beta2, rest2,
-                           eps, weight_decay, CHUNK, True)  # fmt: skip
+        w_sq, u_sq, nonzero = _move(w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1,
+                                    beta2, rest2, eps, weight_decay, CHUNK, True)  # fmt: skip
     else:
-        w_sq, u_sq = _move(w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1, beta2, rest2,
-                           eps, weight_decay, CHUNK, False)  # fmt: skip
-    tl.store(squares + program, w_sq)
-    tl.store(squares + tl.num_programs(0) + program, u_sq)
+        w_sq, u_sq, nonzero = _move(w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1,
+                                    beta2, rest2, eps, weight_decay, CHUNK, False)  # fmt: skip
+    at = of_chunks + program
+    tl.store(at, w_sq)
+    tl.store(at + tl.num_programs(0), u_sq)
+    tl.store(at + 2 * tl.num_programs(0), nonzero)
 
 
-@triton.jit(do_not_specialize=["rows", "start", "first", "n", "chunks", "squares", "sums", "size_of_chunk"])
-def _sum(rows, start, first, n, chunks, squares, sums, size_of_chunk, BLOCK: tl.constexpr):
-    """‖w‖² and ‖u‖² of a tensor from those of its chunks."""
+@triton.jit(do_not_specialize=["rows", "start", "first", "n", "chunks", "of_chunks", "sums", "size_of_chunk"])
+def _sum(rows, start, first, n, chunks, of_chunks, sums, size_of_chunk, BLOCK: tl.constexpr):
+    """The sums of a tensor from those of its chunks."""
     i = tl.program_id(0)
     row = rows + (start + i).to(tl.int64) * _COLUMNS
     begin = (tl.load(row + _FIRST) - first).to(tl.int32)
     many = ((tl.load(row + _NUMEL) + size_of_chunk - 1) // size_of_chunk).to(tl.int32)
     w_sq = tl.zeros((BLOCK,), tl.float32)
     u_sq = tl.zeros((BLOCK,), tl.float32)
+    nonzero = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, many, BLOCK):
         chunk = done + tl.arange(0, BLOCK)
-        w_sq += tl.load(squares + begin + chunk, mask=chunk < many, other=0.0)
-        u_sq += tl.load(squares + chunks + begin + chunk, mask=chunk < many, other=0.0)
+        at = of_chunks + begin + chunk
+        w_sq += tl.load(at, mask=chunk < many, other=0.0)
+        u_sq += tl.load(at + chunks, mask=chunk < many, other=0.0)
+        nonzero += tl.load(at + 2 * chunks, mask=chunk < many, other=0.0)
     tl.store(sums + i, tl.sum(w_sq))
     tl.store(sums + n + i, tl.sum(u_sq))
+    tl.store(sums + 2 * n + i, tl.sum(nonzero))
 
 
 @triton.jit
@@ -395,6 +404,8 @@ def _second_visit(
     inverse1 = tl.load(corrections + owner - start)
     inverse2 = tl.load(corrections + n + owner - start)
     step_size = tl.load(step_sizes + owner - start)
+    if step_size == 0:  # eps may be 0, and u no number
+        return
     if size >= CHUNK:
         _descend(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, True)
     else:

@@ -18,7 +18,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     **dict.fromkeys(["start", "first", "n", "chunks", "size_of_chunk"], "i32"),
     **dict.fromkeys(["log_beta1", "log_beta2", "beta1", "rest1", "beta2", "rest2", "eps", "weight_decay"], "fp32"),
-    **dict.fromkeys(["clip_factor", "corrections", "squares", "sums", "step_sizes"], "*fp32"),
+    **dict.fromkeys(["clip_factor", "corrections", "of_chunks", "sums", "step_sizes"], "*fp32"),
     **{"rows": "*i64", "owners": "*i32", "finite": "*u1"},
 }
 
