@@ -14,6 +14,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
 
 __all__ = ["NoiseScale", "NoiseScaleTrainer", "noise_scale_in_words"]
 
@@ -35,7 +36,7 @@ class NoiseScale:
         self.decay = decay
         self.averages: Tensor | None = None  # tr(Σ), |G|²; their common bias towards 0 goes away in the ratio
 
-    def update(self, small: Tensor, inverse_b: Tensor | float, large: Tensor, inverse_B: float) -> None:
+    def update(self, small: Tensor, inverse_b: Tensor | float, large: Tensor, inverse_B: Tensor | float) -> None:
         """Take in ‖g_b‖², 1/b, ‖g_B‖² and 1/B of one step, without a look at them; what is not finite is left out."""
         noise = (small - large) / (inverse_b - inverse_B)
         new = torch.stack((noise, large - noise * inverse_B))
@@ -98,6 +99,7 @@ class NoiseScaleTrainer(Trainer):
         self._small: tuple[Tensor, Tensor | float] | None = None  # ‖g_b‖² of this process, and its 1/b
         self._share: Tensor | float | None = None  # of this step's first micro-batch, in the global batch
         self._before_all_reduce: list[Tensor] = []  # sums of squares of what DDP is about to average
+        self._rows: int | None = None  # sequences of this step's global batch
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         whole = whole and self.get_tp_size() == self.get_cp_size() == self.get_sp_size() == 1
         self._measures_noise = whole and getattr(self.args, "log_noise_scale", True)
@@ -107,11 +109,28 @@ class NoiseScaleTrainer(Trainer):
         self._share = self._small = None
         handler = self.accelerator.ddp_handler
         hooked = handler is not None and handler.comm_hook.value != "no"
-        alone = self.args.gradient_accumulation_steps == 1 and self.args.world_size > 1
-        if self._measures_noise and alone and not hooked and isinstance(model, DistributedDataParallel):
-            seen = self._before_all_reduce  # not self: DDP would keep the trainer, and the trainer DDP
+        if not self._measures_noise or hooked or not isinstance(model, DistributedDataParallel):
+            return model, dataloader
+        seen = vars(model).setdefault("hf_lamb_seen", [])  # trained before: DDP takes one hook, once
+        self._before_all_reduce = seen
+        if self._averages_at_once() and not vars(model).get("hf_lamb_hooked"):
+            vars(model)["hf_lamb_hooked"] = True
+            # Without self: DDP would keep the trainer, and the trainer DDP.
             model.register_comm_hook(None, lambda state, bucket: _look_and_reduce(seen, bucket))
         return model, dataloader
+
+    def _averages_at_once(self) -> bool:
+        """Whether the first micro-batch's gradient is averaged over processes before it can be seen."""
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return self.args.world_size > 1 and (each or self.args.gradient_accumulation_steps == 1)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; counts the sequences of this step, of which the last of an epoch may have fewer."""
+        samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        rows = [find_batch_size(batch) for batch in samples]  # type: ignore[no-untyped-call]
+        processes = self.args.world_size // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        self._rows = sum(rows) * processes if rows and None not in rows else None
+        return samples, num_items_in_batch
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -122,8 +141,12 @@ class NoiseScaleTrainer(Trainer):
         self._share = self._share_of(inputs, num_items_in_batch)
         self._before_all_reduce.clear()
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._micro_batches_are_equal():
+            self._share = self._share_of(inputs, None)
         square = torch.stack(self._before_all_reduce).sum() if self._before_all_reduce else None
-        if not self.accelerator.sync_gradients:  # more micro-batches follow, so these are nobody else's gradients
+        self._before_all_reduce.clear()
+        # More micro-batches follow, and no process has averaged: these are nobody else's gradients.
+        if not self.accelerator.sync_gradients and not self._averages_at_once():
             grads = [param.grad for param in model.parameters() if param.grad is not None]
             if any(isinstance(grad, DTensor) or grad.is_sparse for grad in grads):
                 self._measures_noise = False
@@ -143,15 +166,24 @@ class NoiseScaleTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if self._small is not None and isinstance(norm, Tensor):
             square, inverse_b = self._small
-            pair = torch.stack((square, torch.as_tensor(inverse_b, dtype=square.dtype, device=square.device)))
+            numbers = torch.stack(
+                [torch.as_tensor(x).to(square) for x in (square, inverse_b, self._global_batch_size())]
+            )
             if self.args.world_size > 1:
-                pair = self.accelerator.reduce(pair, "mean")
-            self.noise_scale.update(pair[0], pair[1], norm.detach().float().square(), 1 / self._global_batch_size())
+                numbers = self.accelerator.reduce(numbers, "mean")
+            self.noise_scale.update(numbers[0], numbers[1], norm.detach().float().square(), 1 / numbers[2])
         self._share = self._small = None
+        self._before_all_reduce.clear()
         return norm
 
+    def _micro_batches_are_equal(self) -> bool:
+        """Whether all count the same in the loss of the step, however many labels each has."""
+        return False
+
     def _global_batch_size(self) -> float:
-        """The sequences of this step, of which the last of an epoch may have fewer micro-batches."""
+        """The sequences of this step."""
+        if self._rows is not None:
+            return self._rows
         planned = self.args.gradient_accumulation_steps
         return self.get_total_train_batch_size(self.args) * self.current_gradient_accumulation_steps / planned
 
@@ -160,8 +192,16 @@ class NoiseScaleTrainer(Trainer):
         if num_items_in_batch is None or "labels" not in inputs:
             return float(1 / (self.current_gradient_accumulation_steps * self.args.world_size))
         processes = 1 if self.args.average_tokens_across_devices else self.args.world_size
-        share: Tensor = self._count_items(inputs) / (num_items_in_batch * processes)
+        total = self._total(getattr(num_items_in_batch, "plain", num_items_in_batch))
+        share: Tensor = self._count_items(inputs) / (total * processes)
         return share
+
+    def _total(self, items_in_batch: Tensor | int) -> Tensor | int:
+        """The items of the global batch as one number, where Trainer has prepared it for DataParallel."""
+        if isinstance(items_in_batch, Tensor) and items_in_batch.dim() > 0:
+            items_in_batch = items_in_batch.flatten()[0]
+        several = self.args.n_gpu > 1 and not self.args.average_tokens_across_devices
+        return items_in_batch * self.args.n_gpu if several else items_in_batch
 
     def _count_items(self, inputs: dict[str, Any]) -> Tensor:
         """The labels of this micro-batch, counted as Trainer counts those of the global one."""
