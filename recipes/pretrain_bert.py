@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
@@ -397,8 +397,7 @@ def stream_data(recipe: RecipeArguments, seed: int) -> Data:
         raise ValueError(
             f"--streaming takes one hub dataset, got --corpus {' '.join(recipe.corpus)}: leave --streaming out"
         )
-    documents = partial(hub_documents, recipe.corpus[0], streaming=True)
-    start = list(islice(documents(), STREAM_HELD_OUT + STREAM_SAMPLE))
+    start = list(islice(streamed_documents(recipe.corpus[0]), STREAM_HELD_OUT + STREAM_SAMPLE))
     held_out, sample = start[:STREAM_HELD_OUT], start[STREAM_HELD_OUT:]
     if not sample:
         raise ValueError(
@@ -407,14 +406,20 @@ def stream_data(recipe: RecipeArguments, seed: int) -> Data:
         )
     tokenizer = tokenizer_for(recipe, sample)
     dataset = StreamedBlocks(
-        lambda: islice(documents(), STREAM_HELD_OUT, None),
+        partial(streamed_documents, recipe.corpus[0], first=STREAM_HELD_OUT),
         tokenizer,
         recipe.max_seq_length,
         recipe.mlm_probability,
         seed,
+        passes=None,
     )
     blocks = tokenize_into_blocks(sample, tokenizer, recipe.max_seq_length)
     return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
+
+
+def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
+    """Of a hub dataset from the document `first` on; a function that spawned workers can be given."""
+    return islice(hub_documents(name, streaming=True), first, None)
 
 
 def tokenizer_for(recipe: RecipeArguments, documents: Iterable[Document]) -> PreTrainedTokenizerBase:

@@ -95,6 +95,22 @@ def test_a_dataset_is_streamed(texts: Path, tmp_path: Path, monkeypatch: pytest.
     assert record["held_out_loss"] > 0
 
 
+def test_a_stream_that_is_shorter_than_the_run_resumes_in_its_third_pass(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, read by two workers."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(pretrain_bert, "STREAM_HELD_OUT", 30)
+    monkeypatch.setattr(pretrain_bert, "STREAM_SAMPLE", 300)
+    arguments = ["--corpus", str(texts), "--streaming", "--dataloader_num_workers", "2", "--global_batch_size", "256"]
+    arguments += ["--max_steps", "10", "--save_steps", "8", "--eval_strategy", "no", "--output_dir"]
+    pretrain(monkeypatch, *SMALL, *arguments, str(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole/checkpoint-8", tmp_path / "resumed/checkpoint-8")
+    pretrain(monkeypatch, *SMALL, *arguments, str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest")
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path / "resumed").items())
+
+
 @pytest.mark.parametrize(("optim", "rate"), [("adamw_torch_fused", 1e-3), ("sgd", 0.2)])
 def test_other_optimizers_with_rates_of_their_own(optim: str, rate: float, tmp_path: Path) -> None:
     """The comparison needs nothing but another --optim; the rate follows unless it is given."""
