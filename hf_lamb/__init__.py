@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback, trust_ratio_history
     from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
     from hf_lamb.fsdp import tied_heads_in_one_group
+    from hf_lamb.model_card import options_in_force
     from hf_lamb.noise_scale import noise_scale_in_words
     from hf_lamb.phases import CARRY_OVER
     from hf_lamb.sharpness import (
@@ -54,6 +55,7 @@ __all__ = [
     "lambda_max",
     "newest_complete_checkpoint",
     "noise_scale_in_words",
+    "options_in_force",
     "register",
     "tied_heads_in_one_group",
     "trust_ratio_history",
@@ -77,6 +79,7 @@ _LAZY = {
     "lambda_max": "hf_lamb.sharpness",
     "newest_complete_checkpoint": "hf_lamb.checkpoints",
     "noise_scale_in_words": "hf_lamb.noise_scale",
+    "options_in_force": "hf_lamb.model_card",
     "tied_heads_in_one_group": "hf_lamb.fsdp",
     "trust_ratio_history": "hf_lamb.callbacks",
     "weighted_trace": "hf_lamb.sharpness",

@@ -11,11 +11,28 @@ from hf_lamb._version import __version__
 from hf_lamb.callbacks import find_lamb
 from hf_lamb.files import replacing
 
-__all__ = ["ModelCardTrainer"]
+__all__ = ["ModelCardTrainer", "options_in_force"]
 
 
 # What transformers writes of a model without a name, where it means the other.
 OF_NOTHING = "is a fine-tuned version of [](https://huggingface.co/)"
+
+
+def options_in_force(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer, also one that accelerate has wrapped, trains with, whatever `args` say: for records.
+
+    A resumed run goes on with the options of its checkpoint, not with those of its command line.
+
+    Returns:
+        "learning_rate", at the schedule's peak, and "weight_decay", each the largest of all groups', and the other
+        options of the first group under their own names, such as "betas" and "eps".
+    """
+    groups = [{**group, "learning_rate": group.get("initial_lr", group.get("lr"))} for group in optimizer.param_groups]
+    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted"}
+    options = {name: value for name, value in groups[0].items() if name not in own}
+    for name in ("learning_rate", "weight_decay"):
+        options[name] = max((float(group[name]) for group in groups if group.get(name) is not None), default=0.0)
+    return options
 
 
 class ModelCardTrainer(Trainer):
