@@ -104,9 +104,9 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
 class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
     """`MaskedBlocks` over documents that are read as they are needed: for corpora that do not fit, or not yet, here.
 
-    An epoch has the same rows under the same masks whatever the number of workers: a row's mask depends on (seed, epoch,
-    number of its document, number of the row in it). Every worker reads all documents, and tokenizes those whose turn
-    is its own. The order of the rows depends on the number of workers: resume with the same.
+    An epoch has the same rows under the same masks whatever the number of workers: a row's mask depends on (seed,
+    epoch, number of its document, number of the row in it). Every worker reads all documents, and tokenizes those
+    whose turn is its own. The order of the rows depends on the number of workers: resume with the same.
 
     documents: called at the start of every pass, gives the documents in the same order every time. It need not know
     of workers, and is not told of them: a `datasets.IterableDataset` does not divide its files among them here.
