@@ -1,6 +1,5 @@
-"""The command lines of recipes: `--help` with the defaults that hold, and a suggestion for what is misspelt."""
+"""The command lines of recipes: a suggestion for what is misspelt."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,3 @@ def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -
         known = [option for option in parser._option_string_actions if option.startswith("--")]
         raise ValueError(f"unknown option {word!r}{near(word, known)}: --help lists all")
     return tuple(parsed)
-
-
-def no_options(description: str) -> None:
-    """For programs that take none: `--help` says what they do, and does not do it."""
-    argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

@@ -1,5 +1,6 @@
 """What a run leaves behind: a line of results.jsonl, a picture, and a summary for people."""
 
+import argparse
 import json
 import platform
 import sys
@@ -30,6 +31,11 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def no_options(description: str) -> None:
+    """For programs that take none: `--help` says what they do, and does not do it."""
+    argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
