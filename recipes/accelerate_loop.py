@@ -120,7 +120,8 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
     if accelerator.is_main_process:
         print(
             f"BERT-{args.size}, global batch {args.global_batch_size:,} = {args.per_device_train_batch_size} "
-            f"sequences x {accumulation} accumulation steps x {accelerator.num_processes} processes; {args.max_steps:,} steps\n"
+            f"sequences x {accumulation} accumulation steps x {accelerator.num_processes} processes; "
+            f"{args.max_steps:,} steps\n"
             f"{kind_of(accelerator)} on {hardware()}"
         )
         facts = Path(newest, DATA_FILE) if newest else None
