@@ -18,9 +18,9 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[recipes,dev]'
 	@touch $@
 
+# In the shell's place, so that a signal to make ends the training; started again, it goes on.
 pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
-	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) -m recipes.pretrain_bert $(ARGS)
+	@OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) exec $(RUN) recipes.pretrain_bert --resume_from_checkpoint auto $(ARGS)
 
 # As many processes as cores, a thread each; on GPUs, see the recipes' `--help` and README.
 EVERY_CORE := OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$(getconf _NPROCESSORS_ONLN)

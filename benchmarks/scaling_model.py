@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from recipes.report import no_options
+
 GPUS_PER_NODE = 8
 # Microseconds: NCCL's own model of its tree all-reduce with the low-latency protocol,
 # https://github.com/NVIDIA/nccl/blob/01afd20a77b5804e0ecf1042509dd9d20ebf9e93/src/graph/tuning.cc
@@ -57,4 +59,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     print(table())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.plots import picture, plain_log
-from recipes.report import between_markers, replacing
+from recipes.report import between_markers, no_options, replacing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -97,6 +97,7 @@ def recorded(name: str) -> list[Record]:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     for file, *table in TABLES:
         with replacing(ROOT / file) as unfinished:
             unfinished.write_text(with_table((ROOT / file).read_text(), *table))

@@ -38,15 +38,17 @@ def record_trust_ratios(history: dict[str, Any], step: int, ratios: dict[str, fl
 
 
 def trust_ratio_warnings(history: dict[str, Any]) -> list[str]:
-    """What is wrong in the second half of the history, a line each; nothing for fewer than four columns.
+    """What is wrong in the second half of the history, a line each; of fewer than four columns, in the last one.
 
-    * The median layer's ratio is mostly above 4: ‖w‖ has grown, so the learning rate is too high. If not:
+    * The median layer's ratio is mostly above 4: ‖w‖ has grown, so the learning rate is too high. If not, and of four
+      columns or more:
     * A layer's ratio is always above 4: its weights are large or hardly get a gradient.
     * A layer's ratio is always less than 1/20 of the median layer's: it moves that much less than the others.
     """
-    half = len(history.get("steps", [])) // 2
-    if half < 2:
+    columns = len(history.get("steps", []))
+    if columns == 0:
         return []
+    half = columns // 2 if columns >= 4 else columns - 1
     rows = {name: row[half:] for name, row in history["ratios"].items()}
     middle = [median(column) for column in zip(*rows.values(), strict=True)]
     since = f"since step {history['steps'][half]}"
@@ -55,7 +57,9 @@ def trust_ratio_warnings(history: dict[str, Any]) -> list[str]:
             f"trust ratio of the median layer mostly above {TOO_HIGH:g} {since} (its median is {typical:.3g}): the "
             "weights' norms have grown, the learning rate is too high; good runs have ratios well below 1"
         ]
-    warnings = []
+    warnings: list[str] = []
+    if columns < 4:  # too few to say of a layer that it stays there
+        return warnings
     for name, row in rows.items():
         if min(row) > TOO_HIGH:
             warnings.append(

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -30,8 +30,19 @@ from transformers import HfArgumentParser
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
 from hf_lamb.scaling import check_warmup, decay_factor
 from recipes.bert import SIZES, new_bert
-from recipes.pretrain_bert import Data, RecipeArguments, load_data, make_output_dir
-from recipes.report import append_json_line, provenance
+from recipes.options import parse_options
+from recipes.pretrain_bert import Data, RecipeArguments, changes, load_data
+from recipes.processes import (
+    accumulation_of,
+    asked_for_and_off,
+    check_connected,
+    kind_of,
+    micro_batch_of,
+    only_run_in,
+)
+from recipes.report import append_json_line, hardware, provenance
+
+DATA_FILE = "data.json"
 
 
 @dataclass
@@ -40,28 +51,45 @@ class LoopArguments:
 
     size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(default_factory=lambda: ["embedded"], metadata={"help": "As recipes.pretrain_bert's."})
-    vocab_size: int = 8192
-    max_seq_length: int = 64
+    vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence."})
     global_batch_size: int = field(default=64, metadata={"help": "Sequences in an optimizer step."})
-    per_device_train_batch_size: int = 32
-    max_steps: int = 2400
-    warmup_steps: int = 240
-    learning_rate: float = 1e-2
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    logging_steps: int = 10
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences at a time on each process; default: at most 32, as many as fit."}
+    )
+    max_steps: int = field(default=2400, metadata={"help": "Optimizer steps."})
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "Steps in which the rate rises; default: a tenth of them."}
+    )
+    learning_rate: float = field(default=1e-2, metadata={"help": "The highest one, after the warm-up."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "The gradients' norm is clipped to that."})
+    seed: int = field(default=42, metadata={"help": "Of weights, data order and masks."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between two values in the log."})
     save_steps: int = field(default=240, metadata={"help": "Steps between two checkpoints, and evaluations."})
-    output_dir: str = "runs/accelerate_loop"
+    output_dir: str = field(default="runs/accelerate_loop", metadata={"help": "The folder of the run."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint, if there is one."})
     report_to: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate's, or 'none'."})
-    use_cpu: bool = False
+    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
 
 
 def main() -> None:
     """Train, evaluate, save; one line of results in the output directory."""
+    with ExitStack() as until_the_end:
+        accelerator, *run = prepare(until_the_end)
+        try:
+            train(accelerator, *run)
+        except KeyboardInterrupt:
+            if accelerator.is_main_process:
+                sys.stderr.write("\naccelerate_loop: interrupted: the same command with --resume goes on\n")
+            sys.exit(130)
+        accelerator.end_training()
+
+
+def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data, int, Path | None]:
+    """What `train` takes; ends in one line where something is wrong. until_the_end: what holds the output folder."""
     try:
-        (args,) = HfArgumentParser(LoopArguments).parse_args_into_dataclasses()
+        (args,) = parse_options(HfArgumentParser(LoopArguments, description=__doc__.splitlines()[0]))
         tracker = None if args.report_to == "none" else args.report_to
         if tracker and tracker not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"--report_to {tracker} is no tracker that is installed: give none, or install it")
@@ -70,21 +98,44 @@ def main() -> None:
             raise ValueError(
                 "DeepSpeed steps inside of backward, which this loop is not for: use recipes.pretrain_bert"
             )
-        at_once = args.per_device_train_batch_size * accelerator.num_processes
-        if min(args.global_batch_size, at_once) < 1 or args.global_batch_size % at_once:
-            raise ValueError(f"--global_batch_size {args.global_batch_size} is no multiple of {at_once} at a time")
+        check_connected(accelerator.num_processes)
+        if args.per_device_train_batch_size is None:
+            args.per_device_train_batch_size = micro_batch_of(args.global_batch_size, accelerator.num_processes)
+        accumulation = accumulation_of(
+            args.global_batch_size, args.per_device_train_batch_size, accelerator.num_processes
+        )
+        if args.warmup_steps is None:
+            args.warmup_steps = args.max_steps // 10
         check_warmup(args.warmup_steps, args.max_steps)
-        with accelerator.main_process_first():
-            names = ("size", "corpus", "vocab_size", "max_seq_length")
-            data = load_data(RecipeArguments(**{name: getattr(args, name) for name in names}), args.seed)
-        make_output_dir(args.output_dir)
         newest = newest_checkpoint(Path(args.output_dir))
         if newest and not args.resume:
             raise ValueError(f"{args.output_dir} holds {newest.name}: add --resume, or --output_dir for another place")
+        with accelerator.main_process_first():
+            names = ("size", "corpus", "vocab_size", "max_seq_length")
+            recipe = RecipeArguments(**{name: getattr(args, name) for name in names})
+            data = load_data(recipe, args.seed, str(newest) if newest else None)
+        until_the_end.enter_context(only_run_in([args.output_dir], accelerator.is_main_process))
     except (ValueError, OSError) as error:
         sys.exit(f"accelerate_loop: {' '.join(str(error).split())}")
-    train(accelerator, args, data, args.global_batch_size // at_once, newest)
-    accelerator.end_training()
+    if accelerator.is_main_process:
+        print(
+            f"BERT-{args.size}, global batch {args.global_batch_size:,} = {args.per_device_train_batch_size} "
+            f"sequences x {accumulation} accumulation steps x {accelerator.num_processes} processes; "
+            f"{args.max_steps:,} steps\n"
+            f"{kind_of(accelerator)} on {hardware()}"
+        )
+        facts = Path(newest, DATA_FILE) if newest else None
+        before = json.loads(facts.read_text()) if facts and facts.exists() else None
+        for line in [*asked_for_and_off(accelerator), *changes(before, data.facts)]:
+            print(f"warning: {line}")
+        if newest:
+            print(f"resuming from {newest}, step {step_of(newest):,} of {args.max_steps:,}")
+    return accelerator, args, data, accumulation, newest
+
+
+def step_of(checkpoint: Path) -> int:
+    """checkpoint-N's N."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulation: int, newest: Path | None) -> None:
@@ -108,7 +159,7 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
     step, losses, metrics = 0, [], {}
     if newest:
         accelerator.load_state(str(newest))
-        step = int(newest.name.partition("-")[2])
+        step = step_of(newest)
     bar = tqdm(total=args.max_steps, initial=step, disable=not accelerator.is_local_main_process)
     steps_per_epoch = math.ceil(len(loader) / accumulation)
     while step < args.max_steps:
@@ -140,7 +191,7 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
             if step % args.save_steps == 0 or step == args.max_steps:
                 metrics = evaluate(accelerator, model, held_out)
                 accelerator.log(metrics, step=step)
-                save_checkpoint(accelerator, Path(args.output_dir), step)
+                save_checkpoint(accelerator, Path(args.output_dir), step, data)
     bar.close()
     metrics = metrics or evaluate(accelerator, model, held_out)
     weights, bare = accelerator.get_state_dict(model), accelerator.unwrap_model(model)
@@ -188,11 +239,14 @@ def evaluate(accelerator: Accelerator, model: Any, held_out: DataLoader[Any]) ->
 
 def newest_checkpoint(output: Path) -> Path | None:
     """checkpoint-N with the highest N."""
-    return max(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return max(output.glob("checkpoint-*"), key=step_of, default=None)
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path, step: int) -> None:
-    """Whole or not there: it gets its name when every process has written its part; the one before is kept."""
+def save_checkpoint(accelerator: Accelerator, output: Path, step: int, data: Data) -> None:
+    """Whole or not there: it gets its name when every process has written its part; the one before is kept.
+
+    With the tokenizer, whose ids the embeddings are of, and by which data a run that resumes knows them again.
+    """
     unfinished, before = output / "unfinished", newest_checkpoint(output)
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -200,6 +254,8 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int) -> None:
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        data.tokenizer.save_pretrained(unfinished)
+        (unfinished / DATA_FILE).write_text(json.dumps(data.facts))
         unfinished.rename(output / f"checkpoint-{step}")
         for old in set(output.glob("checkpoint-*")) - {before, output / f"checkpoint-{step}"}:
             shutil.rmtree(old)

@@ -40,7 +40,8 @@ from recipes.corpus import load_documents, split_documents
 from recipes.html_report import markdown_table
 from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
 from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
-from recipes.pretrain_bert import make_output_dir
+from recipes.options import parse_options
+from recipes.processes import make_output_dir
 from recipes.sweep import Record, Search, Study, Trial, shuffled
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
@@ -94,10 +95,9 @@ class Data(NamedTuple):
 
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
-    (arguments,) = HfArgumentParser(
-        CompareArguments, description=__doc__.splitlines()[0]
-    ).parse_args_into_dataclasses()
     try:
+        parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
+        (arguments,) = parse_options(parser)
         check(arguments)
         study = Study(Path(arguments.output_dir), search_of(arguments), facts_of(arguments))
         if arguments.report_only:

@@ -55,6 +55,8 @@ def hub_documents(name: str, column: str = "text", streaming: bool = False) -> I
     except ImportError:
         raise ValueError(f"{name!r} is no local file, and hub datasets need: pip install datasets") from None
     path, _, config = name.partition(":")
+    if not _can_be_a_hub_name(path) and not os.path.exists(path):
+        raise ValueError(f"there is no file or folder {name!r}: check the path, or use 'embedded'")
     try:
         rows = load_dataset(path, config or None, split="train", streaming=streaming)
     except Exception as error:  # whatever hub, network or builder raise; it comes in many types
@@ -122,6 +124,11 @@ def _documents(item: str) -> Iterator[Document]:
         raise ValueError(f"there is no file {item!r}: check the path, or use 'embedded'")
     else:
         yield from hub_documents(item)
+
+
+def _can_be_a_hub_name(path: str) -> bool:
+    """Letters, digits, `-`, `_` and `.`, and at most one slash, inside."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path, re.ASCII) is not None and ".." not in path
 
 
 def _files_in(folder: str) -> list[Path]:

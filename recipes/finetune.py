@@ -28,8 +28,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 from recipes import html_report
 from recipes.compare_optimizers import autocast
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
+from recipes.options import parse_options
 from recipes.plots import u_curves
-from recipes.pretrain_bert import make_output_dir
+from recipes.processes import make_output_dir
 from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 from recipes.tasks import PARTS, Example, Task, load_task
 
@@ -82,11 +83,11 @@ class Encoded(NamedTuple):
 
 def main() -> None:
     """Run what is missing, then leave table, picture and page in the output directory."""
-    parser = HfArgumentParser(FinetuneArguments, description=__doc__.splitlines()[0])
-    (arguments,) = parser.parse_args_into_dataclasses()
     transformers.utils.logging.set_verbosity_error()  # that the classifier is new is no news
     transformers.utils.logging.disable_progress_bar()
     try:
+        parser = HfArgumentParser(FinetuneArguments, description=__doc__.splitlines()[0])
+        (arguments,) = parse_options(parser)
         check(arguments)
         task = load_task(arguments.task, arguments.text_column, arguments.label_column)
         if len(task.train) < arguments.batch_size:

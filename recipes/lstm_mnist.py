@@ -25,8 +25,9 @@ from transformers import HfArgumentParser
 from recipes import html_report
 from recipes.images import Images, Split, load_images
 from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
+from recipes.options import parse_options
 from recipes.plots import COLOURS, legend_below, picture, plain_log, u_curves
-from recipes.pretrain_bert import make_output_dir
+from recipes.processes import make_output_dir
 from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
@@ -60,8 +61,9 @@ class LstmArguments:
 
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
-    (arguments,) = HfArgumentParser(LstmArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
     try:
+        parser = HfArgumentParser(LstmArguments, description=__doc__.splitlines()[0])
+        (arguments,) = parse_options(parser)
         data = load_images(arguments.data_dir)
         if arguments.batch_sizes is None:
             every = len(data.train)

@@ -1,12 +1,14 @@
 """Masked language modelling whose masks are a function of (seed, epoch, index) and of nothing else."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from recipes.corpus import Document
-from recipes.tokenizer import tokenize_into_blocks
+from recipes.tokenizer import tokenize_each
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -30,7 +32,8 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
     blocks: integer ids, [n_blocks, block_size]. mlm_probability: of choosing a token; special tokens are never
     chosen, and every row that holds a token has at least one chosen. Random tokens are no special ones.
     dynamic: new masks every epoch (`set_epoch`); False for a held-out set, whose masks then never change.
-    first_index: the index, for the masks, of the first block: these blocks are a piece of something longer.
+    identities: for every block two numbers, int64, that its mask follows from in place of its index (0, index): these
+    blocks are a piece of something longer.
     Items: `input_ids`, `attention_mask`, `labels` (-100 where not chosen), int64, [block_size] each.
     Raises ValueError for a probability outside (0, 1] and for a tokenizer without [MASK].
     """
@@ -42,7 +45,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         mlm_probability: float = 0.15,
         seed: int = 0,
         dynamic: bool = True,
-        first_index: int = 0,
+        identities: np.ndarray | None = None,
     ) -> None:
         if not 0 < mlm_probability <= 1:
             raise ValueError(f"mlm_probability must lie in (0, 1], got {mlm_probability}")
@@ -52,7 +55,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         self.mlm_probability = mlm_probability
         self.seed = seed
         self.dynamic = dynamic
-        self.first_index = first_index
+        self.identities = identities
         self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), self.special_ids)
@@ -90,12 +93,10 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
     def _draws(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """For every position of every row, one number in [0, 1) and one 64-bit integer."""
         length, epoch = self.blocks.shape[1], int(self._epoch)
-        # Philox counts up from the counter's first word; the last two make every row's stream its own.
+        # Philox counts up from the counter's first word; the other three make every row's stream its own.
+        whose = [(0, int(index)) if self.identities is None else self.identities[index] for index in indices]
         raw = np.stack(
-            [
-                np.random.Philox(key=self.seed, counter=[0, 0, self.first_index + index, epoch]).random_raw(2 * length)
-                for index in map(int, indices)
-            ]
+            [np.random.Philox(key=self.seed, counter=[0, *own, epoch]).random_raw(2 * length) for own in whose]
         )
         return (raw[:, :length] >> 11) * 2.0**-53, raw[:, length:]
 
@@ -103,8 +104,15 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
 class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
     """`MaskedBlocks` over documents that are read as they are needed: for corpora that do not fit, or not yet, here.
 
-    documents: called at the start of every epoch, gives the documents in the same order every time. Every process
-    reads all of them and keeps its share of the rows, which accelerate deals out.
+    An epoch has the same rows under the same masks whatever the number of workers: a row's mask depends on (seed,
+    epoch, number of its document, number of the row in it). Every worker reads all documents, and tokenizes those
+    whose turn is its own. The order of the rows depends on the number of workers: resume with the same.
+
+    documents: called at the start of every pass, gives the documents in the same order every time. It need not know
+    of workers, and is not told of them: a `datasets.IterableDataset` does not divide its files among them here.
+    With spawned workers it must be picklable. Where there are several processes, accelerate deals out the rows.
+    passes: over the documents, each with the masks of the next epoch; None: without end. Trainer counts the whole run
+    as one epoch of a stream, so a stream that it resumes must not end before the run.
     """
 
     def __init__(
@@ -114,12 +122,14 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         block_size: int,
         mlm_probability: float = 0.15,
         seed: int = 0,
+        passes: int | None = 1,
     ) -> None:
         self.documents = documents
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.mlm_probability = mlm_probability
         self.seed = seed
+        self.passes = passes
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -127,13 +137,52 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        documents, rows_so_far = iter(self.documents()), 0
-        while some := list(islice(documents, 256)):
-            blocks = tokenize_into_blocks(some, self.tokenizer, self.block_size)
-            rows = MaskedBlocks(blocks, self.tokenizer, self.mlm_probability, self.seed, first_index=rows_so_far)
-            rows.set_epoch(int(self._epoch))
+        worker, epoch = get_worker_info(), int(self._epoch)
+        turn, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in count() if self.passes is None else range(self.passes):
+            rows = 0
+            for rows, row in enumerate(self._one_pass(epoch + number, turn, workers), 1):  # noqa: B007
+                yield row
+            if rows == 0:  # more workers than documents: there will be none in the next pass either
+                return
+
+    def _one_pass(self, epoch: int, turn: int, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+        with _as_outside_of_a_worker():
+            documents = enumerate(self.documents())
+        while True:
+            with _as_outside_of_a_worker():
+                some = list(islice(documents, 256 * workers))
+            if not some:
+                return
+            mine = [(number, document) for number, document in some if number % workers == turn]
+            of_each = list(tokenize_each((document for _, document in mine), self.tokenizer, self.block_size))
+            identities = [
+                (row, number) for (number, _), its in zip(mine, of_each, strict=True) for row in range(len(its))
+            ]
+            if not identities:
+                continue
+            rows = MaskedBlocks(
+                torch.from_numpy(np.concatenate(of_each)),
+                self.tokenizer,
+                self.mlm_probability,
+                self.seed,
+                identities=np.array(identities),
+            )
+            rows.set_epoch(epoch)
             yield from rows.__getitems__(range(len(rows)))
-            rows_so_far += len(rows)
+
+
+@contextmanager
+def _as_outside_of_a_worker() -> Iterator[None]:
+    """Hide from what runs here that it is in a worker of a DataLoader.
+
+    `datasets` would give each worker some of the files, and number their rows from 0 in each.
+    """
+    worker, torch_worker._worker_info = torch_worker._worker_info, None
+    try:
+        yield
+    finally:
+        torch_worker._worker_info = worker
 
 
 class MaskEpochCallback(TrainerCallback):

@@ -6,26 +6,38 @@
     python -m recipes.pretrain_bert --plan recipes/configs/bert_large_64k_32k.yaml --corpus HUB_NAME   # two phases
 
 All options of `transformers.TrainingArguments` are there, with defaults that follow `--size` and `--optim`.
-`--help` lists them.
+`--help` lists them, with the defaults of the `--size` and `--optim` beside it.
 """
 
+import hashlib
 import json
+import math
 import os
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, EvalPrediction, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
 
 from hf_lamb import (
     CARRY_OVER,
@@ -35,22 +47,36 @@ from hf_lamb import (
     check_checkpoint,
     newest_complete_checkpoint,
     noise_scale_in_words,
+    options_in_force,
     trust_ratio_history,
     trust_ratio_warnings,
 )
+from hf_lamb.registration import options_of
+from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
 from recipes.bert import SIZES, new_bert
 from recipes.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.options import parse_options
 from recipes.plans import read_plan
-from recipes.processes import free, leave_process_group
+from recipes.processes import (
+    accumulation_of,
+    asked_for_and_off,
+    check_connected,
+    free,
+    kind_of,
+    leave_process_group,
+    micro_batch_of,
+    only_run_in,
+)
 from recipes.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
 STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
 
-# Sequence length, global batch, steps, warm-up steps, LAMB's rate. base: ALBERT's published LAMB settings; large: the
-# paper's 32k row. Both want a corpus of their own. The small ones were tried on the embedded corpus.
+# Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
+# ALBERT's published LAMB settings; large: the paper's 32k row, whose epochs but the last tenth have 128 tokens. Both
+# want a corpus of their own. The small ones were tried on the embedded corpus; smoke learns next to nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smoke": dict(max_seq_length=32, global_batch_size=32, max_steps=30, warmup_steps=3, learning_rate=2e-2),
     "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=2400, warmup_steps=240, learning_rate=1e-2),
@@ -59,12 +85,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         max_seq_length=512, global_batch_size=4096, max_steps=125_000, warmup_steps=3125, learning_rate=1.76e-3
     ),
     "large": dict(
-        max_seq_length=512, global_batch_size=32_768, max_steps=15_625, warmup_steps=3125, learning_rate=5e-3
+        max_seq_length=128, global_batch_size=32_768, max_steps=15_625, warmup_steps=3125, learning_rate=5e-3
     ),
 }
 # A LAMB step is lr times the weights' norm, so at BERT's initial standard deviation of 0.02 to 0.05 AdamW's
 # corresponding rate is that much smaller.
 RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.05, "adamw_torch": 0.05, "sgd": 10.0}
+
+FEW_STEPS = 100  # evaluated and saved twice, not ten times
 
 NOT_IN_PLANS = {"plan", "output_dir", "resume_from_checkpoint"}
 SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus", "validation_file", "streaming")
@@ -74,13 +102,15 @@ SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus",
 class RecipeArguments:
     """What to train on what; everything else is in `LambTrainingArguments`."""
 
+    _argument_group_name = "this recipe's options"
+
     size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
         default_factory=lambda: ["embedded"],
         metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},
     )
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Held-out documents; default: 5 % of the documents of the corpus."}
+        default=None, metadata={"help": "Held-out documents; default: 5 %% of the documents of the corpus."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the hub dataset while training instead of downloading it first."}
@@ -123,6 +153,35 @@ class Data(NamedTuple):
     held_out: MaskedBlocks
     unigram_loss: float
     unigram_accuracy: float
+    facts: dict[str, Any]  # by which a run that resumes knows whether these are the same data
+
+
+class RunFacts(TrainerCallback, ExportableState):
+    """Keeps in every checkpoint on what data, and for how many seconds, training has led there."""
+
+    def __init__(self, data: dict[str, Any] | None = None, seconds: float | None = 0.0) -> None:
+        self.data, self.seconds, self._start = data, seconds, time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # transformers expects it there, and a checkpoint of a stock Trainer has none.
+        state.stateful_callbacks.setdefault("RunFacts", self.state())
+
+    def elapsed(self) -> float | None:
+        """Seconds of training up to now, also before the run was resumed; None if the checkpoint did not say."""
+        return None if self.seconds is None else self.seconds + time.perf_counter() - self._start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"data": self.data, "seconds": self.elapsed()}, "attributes": {}}
+
+    @staticmethod
+    def of(checkpoint: str | None) -> dict[str, Any]:
+        """What a checkpoint holds, or {}."""
+        if checkpoint is None:
+            return {}
+        kept = json.loads(Path(checkpoint, "trainer_state.json").read_text()).get("stateful_callbacks", {})
+        return kept.get("RunFacts", {}).get("args", {})
 
 
 @dataclass
@@ -144,30 +203,63 @@ def main() -> None:
 
     A plan of several phases has a folder for each: `phase-1`, `phase-2`.
     """
-    try:
-        phases = parse_phases()
-        todo = unfinished(phases)
-        for phase in todo:
-            with phase.args.main_process_first(desc="corpus and tokenizer"):
-                phase.data = load_data(phase.recipe, phase.args.seed)
-            check_global_batch(phase.recipe, phase.args, phase.data)
-        for phase in todo:
-            make_output_dir(phase.args.output_dir)
-    except (ValueError, OSError) as error:
-        sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
-    if not todo and phases[0].args.should_log:
-        print(f"all {len(phases)} phases are finished, see {Path(phases[0].args.output_dir).parent}")
-    for phase in todo:
-        trainer = pretrain(phase)
-        phase.data = None
-        (leave_process_group if phase is todo[-1] else free)(trainer)
-        del trainer
+    phases: list[Phase] = []
+    with ExitStack() as until_the_end:
+        try:
+            phases = parse_phases()
+            todo = unfinished(phases)
+            goes_on_from = todo[0].checkpoint or newest_of_the_phase_before(todo[0]) if todo else None
+            for phase in todo:
+                with phase.args.main_process_first(desc="corpus and tokenizer"):
+                    phase.data = load_data(phase.recipe, phase.args.seed, goes_on_from)
+                check_global_batch(phase.recipe, phase.args, phase.data)
+            folders = [phase.args.output_dir for phase in todo]
+            until_the_end.enter_context(only_run_in(folders, phases[0].args.process_index == 0))
+        except (ValueError, OSError) as error:
+            sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            interrupted(phases)
+        if not todo and phases[0].args.should_log:
+            print(in_words_finished(phases))
+        try:
+            for phase in todo:
+                trainer = pretrain(phase)
+                phase.data = None
+                (leave_process_group if phase is todo[-1] else free)(trainer)
+                del trainer
+        except KeyboardInterrupt:
+            interrupted(phases)
+
+
+def interrupted(phases: list[Phase]) -> NoReturn:
+    """End after Ctrl-C with one line that says how to go on."""
+    newest = [newest_complete_checkpoint(phase.args.output_dir) for phase in phases]
+    line = "interrupted before the first checkpoint: start it again"
+    if any(newest):
+        last = next(path for path in reversed(newest) if path)
+        line = f"interrupted: the same command with --resume_from_checkpoint auto goes on from {last}"
+    if not phases or phases[0].args.process_index == 0:
+        sys.stderr.write(f"\npretrain_bert: {line}\n")
+    sys.exit(130)
+
+
+def in_words_finished(phases: list[Phase]) -> str:
+    """Where nothing is left to do."""
+    folder = phases[0].args.output_dir
+    if len(phases) > 1:
+        return f"all {len(phases)} phases are finished, see {Path(folder).parent}"
+    return (
+        f"the run in {folder} is finished, and its results are there: nothing to do. --output_dir names the place of "
+        "another run, a higher --max_steps goes on with this one"
+    )
 
 
 def pretrain(phase: Phase) -> LambTrainer:
     """One phase: its line of results is the last thing that it writes."""
     recipe, args, data = phase.recipe, phase.args, phase.data
     assert data is not None
+    before = RunFacts.of(phase.checkpoint)
+    facts = RunFacts(data.facts, before.get("seconds") if phase.checkpoint else 0.0)
     try:
         torch.manual_seed(args.seed)
         trainer = LambTrainer(
@@ -177,7 +269,7 @@ def pretrain(phase: Phase) -> LambTrainer:
             eval_dataset=data.held_out,
             processing_class=data.tokenizer,
             compute_metrics=accuracy,
-            callbacks=[MaskEpochCallback()],
+            callbacks=[MaskEpochCallback(), facts],
         )
         if phase.previous_dir is not None and phase.checkpoint is None:
             trainer.start_from(last_checkpoint(phase), recipe.carry_over)
@@ -187,29 +279,45 @@ def pretrain(phase: Phase) -> LambTrainer:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
     trainer.scale_learning_rate()
-    say(describe(phase, trainer.model.num_parameters(), data, trainer.learning_rate_why))
+    say(describe(phase, trainer, data))
+    asked = "fp16" if args.fp16 else "bf16" if args.bf16 else None
+    for line in [*asked_for_and_off(trainer.accelerator, asked), *changes(before.get("data"), data.facts)]:
+        say(f"warning: {line}")
 
-    start = time.perf_counter()
-    checkpoint = phase.checkpoint
-    first_step = json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+    start, first_step = time.perf_counter(), step_of(phase.checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - start
+        trainer.train(resume_from_checkpoint=phase.checkpoint)
+        seconds, timed_steps = facts.elapsed(), trainer.state.global_step
+        if seconds is None:  # the checkpoint does not say how long it took to get there
+            seconds, timed_steps = time.perf_counter() - start, timed_steps - first_step
         metrics = trainer.evaluate()
         trainer.save_model()
-        trainer.create_model_card(model_name=f"BERT-{recipe.size}")
+        trainer.create_model_card(model_name=f"BERT-{recipe.size}", tasks="fill-mask", **card_of(recipe.corpus))
         if trainer.is_world_process_zero():
-            record = result(phase, trainer, data, metrics, seconds, trainer.state.global_step - first_step)
+            record = result(phase, trainer, data, metrics, seconds, timed_steps)
             output = Path(args.output_dir)
             title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
-            plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
+            drawn = plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
             append_json_line(output / "results.jsonl", record)
-            say(summary(record, args.output_dir))
+            pictures = ["training.png", *["trust_ratios.png"] * drawn]
+            say(summary(record, args.output_dir, pictures, len(data.tokenizer)))
         trainer.accelerator.wait_for_everyone()
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
     return trainer
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The optimizer step that a checkpoint was written after; 0 without one."""
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+
+
+def card_of(corpus: list[str]) -> dict[str, Any]:
+    """What a model card says of the data; of files their names only."""
+    if corpus == ["embedded"]:
+        return {"language": "en", "dataset": "messages of US presidents, 1900-2026"}
+    return {"dataset": [item if not os.path.exists(item) else Path(item).name for item in corpus]}
 
 
 def parse_phases(argv: list[str] | None = None) -> list[Phase]:
@@ -262,7 +370,7 @@ def unfinished(phases: list[Phase]) -> list[Phase]:
     """
     if len(phases) == 1:
         phases[0].checkpoint = checkpoint_to_resume(phases[0].args)
-        return phases
+        return [] if is_finished(phases[0]) else phases
     wanted = phases[0].args.resume_from_checkpoint
     folder = Path(phases[0].args.output_dir).parent
     if wanted is not None and wanted.lower() not in ("auto", "latest", "true"):
@@ -279,6 +387,24 @@ def unfinished(phases: list[Phase]) -> list[Phase]:
     if todo:
         todo[0].checkpoint = newest_complete_checkpoint(todo[0].args.output_dir)
     return todo
+
+
+def is_finished(phase: Phase) -> bool:
+    """Whether the checkpoint is the last one of this run, and its results are written."""
+    results = Path(phase.args.output_dir, "results.jsonl")
+    if phase.checkpoint is None or not results.exists():
+        return False
+    state = json.loads(Path(phase.checkpoint, "trainer_state.json").read_text())
+    steps = phase.args.max_steps
+    if steps <= 0:  # epochs are given; how many steps they are is only known of those that were
+        steps = state["max_steps"] if state["num_train_epochs"] == math.ceil(phase.args.num_train_epochs) else math.inf
+    written = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("}")]
+    return state["global_step"] >= steps and any(line.get("steps") == state["global_step"] for line in written)
+
+
+def newest_of_the_phase_before(phase: Phase) -> str | None:
+    """Whose tokenizer is this phase's, too."""
+    return newest_complete_checkpoint(phase.previous_dir) if phase.previous_dir is not None else None
 
 
 def last_checkpoint(phase: Phase) -> str:
@@ -301,44 +427,69 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
 
     Raises ValueError for a global batch that the processes and micro-batches cannot make up.
     """
-    parser = HfArgumentParser((RecipeArguments, LambTrainingArguments), description=__doc__.splitlines()[0])
-    early, _ = parser.parse_known_args(argv)
+    early, _ = parser_of(add_help=False).parse_known_args(argv)
     defaults = dict(DEFAULTS[early.size])
     defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
     if early.base_learning_rate is not None:
         del defaults["learning_rate"]
-    if early.max_steps > 0:
-        defaults["warmup_steps"] = min(defaults["warmup_steps"], early.max_steps)
+    share = defaults["warmup_steps"] / defaults["max_steps"]
+    global_batch, steps = (
+        getattr(early, name) or defaults[name] for name in ("global_batch_size", "max_steps")
+    )  # None: not given
+    defaults["warmup_steps"] = round(share * steps) if steps > 0 else share
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    parser = parser_of()
     parser.set_defaults(
         **defaults,
         output_dir=f"runs/pretrain_bert/{Path(early.plan).stem if early.plan else early.size}-{early.optim}",
-        per_device_train_batch_size=min(32, early.global_batch_size),
+        per_device_train_batch_size=micro_batch_of(global_batch, devices),
         per_device_eval_batch_size=32,
         logging_steps=10,
         eval_strategy="steps",
-        eval_steps=0.1,
-        save_steps=0.1,
+        eval_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
+        save_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
         save_total_limit=2,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
         use_cpu=not torch.accelerator.is_available(),
     )
-    recipe, args = parser.parse_args_into_dataclasses(argv)
+    recipe, args = parse_options(parser, argv)
     check_numbers(recipe, args)
     check_connected(args.world_size)
-    micro = args.per_device_train_batch_size * args.world_size
-    if recipe.global_batch_size % micro:
-        raise ValueError(
-            f"--global_batch_size {recipe.global_batch_size} is no multiple of {micro} = "
-            f"{args.per_device_train_batch_size} (--per_device_train_batch_size) x {args.world_size} processes"
-        )
-    steps = recipe.global_batch_size // micro
-    if args.gradient_accumulation_steps not in (1, steps):
+    devices = args.world_size * max(1, args.n_gpu)
+    if early.per_device_train_batch_size is None:
+        args.per_device_train_batch_size = micro_batch_of(recipe.global_batch_size, devices)
+    accumulation = accumulation_of(recipe.global_batch_size, args.per_device_train_batch_size, devices)
+    if args.gradient_accumulation_steps not in (1, accumulation):
         raise ValueError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: leave it out, it follows from "
-            f"--global_batch_size and is {steps}"
+            f"--global_batch_size and is {accumulation}"
         )
-    args.gradient_accumulation_steps = steps
+    args.gradient_accumulation_steps = accumulation
+    for name in ("eval_steps", "save_steps"):  # as Trainer does, which then compares them with a checkpoint's
+        if args.max_steps > 0 and (share := getattr(args, name)) is not None and 0 < share < 1:
+            setattr(args, name, math.ceil(args.max_steps * share))
     return recipe, args
+
+
+def parser_of(add_help: bool = True) -> HfArgumentParser:
+    """The options of the recipe first; without `add_help` for a first look, where None is what was not given."""
+    parser = HfArgumentParser(
+        (RecipeArguments, LambTrainingArguments),
+        description=__doc__.splitlines()[0],
+        usage="python -m recipes.pretrain_bert [options]",
+        add_help=add_help,
+    )
+    if not add_help:
+        names = ("global_batch_size", "max_steps", "per_device_train_batch_size")
+        parser.set_defaults(**dict.fromkeys(names))
+    *others, own = parser._action_groups
+    parser._action_groups = [own, *others]
+    parser._optionals.title = "options of transformers.TrainingArguments and hf_lamb.LambTrainingArguments"
+    parser._option_string_actions["--resume_from_checkpoint"].help = (
+        "A checkpoint's folder; 'latest': the newest complete one in --output_dir; 'auto': the same, and a new run "
+        "where there is none, for runs that something restarts."
+    )
+    return parser
 
 
 def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
@@ -358,75 +509,101 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
             raise ValueError(f"--{option} {value}: expected at least {low}, and less than 2**32")
 
 
-def make_output_dir(output_dir: str) -> None:
-    """Raise before the training where its results cannot be written."""
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to --output_dir {output_dir} ({error.strerror}): name another") from None
+def load_data(recipe: RecipeArguments, seed: int, checkpoint: str | None = None) -> Data:
+    """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only.
 
-
-def check_connected(world_size: int) -> None:
-    """Raise where each process would train alone and say nothing, as accelerate lets CPU ranks do without use_cpu."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != world_size:
-        raise ValueError(
-            f"{launched} processes were launched, but each sees {world_size}: add --use_cpu, or a GPU each"
-        )
-
-
-def load_data(recipe: RecipeArguments, seed: int) -> Data:
-    """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only."""
+    checkpoint: one that the run goes on from, whose tokenizer is then the run's.
+    """
     if recipe.streaming:
-        return stream_data(recipe, seed)
+        return stream_data(recipe, seed, checkpoint)
     train = load_documents(recipe.corpus)
     if recipe.validation_file:
         held_out = load_documents(recipe.validation_file)
+        check_held_out(recipe, train, held_out)
     else:
         train, held_out = split_documents(train)
-    tokenizer = tokenizer_for(recipe, train)
+    tokenizer = tokenizer_for(recipe, train, checkpoint)
     blocks = tokenize_into_blocks(train, tokenizer, recipe.max_seq_length)
     dataset = MaskedBlocks(blocks, tokenizer, recipe.mlm_probability, seed)
     return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
 
 
-def stream_data(recipe: RecipeArguments, seed: int) -> Data:
+def check_held_out(recipe: RecipeArguments, train: Sequence[Document], held_out: Sequence[Document]) -> None:
+    """Raise where documents that judge the model are among those that train it."""
+    texts = {document.text for document in train}
+    both = [document.name for document in held_out if document.text in texts]
+    if both:
+        raise ValueError(
+            f"--validation_file {' '.join(recipe.validation_file or [])}: {len(both)} of its {len(held_out)} "
+            f"documents are in --corpus {' '.join(recipe.corpus)} too, such as {both[0]}: leave them out of one of "
+            "the two"
+        )
+
+
+def stream_data(recipe: RecipeArguments, seed: int, checkpoint: str | None = None) -> Data:
     """The same from a hub dataset that is read while training."""
     if len(recipe.corpus) != 1 or recipe.corpus == ["embedded"]:
         raise ValueError(
             f"--streaming takes one hub dataset, got --corpus {' '.join(recipe.corpus)}: leave --streaming out"
         )
-    documents = partial(hub_documents, recipe.corpus[0], streaming=True)
-    start = list(islice(documents(), STREAM_HELD_OUT + STREAM_SAMPLE))
+    if recipe.validation_file:
+        raise ValueError(
+            f"--validation_file does not go with --streaming, which holds out the first {STREAM_HELD_OUT} documents: "
+            "leave one of them out"
+        )
+    start = list(islice(streamed_documents(recipe.corpus[0]), STREAM_HELD_OUT + STREAM_SAMPLE))
     held_out, sample = start[:STREAM_HELD_OUT], start[STREAM_HELD_OUT:]
     if not sample:
         raise ValueError(
             f"{recipe.corpus[0]!r} has {len(start)} documents, of which {STREAM_HELD_OUT} would be held out: "
             "leave --streaming out"
         )
-    tokenizer = tokenizer_for(recipe, sample)
+    tokenizer = tokenizer_for(recipe, sample, checkpoint)
     dataset = StreamedBlocks(
-        lambda: islice(documents(), STREAM_HELD_OUT, None),
+        partial(streamed_documents, recipe.corpus[0], first=STREAM_HELD_OUT),
         tokenizer,
         recipe.max_seq_length,
         recipe.mlm_probability,
         seed,
+        passes=None,
     )
     blocks = tokenize_into_blocks(sample, tokenizer, recipe.max_seq_length)
     return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
 
 
-def tokenizer_for(recipe: RecipeArguments, documents: Iterable[Document]) -> PreTrainedTokenizerBase:
-    """The tokenizer that was named, or one trained on these documents."""
-    if recipe.tokenizer_name is None:
-        return load_or_train_tokenizer((document.text for document in documents), recipe.vocab_size)
+def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
+    """Of a hub dataset from the document `first` on; a function that spawned workers can be given."""
+    return islice(hub_documents(name, streaming=True), first, None)
+
+
+def tokenizer_for(
+    recipe: RecipeArguments, documents: Iterable[Document], checkpoint: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's, else the one that was named, else one trained on these documents.
+
+    Raises ValueError where one was named that is not the checkpoint's: the embeddings are of the latter's tokens.
+    """
+    if checkpoint is not None and has_tokenizer(checkpoint):
+        own = AutoTokenizer.from_pretrained(checkpoint)
+        if recipe.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(recipe.tokenizer_name)):
+            raise ValueError(
+                f"--tokenizer_name {recipe.tokenizer_name} is not the tokenizer of {checkpoint}: leave it out to go "
+                "on from there, or name another --output_dir"
+            )
+        return own
+    if recipe.tokenizer_name is not None:
+        return named_tokenizer(recipe.tokenizer_name)
+    return load_or_train_tokenizer((document.text for document in documents), recipe.vocab_size)
+
+
+def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ValueError where it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer_name)
+        return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # files of all kinds are read, by several libraries
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--tokenizer_name {recipe.tokenizer_name} cannot be loaded ({reason}): name a folder that "
+            f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder that "
             "save_pretrained wrote, or a hub tokenizer that can be reached"
         ) from None
 
@@ -442,7 +619,33 @@ def with_held_out(
     blocks = tokenize_into_blocks(documents, tokenizer, recipe.max_seq_length)
     held_out = MaskedBlocks(blocks, tokenizer, recipe.mlm_probability, seed=0, dynamic=False)
     unigrams = unigram_baseline(train_blocks, held_out, held_out.special_ids, len(tokenizer))
-    return Data(tokenizer, train, held_out, *unigrams)
+    facts = {
+        "corpus": recipe.corpus,
+        "train_sequences": len(train_blocks),
+        "train": digest(train_blocks),
+        "held_out_sequences": len(blocks),
+        "held_out": digest(blocks),
+    }
+    return Data(tokenizer, train, held_out, *unigrams, facts)
+
+
+def digest(blocks: torch.Tensor) -> str:
+    """Of tokenized text."""
+    return hashlib.sha256(str(tuple(blocks.shape)).encode() + blocks.numpy().tobytes()).hexdigest()
+
+
+def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What is not what it was when the checkpoint was written, a line each."""
+    if before is None:
+        return []
+    lines = []
+    for part, words in {"train": "training", "held_out": "held-out"}.items():
+        if before[part] != now[part]:
+            lines.append(
+                f"other {words} data than the checkpoint's: {now[f'{part}_sequences']:,} sequences of "
+                f"{' '.join(now['corpus'])}, not the {before[f'{part}_sequences']:,} of {' '.join(before['corpus'])}"
+            )
+    return lines
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:
@@ -485,20 +688,28 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(phase: Phase, parameters: int, data: Data, why: str | None) -> str:
+def describe(phase: Phase, trainer: LambTrainer, data: Data) -> str:
     """Before the run: what is about to happen."""
     recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
     of_several = f"phase {phase.number} of {phase.of}: " if phase.of > 1 else ""
-    return (
-        f"{of_several}BERT-{recipe.size}, {parameters:,} parameters, vocabulary {len(data.tokenizer):,}\n"
+    steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    lines = [
+        f"{of_several}BERT-{recipe.size}, {trainer.model.num_parameters():,} parameters, vocabulary "
+        f"{len(data.tokenizer):,}",
         f"corpus {' '.join(recipe.corpus)}: {size} of {recipe.max_seq_length} tokens to train on, "
-        f"{len(data.held_out):,} held out\n"
+        f"{len(data.held_out):,} held out",
         f"global batch {recipe.global_batch_size:,} = {args.per_device_train_batch_size} sequences x "
-        f"{args.gradient_accumulation_steps} accumulation steps x {args.world_size} processes; "
-        f"{args.max_steps:,} steps of {args.optim.value} on {hardware()}\n"
-        f"{why or f'learning rate {args.learning_rate:g}'}"
-    )
+        f"{args.gradient_accumulation_steps} accumulation steps x {args.world_size * max(1, args.n_gpu)} processes; "
+        f"{steps} of {args.optim.value}",
+        f"{kind_of(trainer.accelerator)} on {hardware()}",
+    ]
+    if phase.checkpoint is None:
+        lines.append(trainer.learning_rate_why or f"learning rate {args.learning_rate:g}")
+    else:
+        of = f"step {step_of(phase.checkpoint):,} of {args.max_steps:,}" if args.max_steps > 0 else "its step"
+        lines.append(f"resuming from {phase.checkpoint}, {of}, with the checkpoint's learning rate and options")
+    return "\n".join(lines)
 
 
 def result(
@@ -507,12 +718,18 @@ def result(
     data: Data,
     metrics: dict[str, float],
     seconds: float,
-    steps_now: int,
+    timed_steps: int,
 ) -> dict[str, Any]:
-    """The line of results.jsonl."""
+    """The line of results.jsonl; of the optimizer's options those in force, whatever the command line says.
+
+    seconds: of the training of the last `timed_steps` steps, also before the run was resumed.
+    """
     recipe, args = phase.recipe, phase.args
     of_plan = {"plan": Path(recipe.plan).name, "phase": phase.number, "phases": phase.of} if recipe.plan else {}
-    history = trust_ratio_history(trainer.state)
+    history, options = trust_ratio_history(trainer.state), plain(options_in_force(trainer.optimizer))
+    why = trainer.learning_rate_why or "given"
+    if phase.checkpoint is not None and not math.isclose(options["learning_rate"], args.learning_rate):
+        why = "the checkpoint's"
     return {
         "recipe": "pretrain_bert",
         **provenance(),
@@ -520,11 +737,12 @@ def result(
         "size": recipe.size,
         "corpus": recipe.corpus,
         "optim": args.optim.value,
-        "optim_args": args.optim_args,
-        "learning_rate": args.learning_rate,
-        "learning_rate_why": trainer.learning_rate_why or "given",
+        "optim_args": args.optim_args if as_given(args, options) else None,
+        "options": options,
+        "learning_rate": options["learning_rate"],
+        "learning_rate_why": why,
         "warmup_steps": args.get_warmup_steps(args.max_steps),
-        "weight_decay": args.weight_decay,
+        "weight_decay": options["weight_decay"],
         "max_grad_norm": args.max_grad_norm,
         "global_batch_size": recipe.global_batch_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
@@ -541,26 +759,53 @@ def result(
         "unigram_loss": data.unigram_loss,
         "unigram_accuracy": data.unigram_accuracy,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(steps_now * recipe.global_batch_size * recipe.max_seq_length / seconds),
+        "timed_steps": timed_steps,
+        "tokens_per_second": round(timed_steps * recipe.global_batch_size * recipe.max_seq_length / seconds),
     }
 
 
-def summary(record: dict[str, Any], output_dir: str) -> str:
+def plain(value: Any) -> Any:
+    """In JSON's types: DeepSpeed and others keep objects of their own in an optimizer's groups."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def as_given(args: LambTrainingArguments, options: dict[str, Any]) -> bool:
+    """Whether the options of --optim_args are in force: those of a checkpoint may be others."""
+    if args.optim != "lamb" or args.optim_args is None:
+        return True
+    given = plain(options_of(args))
+    return all(
+        options.get(name, value) == value for name, value in given.items() if name not in ("lr", "weight_decay")
+    )
+
+
+def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabulary: int) -> str:
     """After the run: what came out, for people."""
-    loss, unigram_loss = record["held_out_loss"], record["unigram_loss"]
+    loss, unigram_loss, steps = record["held_out_loss"], record["unigram_loss"], record["steps"]
     verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
+    if loss >= unigram_loss and steps < FEW_STEPS:
+        verdict = f"{steps} steps only show that it runs"
+    blind = math.log(vocabulary)
+    if not loss < 1.1 * blind:  # NaN too
+        verdict = f"DIVERGED, guessing blindly gives {blind:.3f}: lower the rate of {record['learning_rate']:g}"
     minutes = record["seconds"] / 60
     noise_scale, batch = record["noise_scale"], record["global_batch_size"]
     noise = "not measured: it takes accumulation or several processes, and some steps"
     if noise_scale is not None:
         noise = noise_scale_in_words(noise_scale, batch)
+    speed = f", {record['tokens_per_second']:,} tokens/s" if record["timed_steps"] else ""
+    since = "" if record["timed_steps"] == steps else f"the last {record['timed_steps']:,} of "
     return f"""
 held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}
 held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {record["unigram_accuracy"]:.1%}
-time                     {record["steps"]:,} steps in {minutes:.1f} minutes, {record["tokens_per_second"]:,} tokens/s
+time                     {since}{steps:,} steps in {minutes:.1f} minutes{speed}
 noise scale              {noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
-results, picture         {output_dir}/results.jsonl, {output_dir}/training.png, trust_ratios.png"""
+results, pictures        {output_dir}: {", ".join(["results.jsonl", *pictures])}"""
 
 
 if __name__ == "__main__":

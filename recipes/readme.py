@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import fill
 
 from recipes import compare_optimizers, finetune, lstm_mnist
-from recipes.report import replacing
+from recipes.report import no_options, replacing
 from recipes.sweep import Record, read_records
 
 README = Path(__file__).parent.parent / "README.md"
@@ -42,5 +42,6 @@ def with_results(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     with replacing(README) as unfinished:
         unfinished.write_text(with_results(README.read_text()))

@@ -1,5 +1,6 @@
 """What a run leaves behind: a line of results.jsonl, a picture, and a summary for people."""
 
+import argparse
 import json
 import platform
 import sys
@@ -30,6 +31,11 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def no_options(description: str) -> None:
+    """For programs that take none: `--help` says what they do, and does not do it."""
+    argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
@@ -78,6 +84,8 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
         bottom.text(0.5, 0.5, "no trust ratios: not LAMB", ha="center", transform=bottom.transAxes)
         bottom.set_yticks([])
     bottom.set_xlabel("optimizer steps")
+    if log_history:
+        bottom.set_xlim(0, max(1, *(line["step"] for line in log_history)))
     try:
         with replacing(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
@@ -85,8 +93,11 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
         plt.close(figure)
 
 
-def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> None:
-    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG; nothing for fewer than two columns."""
+def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
+    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG; nothing for fewer than two columns.
+
+    Returns whether there is a picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,13 +106,14 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> None:
 
     steps, rows = history.get("steps", []), history.get("ratios", {})
     if len(steps) < 2:
-        return
+        return False
     ratios = [[max(ratio, 1e-6) for ratio in row] for row in rows.values()]
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.2 * len(ratios)), layout="constrained")
     figure.suptitle(title)
     mesh = axes.pcolormesh(steps, range(len(ratios)), ratios, norm=LogNorm(), cmap="viridis", shading="nearest")
     axes.set_yticks(range(len(ratios)), [name.removesuffix(".weight") for name in rows], fontsize=7)
     axes.invert_yaxis()  # the model's first layer on top
+    axes.set_xlim(steps[0], steps[-1])
     axes.set_xlabel("optimizer steps")
     figure.colorbar(mesh, ax=axes, label="trust ratio ‖w‖/‖u‖")
     try:
@@ -109,6 +121,7 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> None:
             figure.savefig(unfinished, format="png", dpi=120)
     finally:
         plt.close(figure)
+    return True
 
 
 def _series(log_history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from hf_lamb.sharpness import plots
 from recipes import sharp_minima_bert, sharp_minima_report
 from recipes import sharp_minima_digits as digits
+from recipes.processes import only_run_in
 from recipes.report import provenance, replacing
 
 OUTPUT = Path("runs/sharp_minima")
@@ -37,9 +39,16 @@ def main() -> None:
     try:
         plots.require_matplotlib()
         digits.load_digits()
-        options.output_dir.mkdir(parents=True, exist_ok=True)
+        until_the_end = ExitStack()
+        until_the_end.enter_context(only_run_in([str(options.output_dir)], is_main_process=True))
     except (ValueError, OSError) as error:
         sys.exit(f"sharp_minima: {error}")
+    with until_the_end:
+        everything(options)
+
+
+def everything(options: argparse.Namespace) -> None:
+    """All three parts."""
     start, keep = time.perf_counter(), partial(kept, options.output_dir / "parts")
 
     runs = digits.digits_runs(keep, options.processes)

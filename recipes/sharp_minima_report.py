@@ -13,7 +13,7 @@ from typing import Any
 from hf_lamb.sharpness.paths import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
 from recipes import html_report
-from recipes.report import between_markers, replacing
+from recipes.report import between_markers, no_options, replacing
 from recipes.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 
 ROOT = Path(__file__).parent.parent
@@ -341,4 +341,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     main()

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
@@ -87,6 +87,19 @@ def tokenize_into_blocks(
     Raises ValueError when block_size is below 3, the documents hold no token, or the tokenizer lacks [PAD], [CLS] or
     [SEP].
     """
+    blocks = list(tokenize_each(documents, tokenizer, block_size))
+    if not any(map(len, blocks)):
+        raise ValueError("the documents hold no token: check that their text is not blank")
+    return torch.from_numpy(np.concatenate(blocks))
+
+
+def tokenize_each(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Iterator[np.ndarray]:
+    """The rows of `tokenize_into_blocks`, document by document, [n, block_size]; n is 0 where one holds no token.
+
+    Raises ValueError as that does, but for documents without a token.
+    """
     room = block_size - 2
     if room < 1:
         raise ValueError(f"block_size={block_size} has no room between [CLS] and [SEP]: give 3 or more")
@@ -96,7 +109,6 @@ def tokenize_into_blocks(
             f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(lacking)} token: use a BERT one"
         )
     documents = iter(documents)
-    pieces: list[np.ndarray] = []
     while texts := [document.text for document in islice(documents, 1024)]:
         encoded = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
@@ -105,12 +117,11 @@ def tokenize_into_blocks(
             rest = len(ids) % room
             if len(ids) > room and 8 * rest < room:
                 ids = ids[: len(ids) - rest]
-            pieces.extend(np.array(ids[start : start + room], np.int32) for start in range(0, len(ids), room))
-    if not pieces:
-        raise ValueError("the documents hold no token: check that their text is not blank")
-    blocks = np.full((len(pieces), block_size), tokenizer.pad_token_id, np.int32)
-    blocks[:, 0] = tokenizer.cls_token_id
-    for row, ids in zip(blocks, pieces, strict=True):
-        row[1 : len(ids) + 1] = ids
-        row[len(ids) + 1] = tokenizer.sep_token_id
-    return torch.from_numpy(blocks)
+            starts = range(0, len(ids), room)
+            rows = np.full((len(starts), block_size), tokenizer.pad_token_id, np.int32)
+            rows[:, 0] = tokenizer.cls_token_id
+            for row, start in zip(rows, starts, strict=True):
+                piece = ids[start : start + room]
+                row[1 : len(piece) + 1] = piece
+                row[len(piece) + 1] = tokenizer.sep_token_id
+            yield rows

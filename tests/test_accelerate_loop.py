@@ -5,14 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes import accelerate_loop
+from recipes import accelerate_loop, processes
 from tests.helpers import pretrain, torchrun
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +127,11 @@ def test_a_resumed_run_ends_bit_for_bit_alike(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--global_batch_size", "18"], "--global_batch_size 18 is no multiple of 4 at a time"),
+        (
+            ["--global_batch_size", "18"],
+            "18 is no multiple of 4 = 4 (--per_device_train_batch_size) x 1 processes: give",
+        ),
+        (["--learning_rte", "1"], "unknown option '--learning_rte' (did you mean --learning_rate?)"),
         (["--corpus", "missing.txt"], "there is no file 'missing.txt'"),
         (["--max_seq_length", "2"], "block_size=2 has no room"),
         (["--warmup_steps", "9"], "warmup_steps 9 is more than the run's 8 steps"),
@@ -143,3 +149,44 @@ def test_bad_input_gets_one_line(
     assert line.startswith("accelerate_loop: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_are_not_connected_are_noticed(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a configuration for GPUs where there are none: each would train into the same folder."""
+    monkeypatch.setattr(accelerate_loop, "check_connected", lambda size: check_launched(2, size))
+    with pytest.raises(SystemExit, match="accelerate_loop: 2 processes were launched, but each sees 1: add --use_cpu"):
+        loop(monkeypatch, "--corpus", str(texts), "--output_dir", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def check_launched(launched: int, world_size: int) -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WORLD_SIZE", str(launched))
+        processes.check_connected(world_size)
+
+
+def test_a_run_on_another_corpus_keeps_the_tokenizer_and_says_so(
+    whole: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, output = tmp_path / "other", tmp_path / "out"
+    other.mkdir()
+    for path in texts.glob("*.txt"):
+        (other / path.name).write_text(path.read_text()[::-1])
+    shutil.copytree(whole / "checkpoint-4", output / "checkpoint-4")
+    loop(monkeypatch, "--corpus", str(other), "--output_dir", str(output), "--resume", "True")
+    assert json.loads((output / "tokenizer.json").read_text()) == json.loads((whole / "tokenizer.json").read_text())
+    said = capsys.readouterr().out
+    assert "warning: other training data than the checkpoint's" in said
+    assert f"resuming from {output / 'checkpoint-4'}, step 4 of 8" in said
+    assert not (output / processes.LOCK).exists()
+
+
+def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["accelerate_loop", "--max_steps", "40", "--use_cpu", "--size", "smoke"])
+    monkeypatch.setattr(accelerate_loop, "load_data", lambda *_: SimpleNamespace(facts={}))
+    monkeypatch.setattr(accelerate_loop, "only_run_in", lambda *_: nullcontext())
+    with ExitStack() as until_the_end:
+        _, args, _, accumulation, _ = accelerate_loop.prepare(until_the_end)
+    assert (args.warmup_steps, args.per_device_train_batch_size, accumulation) == (4, 32, 2)

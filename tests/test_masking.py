@@ -1,15 +1,21 @@
 """Masks follow BERT's rule and are a function of (seed, epoch, index), however and wherever they are drawn."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import BertTokenizer, Trainer, TrainingArguments
 
-from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, unigram_baseline
+from recipes.corpus import Document
+from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.pretrain_bert import streamed_documents
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 105
@@ -152,6 +158,84 @@ class TestPureFunction:
             there.set_epoch(epoch)
             inputs = torch.cat([batch["input_ids"] for batch in loader])
             assert torch.equal(inputs, stacked(here)["input_ids"]), epoch
+
+
+# Thirty documents of one to three rows of 16, one of them without a token.
+DOCUMENTS = [Document(f"d{i}", " ".join(f"w{(7 * i + j) % 100}" for j in range(1 + 11 * (i % 4)))) for i in range(29)]
+DOCUMENTS.append(Document("blank", "\u200b"))
+
+
+def plain() -> Iterator[Document]:
+    return iter(DOCUMENTS)
+
+
+def dividing() -> Iterator[Document]:
+    """A source that gives each worker its share, as streams of `datasets` do."""
+    worker = get_worker_info()
+    yield from DOCUMENTS if worker is None else DOCUMENTS[worker.id :: worker.num_workers]
+
+
+def of_datasets() -> Iterable[Document]:
+    """A stream of `datasets` in four shards, without the first two documents."""
+    datasets = pytest.importorskip("datasets")
+
+    def rows(shards: list[int]) -> Iterator[dict[str, str]]:
+        for shard in shards:
+            yield from ({"text": document.text} for document in DOCUMENTS[shard * 8 : shard * 8 + 8])
+
+    stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2, 3]})
+    return (Document(str(i), row["text"]) for i, row in enumerate(stream) if i >= 2)
+
+
+class TestStream:
+    def rows(self, dataset: StreamedBlocks, workers: int, first: int | None = None) -> list[tuple[Any, ...]]:
+        """Ids and masks of all rows, or of the first ones."""
+        seen = []
+        for batch in DataLoader(dataset, batch_size=4, num_workers=workers):
+            seen += [(*a, *b) for a, b in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)]
+            if first is not None and len(seen) >= first:
+                return seen[:first]
+        return seen
+
+    @pytest.mark.parametrize("source", [plain, dividing, of_datasets])
+    def test_an_epoch_has_the_same_rows_under_the_same_masks_with_any_number_of_workers(
+        self, source: Callable[[], Iterable[Document]], tokenizer: BertTokenizer
+    ) -> None:
+        """Each row once, no document without a worker, whether or not the source divides itself among workers."""
+        dataset = StreamedBlocks(source, tokenizer, 16)
+        dataset.set_epoch(3)
+        alone = self.rows(dataset, 0)
+        assert len(alone) == 50 - 2 * (source is of_datasets)
+        for workers in (1, 2, 4):
+            assert sorted(self.rows(dataset, workers)) == sorted(alone), workers
+        dataset.set_epoch(4)
+        assert len(set(alone) & set(self.rows(dataset, 2))) < len(alone) / 4, "other masks in another epoch"
+
+    def test_rows_of_equal_text_have_masks_of_their_own(self, tokenizer: BertTokenizer) -> None:
+        """In one document, in two, and in those of two workers."""
+        text = " ".join(["w1"] * 56)
+        dataset = StreamedBlocks(partial(iter, [Document("a", text), Document("b", text)]), tokenizer, 16)
+        for workers in (0, 2):
+            assert len(set(self.rows(dataset, workers))) == 8
+
+    def test_more_workers_than_documents(self, tokenizer: BertTokenizer) -> None:
+        dataset = StreamedBlocks(partial(iter, DOCUMENTS[1:3]), tokenizer, 16, passes=2)
+        assert sorted(self.rows(dataset, 4)) == sorted(self.rows(dataset, 0))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_passes_without_end(self, workers: int, tokenizer: BertTokenizer) -> None:
+        """Two passes are two epochs, and there is always a next one, but not of nothing."""
+        endless = StreamedBlocks(plain, tokenizer, 16, passes=None)
+        whole = len(self.rows(StreamedBlocks(plain, tokenizer, 16), 0))
+        assert len(self.rows(endless, workers, first=3 * whole)) == 3 * whole
+        if workers == 0:
+            one = StreamedBlocks(plain, tokenizer, 16)
+            one.set_epoch(1)
+            assert self.rows(endless, 0, first=2 * whole)[whole:] == self.rows(one, 0)
+        assert self.rows(StreamedBlocks(partial(iter, ()), tokenizer, 16, passes=None), workers) == []
+
+    def test_spawned_workers_can_be_given_the_recipes_stream(self, tokenizer: BertTokenizer) -> None:
+        ForkingPickler.dumps(StreamedBlocks(partial(streamed_documents, "some/set", first=200), tokenizer, 16))
 
 
 class Recorder(torch.nn.Module):

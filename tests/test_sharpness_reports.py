@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,22 @@ def test_bad_command_lines_end_in_one_line(finished: Path, texts: Path, tmp_path
     refused("cannot read .*bad.pt .*torch.save", run, run, "--data", str(tmp_path / "bad.pt"))
     refused("rho=-1.0: expected a positive number", run, run, "--data", text, "--rho", "-1")
     assert not output.exists()
+
+
+def test_checkpoints_of_two_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Of equally many tokens, too: the second would be measured on batches that mean nothing to it."""
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
+    file.write_text(json.dumps(tokenizer))
+    (tmp_path / "text.txt").write_text("the people of the states\n" * 50)
+    arguments = [str(finished), str(other), "--data", str(tmp_path / "text.txt"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"have different tokenizers, .*: compare checkpoints that were trained with"):
+        __main__.main([*arguments, "--output_dir", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_checkpoint_without_its_head_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def test_thinning_goes_on_where_a_checkpoint_left_it() -> None:
         ({"a": [1e-3] * 8, "b": [0.2] * 8, "c": [0.3] * 8}, ["a: trust ratio 0.001, less than 1/20"]),
         ({"a": [0.1] * 8, "b": [20.0] * 6 + [1.0] * 2, "c": [0.3] * 8}, []),  # it has come down
         ({"a": [0.1] * 3, "b": [20.0] * 3, "c": [0.3] * 3}, []),  # too few to say "stays"
+        ({"a": [9.0], "b": [20.0], "c": [0.3]}, ["the learning rate is too high"]),  # diverged, and logged once
+        ({"a": [0.1, 9.0, 9.0], "b": [0.1, 1.0, 20.0], "c": [0.3] * 3}, ["the learning rate is too high"]),
     ],
 )
 def test_what_stays_wrong_is_said(rows: dict[str, list[float]], words: list[str]) -> None:

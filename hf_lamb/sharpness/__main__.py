@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hf_lamb.sharpness import compare, labels_loss, plots
-from hf_lamb.sharpness.checkpoints import load_batches, load_model
+from hf_lamb.sharpness.checkpoints import check_one_tokenizer, load_batches, load_model
 from hf_lamb.sharpness.compare import recorded_history
 
 
@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     try:
         plots.require_matplotlib()
+        if any(Path(data).suffix != ".pt" for data in (options.data, options.held_out) if data):
+            check_one_tokenizer(options.small, options.large)
         small, large = (load_model(path).to(options.device) for path in (options.small, options.large))
         # The first checkpoint's tokenizer and masks for both: the same batches, or the losses mean different things.
         sizes = options.rows, options.batch_size, options.max_length
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             layers=options.layers,
             curvature=options.curvature,
             seed=options.seed,
+            say=lambda line: sys.stderr.write(f"{line}\n"),
         )
         comparison.small.history = recorded_history(Path(options.small))
         comparison.large.history = recorded_history(Path(options.large))

@@ -43,6 +43,34 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds one; transformers makes an empty one up where it does not."""
+    return any(Path(folder).glob("*token*"))
+
+
+def one_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every text the same ids."""
+
+    def facts(tokenizer: PreTrainedTokenizerBase) -> Any:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        settings = json.loads(backend.to_str()) if backend is not None else {}
+        for changes_with_use in ("truncation", "padding"):
+            settings.pop(changes_with_use, None)
+        return tokenizer.get_vocab(), tokenizer.special_tokens_map, settings
+
+    return bool(facts(a) == facts(b))
+
+
+def check_one_tokenizer(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> None:
+    """Raise ValueError where two checkpoints have a tokenizer each, and not the same: their ids mean other tokens."""
+    tokenizers = [_tokenizer(os.fspath(path)) for path in (a, b)]
+    if not one_tokenizer(*tokenizers):
+        raise ValueError(
+            f"{os.fspath(a)} and {os.fspath(b)} have different tokenizers, so that no text makes the same batches for "
+            "both: compare checkpoints that were trained with one"
+        )
+
+
 def load_batches(
     data: str, checkpoint: str, model: nn.Module, rows: int, batch_size: int, max_length: int
 ) -> list[Any]:
@@ -57,15 +85,7 @@ def load_batches(
     if path.suffix == ".pt":
         return _saved_batches(path)
     texts, labels = _texts(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        if os.path.isdir(checkpoint) and not any(Path(checkpoint).glob("*token*")):
-            raise ValueError("no file of one")  # transformers makes an empty one up
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{checkpoint} has no tokenizer ({reason}): save it there too, or give --data as .pt batches"
-        ) from None
+    tokenizer = _tokenizer(checkpoint)
     longest = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
     kind = type(model).__name__
     if "ForMaskedLM" in kind or "ForCausalLM" in kind or "LMHead" in kind:
@@ -86,6 +106,18 @@ def load_batches(
     count = min(rows, len(encoded))
     batch_size = min(batch_size, count)
     return fixed_batches(encoded, batch_size, max(count // batch_size, 1), collate)
+
+
+def _tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+    try:
+        if os.path.isdir(checkpoint) and not has_tokenizer(checkpoint):
+            raise ValueError("no file of one")
+        return AutoTokenizer.from_pretrained(checkpoint)  # type: ignore[no-any-return]
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{checkpoint} has no tokenizer ({reason}): save it there too, or give --data as .pt batches"
+        ) from None
 
 
 def _saved_batches(path: Path) -> list[Any]:

@@ -175,6 +175,7 @@ def compare(
     curvature: bool = False,
     alphas: Sequence[float] = ALPHAS,
     seed: int = 0,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
     """Both networks by every metric on the same batches, and the straight line between them.
 
@@ -186,6 +187,7 @@ def compare(
         layers: also `layer_sharpness`, with half the steps.
         curvature: also `lambda_max`, `hessian_trace` and `weighted_trace`.
         alphas: of `interpolate`.
+        say: called with a line before each thing that is measured; default nothing.
 
     Raises:
         ValueError: two architectures, checkpoints that cannot be loaded, what the metrics refuse.
@@ -194,7 +196,9 @@ def compare(
     sides, a, b = [], _load(small), _load(large)
     check_one_architecture(a, b)
     for name, given, model in zip(names, (small, large), (a, b), strict=True):
+        say(f"{name}: adaptive sharpness")
         adaptive = adaptive_sharpness(model, loss_fn, batches, rho, steps=steps, seed=seed)
+        say(f"{name}: Keskar's sharpness")
         keskar = epsilon_sharpness(model, loss_fn, batches, epsilon, steps=steps, seed=seed)
         metrics = {
             "adaptive sharpness": adaptive.value,
@@ -206,14 +210,18 @@ def compare(
             metrics[f"Keskar's, {subspace} random directions"] = epsilon_sharpness(
                 model, loss_fn, batches, epsilon, subspace=subspace, steps=steps, seed=seed
             ).value
+        say(f"{name}: flatness")
         flatness = epsilon_flatness(model, loss_fn, batches, seed=seed)
         metrics |= {"flatness, median direction": flatness.median, "flatness, worst direction": flatness.worst}
         if curvature:
+            say(f"{name}: curvature")
             metrics |= {
                 "weighted trace": weighted_trace(model, loss_fn, batches, seed=seed).value,
                 "largest eigenvalue": lambda_max(model, loss_fn, batches, seed=seed).value,
                 "trace": hessian_trace(model, loss_fn, batches, seed=seed).value,
             }
+        if layers:
+            say(f"{name}: sharpness of each layer")
         by_layer = layer_sharpness(model, loss_fn, batches, rho, steps=max(1, steps // 2), seed=seed) if layers else {}
         sides.append(
             Measured(
@@ -225,6 +233,7 @@ def compare(
                 [] if isinstance(given, nn.Module) else recorded_history(Path(given)),
             )
         )
+    say("the line between them")
     path = interpolate(a, b, loss_fn, batches, alphas)
     held_out_path = interpolate(a, b, loss_fn, held_out, alphas) if held_out else []
     settings = {"epsilon": epsilon, "rho": rho, "steps": steps, "seed": seed, "batches": len(batches)}

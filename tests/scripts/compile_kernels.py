@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_lamb.backends import triton as kernels
+from recipes.report import no_options
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -53,4 +54,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options(__doc__ or "")
     main()
