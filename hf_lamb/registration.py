@@ -253,7 +253,8 @@ loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=Fals
 def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
     """What makes LAMB pointless or wrong with this model, in a line each."""
     doubts = []
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's; Trainer asks it too
+    base: Any = getattr(model, "get_base_model", None)
+    own = base() if callable(base) else model  # inside of PEFT's; Trainer looks at it too
     low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if low:
         doubts.append(
