@@ -85,7 +85,7 @@ class ModelCardTrainer(Trainer):
         text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
         for heading, words in {**self._known_sections(), **self.card_sections}.items():
             text = text.replace(f"## {heading}\n\nMore information needed\n", f"## {heading}\n\n{words}\n")
-        if total := self._rows(self.train_dataset):
+        if total := _rows_in_words(self.train_dataset):
             text = text.replace(" on an unknown dataset.", f" on {total}.")
         if lines := self._large_batch():
             text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
@@ -114,16 +114,13 @@ class ModelCardTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             size = f" with {sum(param.numel() for param in model.parameters()):,} parameters"
         sections = {"Model description": f"{type(model).__name__}{size}."}
-        if trained := self._rows(self.train_dataset):
-            evaluated = self._rows(self.eval_dataset)
+        if trained := _rows_in_words(self.train_dataset):
+            evaluated = _rows_in_words(self.eval_dataset)
             sections["Training and evaluation data"] = (
                 f"Trained on {self.dataset_name + ', ' if self.dataset_name else ''}{trained}"
                 f"{f', evaluated on {evaluated}' if evaluated else ''}."
             )
         return sections
-
-    def _rows(self, dataset: Any) -> str:
-        return f"{len(dataset):,} rows" if has_length(dataset) and not isinstance(dataset, dict) else ""
 
     def _large_batch(self) -> list[str]:
         args, lamb = self.args, find_lamb(self.optimizer)
@@ -147,6 +144,10 @@ class ModelCardTrainer(Trainer):
             f"- gradients clipped to: {f'{args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}",
         ]
         return lines + ([f"- plan: {self.plan}"] if self.plan else [])
+
+
+def _rows_in_words(dataset: Any) -> str:
+    return f"{len(dataset):,} rows" if has_length(dataset) and not isinstance(dataset, dict) else ""
 
 
 def _chosen(options: dict[str, Any]) -> str:

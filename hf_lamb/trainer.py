@@ -724,6 +724,8 @@ def set_peak(optimizer: Any, rate: float) -> None:
 
 def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+
+
 def _term(logits: Tensor, labels: Tensor) -> Tensor:
     """A head's mean loss, as transformers' models compute it."""
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
