@@ -236,7 +236,7 @@ class WholeCheckpointTrainer(Trainer):
         """As Trainer's, but for weights that are tied to one that was loaded: those are not missing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))  # type: ignore[no-untyped-call]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         before = has_lamb_options(self.optimizer)

@@ -18,13 +18,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     try:
         plots.require_matplotlib()
-        if any(Path(data).suffix != ".pt" for data in (options.data, options.held_out) if data):
-            check_one_tokenizer(options.small, options.large)
         small, large = (load_model(path).to(options.device) for path in (options.small, options.large))
         # The first checkpoint's tokenizer and masks for both: the same batches, or the losses mean different things.
         sizes = options.rows, options.batch_size, options.max_length
         batches = load_batches(options.data, options.small, small, *sizes)
         held_out = load_batches(options.held_out, options.small, small, *sizes) if options.held_out else []
+        if any(Path(data).suffix != ".pt" for data in (options.data, options.held_out) if data):
+            check_one_tokenizer(options.small, options.large)
         comparison = compare(
             small,
             large,
