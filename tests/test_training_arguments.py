@@ -17,7 +17,7 @@ from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, options_in_force, 
 from hf_lamb.zero_trainer import ZeroTrainer
 from tests.scripts import split_batch
 
-SCALED = {"base_learning_rate": 4e-3, "base_batch_size": 64}  # 1e-3 at the batch of 4 below
+SCALED = {"base_learning_rate": 8e-3, "base_batch_size": 64}  # 2e-3 at the batch of 4 below
 WITH_END = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}}
 
 
@@ -84,7 +84,7 @@ def test_used_arguments_serve_another_batch(tmp_path: Path) -> None:
     args.per_device_train_batch_size = 16
     run = trainer(tmp_path, args)
     run.train()
-    assert rates(run)[0] == pytest.approx(2e-3)
+    assert rates(run)[0] == pytest.approx(4e-3)
 
 
 def test_reports_do_not_name_a_rate_that_does_not_count(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_reports_do_not_name_a_rate_that_does_not_count(tmp_path: Path) -> None:
 SUGGESTED: list[tuple[dict[str, Any], dict[str, Any], float]] = [
     (SCALED, {"learning_rate": 3e-3}, 3e-3),
     (SCALED, {"learning_rate": 1e-3}, 1e-3),  # which is also the default
-    (SCALED, {"base_learning_rate": 8e-3}, 2e-3),
-    (SCALED, {"base_learning_rate": 8e-3, "per_device_train_batch_size": 16}, 4e-3),
+    (SCALED, {"base_learning_rate": 4e-3}, 1e-3),
+    (SCALED, {"base_learning_rate": 4e-3, "per_device_train_batch_size": 16}, 2e-3),
     ({}, {"learning_rate": 3e-3}, 3e-3),
-    (SCALED, {"learning_rate_scaling": "linear"}, 2.5e-4),
+    (SCALED, {"learning_rate_scaling": "linear"}, 5e-4),
 ]
 
 
@@ -279,7 +279,7 @@ def test_a_passed_optimizer_keeps_its_rate_and_that_is_said(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):
         run.train()
     (line,) = [message for message in caplog.messages if "in force" in message]
-    assert "in force is 0.005, that of the optimizer that was passed, not 0.001 of base_learning_rate" in line
+    assert "in force is 0.005, that of the optimizer that was passed, not 0.002 of base_learning_rate" in line
 
 
 def test_options_in_force_are_any_optimizers() -> None:
