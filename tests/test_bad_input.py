@@ -171,7 +171,12 @@ PARAMETERS = [
         ValueError,
         r"parameter weight is not initialised yet \(a lazy module's\): run the model on a batch before",
     ),
-    ("sparse", lambda: Lamb([torch.ones(2).to_sparse()]), ValueError, r"is of layout torch.sparse_coo.*: make it dense"),
+    (
+        "sparse",
+        lambda: Lamb([torch.ones(2).to_sparse()]),
+        ValueError,
+        r"is of layout torch.sparse_coo.*: make it dense",
+    ),
     ("numbers", lambda: Lamb([1, 2]), TypeError, "can only optimize Tensors, but one of the params is int"),
     ("no leaf", lambda: Lamb([nn.Parameter(torch.ones(2)) * 2]), ValueError, "can't optimize a non-leaf Tensor"),
     ("complex", lambda: Lamb([("w", torch.ones(2) * 1j)]), ValueError, f"w is of dtype torch.complex64: {REAL}"),

@@ -41,6 +41,10 @@ def test_a_compiled_step_is_the_step_in_one_graph(backend: dict[str, bool]) -> N
     for a, b in zip(params, others, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert optimizer.skipped_steps() == other.skipped_steps() == (1, 0)
-    assert optimizer.layer_stats().keys() == other.layer_stats().keys() == {f"param_groups.0.params.{i}" for i in (0, 1, 2)}
+    assert (
+        optimizer.layer_stats().keys()
+        == other.layer_stats().keys()
+        == {f"param_groups.0.params.{i}" for i in (0, 1, 2)}
+    )
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2

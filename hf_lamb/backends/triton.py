@@ -44,7 +44,7 @@ def check(device: torch.device) -> None:
         ours.table = table_of(ours, None)
         for bucket, do, then in ((ours, direction, apply), (theirs, foreach.direction, foreach.apply)):
             sums, held = do(bucket)
-            then(bucket, held, (sums.nonzero * sums.weight_sq / sums.update_sq).sqrt() / 10)
+            then(bucket, held, (sums.nonzero > 0) * (sums.weight_sq / sums.update_sq).sqrt() / 10)
         for what in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
             for a, b in zip(getattr(ours, what), getattr(theirs, what), strict=True):
                 if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
