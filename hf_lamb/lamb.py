@@ -88,8 +88,9 @@ class Lamb(Optimizer):
             under torch.compile.
 
     Raises:
+        TypeError: what is given for `params` holds no parameters, as a model.
         ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
-            complex, integer or on the meta device.
+            complex, integer, sparse, lazy or on the meta device.
         RuntimeError: `fused` and `foreach` both `True`; in `step`, a sparse gradient.
         hf_lamb.norms.ShardingError: in `step`, a parameter of which only a piece is here, with nothing to say where
             the rest is (FSDP1, DeepSpeed ZeRO). DTensors (FSDP2, tensor parallelism) are understood.
@@ -490,7 +491,8 @@ class Lamb(Optimizer):
                 if not local.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
                     raise norms.ShardingError(
                         f"Lamb: parameter {name} has shape {tuple(local.shape)} here, its gradient "
-                        f"{tuple(grad.shape)} and its moments {tuple(exp_avg.shape)}: for a resized layer build a new optimizer"
+                        f"{tuple(grad.shape)} and its moments {tuple(exp_avg.shape)}: for a resized layer build "
+                        "a new optimizer"
                     )
                 contiguous = all(tensor.is_contiguous() for tensor in (local, grad, exp_avg, exp_avg_sq))
                 key = (group_index, local.device, local.dtype, grad.dtype, reductions, contiguous)
