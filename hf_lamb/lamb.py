@@ -88,8 +88,9 @@ class Lamb(Optimizer):
             under torch.compile.
 
     Raises:
+        TypeError: what is given for `params` holds no parameters, as a model.
         ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
-            complex, integer or on the meta device.
+            complex, integer, sparse, lazy or on the meta device.
         RuntimeError: `fused` and `foreach` both `True`; in `step`, a sparse gradient.
         hf_lamb.norms.ShardingError: in `step`, a parameter of which only a piece is here, with nothing to say where
             the rest is (FSDP1, DeepSpeed ZeRO). DTensors (FSDP2, tensor parallelism) are understood.
@@ -391,7 +392,7 @@ class Lamb(Optimizer):
         """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
 
         `adapted_only` leaves out the parameters of groups without `layer_adaptation`, whose trust ratio is 1. A layer
-        that kept its weights is not there either, whether it had no gradient or one of zeros with nothing in m.
+        that kept its weights is not there either, whether it had no gradient, or zeros and nothing in m.
 
         Names are those the parameters were given with (`lamb_param_groups`, `model.named_parameters()`), else
         `param_groups.I.params.J`. Reading waits for the device once; `step` itself does not. Empty before the
@@ -496,8 +497,9 @@ class Lamb(Optimizer):
                 exp_avg_sq = norms.local_shard(state["exp_avg_sq"], name)[0]
                 if not local.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
                     raise norms.ShardingError(
-                        f"Lamb: parameter {name} has shape {tuple(local.shape)} here, its gradient {tuple(grad.shape)} "
-                        f"and its moments {tuple(exp_avg.shape)}: for a resized layer build a new optimizer"
+                        f"Lamb: parameter {name} has shape {tuple(local.shape)} here, its gradient "
+                        f"{tuple(grad.shape)} and its moments {tuple(exp_avg.shape)}: for a resized layer build "
+                        "a new optimizer"
                     )
                 contiguous = all(tensor.is_contiguous() for tensor in (local, grad, exp_avg, exp_avg_sq))
                 key = (group_index, local.device, local.dtype, grad.dtype, reductions, contiguous)
@@ -574,7 +576,7 @@ class _Layers(NamedTuple):
     weight_norm: Tensor
     adam_norm: Tensor
     trust_ratio: Tensor
-    moved: Tensor  # 0 where the layer kept its weights, for there was neither a gradient nor a first moment
+    moved: Tensor  # 0 where the layer kept its weights, for there was neither a gradient nor a first moment, else 1
 
 
 def _check_iterable(params: Any) -> None:
@@ -660,12 +662,13 @@ def _zero_redundancy_group() -> norms.Reduction | None:
 
 def _layers(bucket: Bucket, sums: Sums) -> _Layers:
     group, weight_norm, adam_norm = bucket.group, sums.weight_sq.sqrt(), sums.update_sq.sqrt()
-    ratio = moved = torch.ones_like(weight_norm)
     if group["layer_adaptation"]:
+        moved = sums.nonzero > 0
         ratio = norms.trust_ratio(weight_norm, adam_norm, group["min_trust_ratio"], group["max_trust_ratio"])
-        ratio = torch.where(sums.nonzero > 0, ratio, 0.0)
-        moved = (sums.nonzero > 0).to(ratio)
-    return _Layers(bucket.names, group["layer_adaptation"], weight_norm, adam_norm, ratio, moved)
+        ratio = torch.where(moved, ratio, 0.0)
+    else:
+        moved, ratio = sums.update_sq != 0, torch.ones_like(weight_norm)
+    return _Layers(bucket.names, group["layer_adaptation"], weight_norm, adam_norm, ratio, moved.to(ratio))
 
 
 def _step_sizes(bucket: Bucket, trust_ratio: Tensor) -> Tensor:

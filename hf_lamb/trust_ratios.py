@@ -17,8 +17,11 @@ def record_trust_ratios(history: dict[str, Any], step: int, ratios: dict[str, fl
     """Add a column to `history`, which starts as `{}` and holds `steps`, `[n]`, and `ratios`, name to `[n]`.
 
     At 256 columns every second one goes, and from then on half as many are taken in: the same whenever a run was
-    resumed. A step that is there already is left as it is.
+    resumed. A step that is there already is left as it is, and so is one in which a layer of the history kept its
+    weights; where layers come that had kept theirs so far, the history starts anew.
     """
+    if not history.get("ratios", ratios).keys() >= ratios.keys():
+        history.clear()
     history.setdefault("every", 1)
     history.setdefault("seen", 0)
     steps, rows = history.setdefault("steps", []), history.setdefault("ratios", {name: [] for name in ratios})

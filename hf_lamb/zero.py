@@ -286,6 +286,6 @@ def calling_engine() -> Any:
 def is_trial_step(engine: Any) -> bool:
     """Whether DeepSpeed is still building its optimizer: without ZeRO it then does a step with gradients of zero.
 
-    As u is all decay there, this would take every weight the share lr closer to zero, and count as the first step.
+    It would count as the first step, and take what is not adapted the share lr*λ closer to zero.
     """
     return engine.optimizer is None

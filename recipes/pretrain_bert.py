@@ -728,7 +728,7 @@ def result(
     of_plan = {"plan": Path(recipe.plan).name, "phase": phase.number, "phases": phase.of} if recipe.plan else {}
     history, options = trust_ratio_history(trainer.state), plain(options_in_force(trainer.optimizer))
     why = trainer.learning_rate_why or "given"
-    if phase.checkpoint is not None and not math.isclose(options["learning_rate"], args.learning_rate):
+    if phase.checkpoint is not None and not math.isclose(options["learning_rate"], trainer.scale_learning_rate()):
         why = "the checkpoint's"
     return {
         "recipe": "pretrain_bert",

@@ -121,7 +121,7 @@ def test_a_nan_costs_one_step_and_nothing_else(
 
 @pytest.mark.parametrize(("processes", "mode"), ALL)
 def test_one_all_reduce_for_each_call(processes: int, mode: str, result_of: Callable[[int, str, str], Result]) -> None:
-    """Two numbers a layer; no more for skipping and clipping, which take the norm that DeepSpeed has computed.
+    """Three numbers a layer; no more for skipping and clipping, which take the norm that DeepSpeed has computed.
 
     ZeRO-1 and 2 call `step` for each of the two groups, ZeRO-3 for each sub-group, BF16_Optimizer once.
     """
@@ -133,7 +133,7 @@ def test_one_all_reduce_for_each_call(processes: int, mode: str, result_of: Call
             assert calls == [[]]
             continue
         assert all(len(call) == 1 and call[0][0] == "allreduce" for call in calls)
-        assert sum(size for [[_, size]] in calls) == evidence["layers"] * 8
+        assert sum(size for [[_, size]] in calls) == evidence["layers"] * 12
         assert len(calls) == (1 if evidence["optimizer"] == "BF16_Optimizer" else evidence["tensors"])
 
 
@@ -152,6 +152,17 @@ def test_really_ran_sharded(processes: int, mode: str, result_of: Callable[[int,
         assert result["evidence"][0]["tensors"] == 2 or "subgroups" in mode
     if "subgroups" in mode:
         assert result["evidence"][0]["tensors"] > 3
+
+
+def test_a_layer_that_nothing_uses_keeps_its_weights(tmp_path: Path) -> None:
+    """ZeRO hands zeros for it. As without DeepSpeed it keeps its weights to the bit, and is in no statistics."""
+    torchrun(2, "tests.scripts.zero_unused", str(tmp_path / "results.json"), timeout=400)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["0", "1", "2", "3"]
+    for stage, result in results.items():
+        assert result["unused"] == 0, stage
+        assert result["used"] <= 1e-6, stage
+        assert all("unused.weight" not in names for names in result["layers"]), stage
 
 
 # -- through Trainer and Accelerate ----------------------------------------------------------------------------------

@@ -150,3 +150,12 @@ def test_the_recipe_leaves_a_heat_map_and_the_last_ratios(finished: Path) -> Non
 def test_the_heat_map_is_a_picture(tmp_path: Path) -> None:
     plot_trust_ratios(history_of(a=[0.1, 0.2, 0.0], b=[1.0, 2.0, 3.0]), tmp_path / "map.png", "title")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_that_kept_their_weights() -> None:
+    """LoRA's A has no gradient in the first step; an expert has none in some. What is in the history is whole."""
+    history: dict[str, Any] = {}
+    for step, ratios in enumerate([{"B": 1.0}, {"A": 2.0, "B": 3.0}, {"B": 4.0}, {"A": 5.0, "B": 6.0}]):
+        record_trust_ratios(history, step, ratios)
+    assert history["steps"] == [1, 3]
+    assert history["ratios"] == {"A": [2.0, 5.0], "B": [3.0, 6.0]}

@@ -42,9 +42,10 @@ def check(device: torch.device) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         ours, theirs = _small_bucket(dtype, device), _small_bucket(dtype, device)
         ours.table = table_of(ours, None)
-        for bucket, do, then in ((ours, direction, apply), (theirs, foreach.direction, foreach.apply)):
-            sums, held = do(bucket)
-            then(bucket, held, (sums.nonzero * sums.weight_sq / sums.update_sq).sqrt() / 10)
+        sums, held = direction(ours)
+        apply(ours, held, _a_tenth(sums))
+        sums, updates = foreach.direction(theirs)
+        foreach.apply(theirs, updates, _a_tenth(sums))
         for what in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
             for a, b in zip(getattr(ours, what), getattr(theirs, what), strict=True):
                 if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
@@ -52,6 +53,11 @@ def check(device: torch.device) -> None:
                         f"a small {dtype} step gave other {what} than foreach's, by up to {(a - b).abs().max():.1e}: "
                         f"a fault of Triton {triton.__version__} on this device"
                     )
+
+
+def _a_tenth(sums: Sums) -> Tensor:
+    """Step sizes that use all of the sums."""
+    return torch.where(sums.nonzero > 0, (sums.weight_sq / sums.update_sq).sqrt() / 10, 0.0)
 
 
 def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     StateDictType,
 )
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
@@ -170,6 +171,91 @@ def check_no_gradient_where_the_shard_is_empty() -> None:
     """Every process must still name all layers, and send numbers of the same dtype."""
     run_all_layouts(torch.float64, grad_placements="none where empty", **CLIPPED)
     run_all_layouts(torch.float32, grad_placements="none where empty")
+
+
+def check_layers_without_a_gradient() -> None:
+    """Zeros on all processes, in every layout: the weights stay as they are, to the bit, in every step so far.
+
+    A single number on one process is a gradient, of which all processes hear.
+    """
+    for backend in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        cases = [case for case in layouts() if 0 not in case[1]]
+        start = [draw(*shape, seed=i) for i, (_, shape, _, _) in enumerate(cases)]
+        sharded = [nn.Parameter(lay_out(w.clone(), mesh, p)) for w, (_, _, mesh, p) in zip(start, cases, strict=True)]
+        unsharded = [nn.Parameter(w.clone()) for w in start]
+        names = [what for what, _, _, _ in cases]
+        optimizer = Lamb(zip(names, sharded, strict=True), lr=1e-2, **backend)
+        reference = Lamb(zip(names, unsharded, strict=True), lr=1e-2, **backend)
+        for step in range(4):
+            for i, (param, plain) in enumerate(zip(sharded, unsharded, strict=True)):
+                _, shape, mesh, placements = cases[i]
+                plain.grad = torch.zeros(shape, dtype=torch.float64)
+                if step >= 2 and i % 2 == 0:
+                    plain.grad.view(-1)[-1] = 1e-200  # whose square is zero in float64 too
+                param.grad = lay_out(plain.grad, mesh, placements)
+            optimizer.step()
+            reference.step()
+            moved = set(names[::2]) if step >= 2 else set()
+            assert set(optimizer.layer_stats()) == set(reference.layer_stats()) == moved
+        for i, distance in enumerate(distances(sharded, start)):
+            assert (distance > 1e-3) == (i % 2 == 0), names[i]
+        assert max(distances(sharded, unsharded)) <= 1e-12
+        assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+
+
+class Half(nn.Module):
+    """Of its two layers, one takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.used(x))
+
+
+class Unused(nn.Module):
+    """Nor does one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.pooler = Half(), Half(), Half()
+        self.double()
+        for i, param in enumerate(self.parameters()):
+            param.data = draw(*param.shape, seed=i) / 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def check_fsdp1_layers_that_nothing_uses() -> None:
+    """FSDP1 hands zeros for them. As unsharded they keep their weights, to the bit, and are in no statistics."""
+    for flat in (False, True):
+        model, unsharded = Unused(), Unused()
+        start = {name: param.detach().clone() for name, param in model.named_parameters()}
+        fsdp1 = partial(FullyShardedDataParallel, use_orig_params=not flat, device_id=torch.device("cpu"))
+        wrapped = fsdp1(model, auto_wrap_policy=ModuleWrapPolicy({Half}))
+        optimizer = Lamb(lamb_param_groups(wrapped), lr=0.05)
+        optimizer.attach(wrapped)
+        reference = Lamb(lamb_param_groups(unsharded), lr=0.05)
+        for step in range(STEPS):
+            x = draw(6, 5, seed=100 + step) / 10
+            for net in (wrapped, unsharded):
+                net.zero_grad()
+                net(x).square().mean().backward()
+            optimizer.step()
+            reference.step()
+            stats = optimizer.layer_stats()
+            used = {f"{unit}.used.{kind}" for unit in ("first", "second") for kind in ("weight", "bias")}
+            assert set(stats) == set(reference.layer_stats()) == used
+            assert same_everywhere(stats)
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            end = {clean_name(name): param.detach().clone() for name, param in wrapped.named_parameters()}
+        for name, param in unsharded.named_parameters():
+            if "unused" in name or "pooler" in name:
+                assert torch.equal(end[name], start[name]), name
+            else:
+                torch.testing.assert_close(end[name], param.detach(), rtol=1e-10, atol=0)
 
 
 def check_a_nan_in_any_shard_skips_the_step_everywhere() -> None:
