@@ -174,9 +174,15 @@ class LambTrainer(
       by accumulation steps and processes for every head that accepts `num_items_in_batch` but ignores it, which
       most `ForMaskedLM`, sequence and token classification heads do
       (https://github.com/huggingface/transformers/issues/47688); for heads that do not accept it, it takes the mean
-      of the micro-batches' means. Models that divide by `num_items_in_batch` themselves, a `compute_loss_func`, and
-      batches without `labels` are left alone. Which of these a model is, is found out by trying, on the first
-      batch.
+      of the micro-batches' means. Which kind a model or a `compute_loss_func` is, is found out by trying, on the
+      first batch: what divides by `num_items_in_batch` itself is left alone, and so are batches without `labels`.
+      Also exact: heads whose loss is a mean over what `attention_mask` lets through (ELECTRA's) or over rows, and
+      sums of such a loss and of cross-entropies that have labels of their own (BERT's next sentence). A warning says
+      that a loss is none of these.
+    * A subclass's own `compute_loss` is divided by the accumulation steps, so that it gives the mean of the
+      micro-batches' means. Not if it computes with `num_items_in_batch`, or says `loss_is_scaled_for_ga = True`.
+      What `super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)` returns has its weight
+      already; it may be scaled, and batch means added to it.
     * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
     * With `LambTrainingArguments`: the learning rate of this run's global batch from one found at another, polynomial
       decay, and a warning before the run where the rate lets the weights' norms grow too far, see `hf_lamb.scaling`.

@@ -53,11 +53,44 @@ def test_the_known_noise_scale_is_found(batch: int, accumulation: int, tmp_path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4)])
-def test_two_processes_find_it_too(batch: int, accumulation: int, tmp_path: Path) -> None:
-    """Without accumulation from the gradients before DDP averages them, else from the first micro-batches."""
-    torchrun(2, "tests.scripts.noise_runs", "noise", str(batch), str(accumulation), str(tmp_path / "log.json"))
+@pytest.mark.parametrize(("what", "batch", "accumulation"), [("noise", 8, 1), ("noise", 2, 4), ("noise-each", 2, 4)])
+def test_two_processes_find_it_too(what: str, batch: int, accumulation: int, tmp_path: Path) -> None:
+    """Without accumulation from the gradients before DDP averages them, with `sync_each_batch` too, which averages
+    those of every micro-batch; else from the first micro-batches."""
+    torchrun(2, "tests.scripts.noise_runs", what, str(batch), str(accumulation), str(tmp_path / "log.json"))
     assert json.loads((tmp_path / "log.json").read_text())[-1] == pytest.approx(NOISE_SCALE, rel=0.2)
+
+
+class Unweighted(LambTrainer):
+    """The mean of each micro-batch, whatever its number of labels."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+def test_the_first_micro_batchs_share_is_that_of_its_loss(tmp_path: Path) -> None:
+    """A subclass's own means count the same, however many labels there are; the square of the norm is undone so."""
+    trainer = noise_trainer(tmp_path, 4, 4, cls=Unweighted, max_steps=120)
+    trainer.train_dataset.labelled = 0.3
+    seen: list[float] = []
+    update = trainer.noise_scale.update
+    trainer.noise_scale.update = lambda *numbers: (seen.append(float(numbers[1])), update(*numbers))  # type: ignore
+    trainer.train()
+    assert seen == pytest.approx([1 / 4] * 120)
+
+
+def test_a_last_micro_batch_that_is_not_full_counts_what_it_has(tmp_path: Path) -> None:
+    """Ten rows as 8 + 2 in an epoch's only step: a global batch of 10, not of 16."""
+    trainer = noise_trainer(tmp_path, 8, 2, max_steps=1)
+    trainer.train_dataset.x = trainer.train_dataset.x[:10]
+    seen: list[tuple[float, ...]] = []
+    trainer.noise_scale.update = lambda *numbers: seen.append((float(numbers[1]), float(numbers[3])))  # type: ignore
+    trainer.train()
+    ((inverse_b, inverse_batch),) = seen
+    assert (inverse_b, inverse_batch) == pytest.approx((1 / 8, 1 / 10))
 
 
 def test_one_micro_batch_tells_nothing(tmp_path: Path) -> None:

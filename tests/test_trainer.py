@@ -2,19 +2,30 @@
 
 import json
 import logging
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    ElectraConfig,
+    ElectraForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+)
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback, registration
 from tests.helpers import torchrun
-from tests.scripts import split_batch
+from tests.scripts import loss_runs, split_batch
 
 TASKS = ["mlm", "classification"]
 
@@ -179,30 +190,308 @@ def test_a_micro_batch_without_labels_adds_nothing(tmp_path: Path) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+# -- a subclass's own loss --------------------------------------------------------------------------------------------
+
+
+class OwnLoss(LambTrainer):
+    """A `compute_loss` as people write it: `kind` says which."""
+
+    kind = "mean"
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        asked = {"num_items_in_batch": num_items_in_batch} if self.kind in ("ours", "with a term") else {}
+        if self.kind in ("ours", "with a term", "ours, uncounted"):
+            loss, outputs = super().compute_loss(model, inputs, True, **asked)
+            if self.kind == "with a term":
+                loss = loss + 3.0
+        else:
+            inputs = dict(inputs)
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            reduction = "sum" if self.kind == "counted" else "mean"
+            loss = nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction=reduction)
+            if self.kind == "counted":
+                loss = loss / num_items_in_batch.to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(kind, told) for kind in ("mean", "ours, uncounted", "with a term") for told in (None, False)]
+    + [("ours", told) for told in (None, False, True)]
+    + [("counted", told) for told in (None, True)],
+)
+def test_a_subclasss_loss_is_divided_once(kind: str, told: bool | None, tmp_path: Path) -> None:
+    """A batch mean is divided by the accumulation, as in a stock Trainer whose model takes no loss kwargs; what is
+    weighted already is not, whatever `loss_is_scaled_for_ga` says of it; what an author says of his own loss holds."""
+    data = split_batch.FixedRows("mlm", 64, seed=0)
+    cls = type("Told", (OwnLoss,), {"kind": kind} | ({} if told is None else {"loss_is_scaled_for_ga": told}))
+    model = split_batch.trained_model("mlm", tmp_path / "start")
+    with torch.no_grad():
+        exact = float(model(input_ids=data.input_ids, labels=data.labels).loss)
+    split = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "max_steps": 1}
+    loss = first_loss(model, data, tmp_path, cls, **split)
+    expected = {"ours": exact, "counted": exact, "with a term": exact + 3.0}.get(kind)
+    if expected is None:
+        stock = split_batch.trained_model("mlm", tmp_path / "start")
+        stock.accepts_loss_kwargs = False
+        expected = first_loss(stock, data, tmp_path, Trainer, **split)
+        assert expected == pytest.approx(exact, rel=0.02)
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+class RunningMetrics(Trainer):
+    """Notes what it sees while it computes a loss, as trl's trainers do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls, self.metrics, self.total = 0, {"train": []}, torch.zeros(())
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self.metrics["train"].append(len(inputs["labels"]))
+        self.total += 1
+        self.seen = True
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class LambRunningMetrics(LambTrainer, RunningMetrics):
+    pass
+
+
+def test_running_metrics_of_a_mixed_in_trainer_hold_the_training_only(tmp_path: Path) -> None:
+    data = split_batch.FixedRows("mlm", 16, seed=0)
+    model = split_batch.trained_model("mlm", tmp_path / "start")
+    run = trainer(model, data, tmp_path, LambRunningMetrics, per_device_train_batch_size=4)
+    batch = {"input_ids": data.input_ids, "labels": data.labels}
+    assert run._is_mean(model, batch)
+    assert (run.calls, run.metrics, float(run.total), hasattr(run, "seen")) == (0, {"train": []}, 0.0, False)
+    run.train()
+    assert (run.calls, run.metrics["train"], float(run.total)) == (2, [4, 4], 2.0)
+
+
+# -- losses that are means over something else, or have terms with labels of their own --------------------------------
+
+SMALL = {"vocab_size": split_batch.VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
 class TwoLosses(split_batch.FixedRows):
     """Masked tokens and one label a row: the sum of two means with different counts."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {**super().__getitem__(index), "next_sentence_label": torch.tensor(index % 2)}
+        return {**super().__getitem__(index), "next_sentence_label": torch.tensor(index % 3 % 2)}
+
+
+class Replaced(split_batch.FixedRows):
+    """Rows of different lengths, padded, with a label everywhere: ELECTRA's, a mean over what is attended to."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids, length = self.input_ids[index], 4 + index * 7 % 20
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(len(ids)) < length).long(),
+            "labels": (ids % 5 == 0).long(),
+        }
+
+
+class MeanOfRows(nn.Module):
+    """Each row's mean over its labels, and their mean: every row counts the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(split_batch.VOCAB, split_batch.VOCAB)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        logits = self.table(input_ids)
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return {"loss": (each.sum(1) / labels.ne(-100).sum(1)).mean(), "logits": logits}
+
+
+class RareCountsMore(MeanOfRows):
+    """Classes have weights, by whose sum the loss is divided: no count of labels makes it a mean."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        logits = self.table(input_ids)
+        weight = torch.linspace(0.1, 10, split_batch.VOCAB)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight), "logits": logits}
+
+
+def bert_for_pretraining() -> BertForPreTraining:
+    torch.manual_seed(0)
+    return BertForPreTraining(BertConfig(**SMALL))
+
+
+def electra() -> ElectraForPreTraining:
+    torch.manual_seed(0)
+    return ElectraForPreTraining(ElectraConfig(embedding_size=16, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [(bert_for_pretraining, TwoLosses), (electra, Replaced), (MeanOfRows, split_batch.FixedRows)],
+)
+def test_other_means_do_not_depend_on_the_split_either(make: Any, data: Any, tmp_path: Path) -> None:
+    """From an untrained head, whose losses all look alike; loss, gradient norm and eval_loss, down to single rows."""
+    logs = []
+    for batch in (16, 4, 1):
+        options = {"gradient_accumulation_steps": 16 // batch, "max_steps": 3, "learning_rate": 1e-2}
+        options |= {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+        run = trainer(make(), data("mlm", 16, seed=0), tmp_path, **options)
+        run.train()
+        lines = [(line["loss"], line["grad_norm"]) for line in run.state.log_history if "loss" in line]
+        logs.append([*sum(lines, ()), run.evaluate(run.train_dataset)["eval_loss"]])
+    assert logs[1] == pytest.approx(logs[0], rel=2e-5)
+    assert logs[2] == pytest.approx(logs[0], rel=2e-5)
 
 
 def test_a_loss_that_is_no_mean_over_labels_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """BERT's two-headed pretraining loss cannot be weighted from outside: one line names the model and the remedy."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=split_batch.VOCAB,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        initializer_range=1.0,
-    )
-    two_headed, one_headed = BertForPreTraining(config), split_batch.trained_model("mlm", tmp_path / "start")
+    """Also while an untrained head's losses are all ln(classes): one line names the model and the remedy."""
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):
-        trainer(two_headed, TwoLosses("mlm", 16, seed=0), tmp_path).train()
-        trainer(one_headed, split_batch.FixedRows("mlm", 16, seed=0), tmp_path).train()
+        trainer(RareCountsMore(), split_batch.FixedRows("mlm", 16, seed=0), tmp_path).train()
+        for make, data in ((bert_for_pretraining, TwoLosses), (MeanOfLabels, split_batch.FixedRows)):
+            trainer(make(), data("mlm", 16, seed=0), tmp_path).train()
     (line,) = [record.getMessage() for record in caplog.records if "no mean over labels" in record.getMessage()]
-    assert re.search(r"BertForPreTraining.*Pass a compute_loss_func", line)
+    assert re.search(r"RareCountsMore.*Pass a compute_loss_func", line)
+
+
+def test_a_compute_loss_func_that_returns_a_mean_is_weighted(tmp_path: Path) -> None:
+    """The stock Trainer multiplies it by the accumulation."""
+    data = split_batch.FixedRows("mlm", 64, seed=0)
+    model = split_batch.trained_model("mlm", tmp_path / "start")
+    expected = model(input_ids=data.input_ids, labels=data.labels).loss.item()
+
+    def mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+
+    run = trainer(model, data, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=8, max_steps=1)
+    args = run.args
+    run = LambTrainer(model=model, args=args, train_dataset=data, compute_loss_func=mean)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# -- finding out about a loss changes nothing and ends nothing --------------------------------------------------------
+
+
+class TwoTowers(nn.Module):
+    """Nested inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(split_batch.VOCAB, 8), nn.Linear(8, 3)
+
+    def forward(self, query: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        logits = self.head(self.table(query["input_ids"]).mean(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class OnlyWhileTraining(TwoTowers):
+    """As torchvision's detectors: a loss in training mode, predictions else."""
+
+    def forward(self, query: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        outputs = super().forward(query, labels)
+        return outputs if self.training else {"logits": outputs["logits"]}
+
+
+class ImagesOfAllRows(TwoTowers):
+    """One tensor holds the images of all rows, two each."""
+
+    def forward(self, query: Any, labels: torch.Tensor, images: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        if len(images) != 2 * len(labels):
+            raise ValueError(f"{len(images)} images of {len(labels)} rows")
+        return super().forward(query, labels)
+
+
+@pytest.mark.parametrize("make", [TwoTowers, OnlyWhileTraining, ImagesOfAllRows])
+def test_batches_that_cannot_be_taken_apart_train_as_in_a_stock_trainer(make: Any, tmp_path: Path) -> None:
+    """And no loss is inflated where it can be seen that it is a mean."""
+
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        batch = torch.utils.data.default_collate(rows)
+        images = {"images": torch.zeros(2 * len(rows), 4)} if make is ImagesOfAllRows else {}
+        return {"query": {"input_ids": batch["input_ids"]}, "labels": batch["labels"], **images}
+
+    data, losses = split_batch.FixedRows("classification", 32, seed=0), []
+    for cls, accumulation in ((Trainer, 1), (LambTrainer, 1), (LambTrainer, 4)):
+        options = {"per_device_train_batch_size": 32 // accumulation, "gradient_accumulation_steps": accumulation}
+        run = trainer(make(), data, tmp_path, cls, max_steps=1, remove_unused_columns=False, **options)
+        run.data_collator = collate
+        run.train()
+        losses.append(run.state.log_history[0]["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+class Restless(MeanOfRows):
+    """Counts its calls, in an attribute and in a buffer, and draws all kinds of random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.frozen = nn.Dropout().eval()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        self.seen += 1
+        random.random(), np.random.rand(), torch.rand(())
+        return super().forward(input_ids, labels)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_trial_passes_leave_no_trace(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes module by module, buffers, attributes and random numbers of every kind; no device is seeded anew."""
+    seeded = []
+    monkeypatch.setattr(torch.xpu, "_is_in_bad_fork", lambda: False)
+    monkeypatch.setattr(torch.xpu, "manual_seed_all", lambda seed: seeded.append(seed))
+    model = Restless().train()
+    model.frozen.eval()
+    data = split_batch.FixedRows("mlm", 8, seed=0)
+    run = trainer(model, data, tmp_path)
+    if fails:
+        monkeypatch.setattr(Restless, "forward", lambda self, *args, **kwargs: 1 / 0)
+        model.forward = lambda *args, **kwargs: model.seen.add_(1) / torch.rand(3)[4]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    seeded.clear()
+    run._is_mean(model, {"input_ids": data.input_ids, "labels": data.labels})
+    assert run._loss_is_known()
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == before
+    assert (model.calls, float(model.seen), model.training, model.frozen.training) == (0, 0.0, True, False)
+    assert seeded == []
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_rows_that_fill_the_last_batch_are_not_evaluated(tmp_path: Path) -> None:
+    """eval_loss on two processes is that on one, for float labels and for a loss that knows no -100, with and without
+    predictions."""
+    loss_runs.main("evaluate", tmp_path / "one.json")
+    torchrun(2, "tests.scripts.loss_runs", "evaluate", str(tmp_path / "two.json"))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for kind, metrics in one.items():
+        assert two[kind]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6), kind
+        assert two[kind].get("eval_rows") == metrics.get("eval_rows")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", ["twice", "fsdp2-twice", "unequal"])
+def test_processes_train_again_and_from_unequal_batches(what: str, tmp_path: Path) -> None:
+    """A second `train()` after an evaluation and with more accumulation; a first batch of one row here, four there."""
+    torchrun(2, "tests.scripts.loss_runs", what, str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    if what == "unequal":
+        assert len(found["loss"]) == 3
+    else:
+        assert len(found["first"]) == len(found["second"]) == 3
+        assert found["evaluated"] == sorted(found["evaluated"], reverse=True)  # it goes on learning
 
 
 def test_finding_out_about_the_loss_leaves_no_trace(tmp_path: Path) -> None:

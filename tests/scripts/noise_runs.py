@@ -1,10 +1,12 @@
 """LambTrainer on one process or, through torchrun, on several; writes what it logged.
 
-python -m tests.scripts.noise_runs {rate,split_batches,noise,split} PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
+python -m tests.scripts.noise_runs {rate,split_batches,noise,noise-each,split} PER_DEVICE_BATCH ACCUMULATION \
+    OUTPUT.json [SEED]
 
 `rate`: the learning rates of a scaled run. `split_batches`: those, and what it counts, where
 accelerate splits its batches. `noise`: the gradient noise scale of a model where it is known: the loss
 x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
+`noise-each`: the same, averaged over processes after every micro-batch.
 `split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
 
@@ -28,6 +30,8 @@ DIMENSIONS, NOISE_SCALE, SEEDS = 256, 24.0, 6
 class Rows(Dataset):
     """Fresh Gaussian rows x ~ N(mean, 1), the same for the same seed and index."""
 
+    labelled = 1.0  # the share of rows that have a label
+
     def __init__(self, rows: int, seed: int) -> None:
         mean = (1 / NOISE_SCALE) ** 0.5  # of each coordinate, so that ‖mean‖² = DIMENSIONS / NOISE_SCALE
         self.x = torch.randn(rows, DIMENSIONS, generator=torch.Generator().manual_seed(seed)) + mean
@@ -36,7 +40,7 @@ class Rows(Dataset):
         return len(self.x)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"x": self.x[index], "labels": torch.tensor(0)}
+        return {"x": self.x[index], "labels": torch.tensor(0 if index % 10 < 10 * self.labelled else -100)}
 
 
 class Linear(nn.Module):
@@ -48,7 +52,9 @@ class Linear(nn.Module):
         return {"loss": (x @ self.w).mean()}
 
 
-def noise_trainer(path: Path, batch: int, accumulation: int, seed: int = 0, **options: Any) -> LambTrainer:
+def noise_trainer(
+    path: Path, batch: int, accumulation: int, seed: int = 0, cls: type[LambTrainer] = LambTrainer, **options: Any
+) -> LambTrainer:
     set_seed(seed)
     defaults: dict[str, Any] = {"max_steps": 240, "logging_steps": 20, "save_strategy": "no", "report_to": []}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "seed": seed, "optim": "lamb"}
@@ -58,7 +64,7 @@ def noise_trainer(path: Path, batch: int, accumulation: int, seed: int = 0, **op
         gradient_accumulation_steps=accumulation,
         **defaults | options,
     )
-    return LambTrainer(model=Linear(), args=args, train_dataset=Rows(16 * 240, seed))
+    return cls(model=Linear(), args=args, train_dataset=Rows(16 * 240, seed))
 
 
 def scaled_trainer(path: Path, batch: int, accumulation: int, steps: int, **options: Any) -> LambTrainer:
@@ -101,8 +107,9 @@ def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) 
         (found["rows"],) = rows
         if trainer.is_world_process_zero():
             found["card"] = (path / "trainer/README.md").read_text()
-    elif what == "noise":
-        trainer = noise_trainer(path / "trainer", batch, accumulation, seed)
+    elif what.startswith("noise"):
+        each = {"gradient_accumulation_kwargs": {"sync_each_batch": what == "noise-each"}}
+        trainer = noise_trainer(path / "trainer", batch, accumulation, seed, accelerator_config=each)
         found = logged(trainer, noise)
     else:
         trainer = scaled_trainer(path, batch, accumulation, steps=3 if what == "rate" else 20)
