@@ -185,7 +185,9 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
                 ratios = [s.trust_ratio for s in lamb.layer_stats(adapted_only=True).values()]
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's
                 values = {"loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
-                accelerator.log(values | {"trust_ratio_median": sorted(ratios)[len(ratios) // 2]}, step=step)
+                if ratios:  # none where all of this step's gradients are zero
+                    values["trust_ratio_median"] = sorted(ratios)[len(ratios) // 2]
+                accelerator.log(values, step=step)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 losses = []
             if step % args.save_steps == 0 or step == args.max_steps:
