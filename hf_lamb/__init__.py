@@ -13,6 +13,7 @@ from hf_lamb.convert import convert_state_dict
 from hf_lamb.lamb import Lamb, LayerStats, SkippedSteps
 from hf_lamb.param_groups import lamb_param_groups
 from hf_lamb.registration import register
+from hf_lamb.sharding import ShardingError
 from hf_lamb.trust_ratios import trust_ratio_warnings
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "LambTrainer",
     "LambTrainingArguments",
     "LayerStats",
+    "ShardingError",
     "SharpnessCallback",
     "SkippedSteps",
     "SkippedStepsCallback",

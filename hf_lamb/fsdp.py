@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from hf_lamb.checkpoints import CheckpointError
-from hf_lamb.fsdp1 import clean_name, unwrapped
+from hf_lamb.sharding.fsdp1 import clean_name, unwrapped
 
 __all__ = ["ShardedTrainer", "tied_heads_in_one_group"]
 

@@ -1,25 +1,32 @@
-"""Squared norms of parameters and updates, over whole layers wherever their shards lie, and the trust ratio.
+"""Squared norms of tensors, and the trust ratio.
 
 Everything here is a tensor operation: nothing is read back to the host.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from enum import IntEnum
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 # On CPU, torch's norm adds fp32 squares one after another and falls short as tensors grow:
 # python -c "import torch; x = torch.rand(31_000_000); print(x.norm() / x.double().norm() - 1)"   # -1.3e-03
 # Norms of rows of this length, squared and summed pairwise, are right to rounding; a few rows need no such care.
 _ROW = 4096
+
+
+class Sum(IntEnum):
+    """The sums of a layer, rows of a `[k, n]` tensor; those of its pieces add up."""
+
+    WEIGHT_SQ = 0  # ‖w‖²
+    UPDATE_SQ = 1  # ‖u‖²
+    NONZERO = 2  # positive where the gradient or the moved m is not all zero; of adapted layers only
+
+
+def math_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic and of the state: float64 for float64 parameters, else float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _norm_by_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,82 +88,3 @@ def trust_ratio(
     if min_trust_ratio is not None or max_trust_ratio is not None:
         ratio = ratio.clamp(min_trust_ratio, max_trust_ratio)
     return ratio
-
-
-# -- sharded parameters ----------------------------------------------------------------------------------------------
-
-
-class ShardingError(RuntimeError):
-    """A parameter whose layer cannot be put together, so that its norm would be another algorithm's."""
-
-
-class Reduction(NamedTuple):
-    """A process group over which the sums of squares of a layer's parts add up, each part exactly once."""
-
-    group: ProcessGroup
-    device_type: str  # where its communication happens: CPU-offloaded shards go there and back
-
-
-Reductions = tuple[Reduction, ...]
-
-
-def local_shard(param: Tensor, name: str) -> tuple[Tensor, Reductions]:
-    """This process's part of a parameter, and the groups over which its layer is spread: none for a whole tensor.
-
-    A DTensor is spread over every dimension of its mesh along which it is not replicated: FSDP2, HSDP, tensor
-    parallelism and their combinations, whatever the kind of shard (`_StridedShard` is no `Shard`).
-
-    Raises:
-        ShardingError: a DTensor with partial placements; a parameter of FSDP1.
-    """
-    if not _is_dtensor(param):
-        if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
-            raise ShardingError(
-                f"Lamb: parameter {name} is an FSDP1 shard, and nothing on it says where the rest of its layer is: "
-                "call optimizer.attach(model) on the wrapped model, or use FSDP2 (accelerate's fsdp_version 2) or DDP"
-            )
-        return param, ()
-    mesh, placements = param.device_mesh, param.placements
-    if any(placement.is_partial() for placement in placements):
-        raise ShardingError(
-            f"Lamb: parameter {name} has placements {placements}: a partial sum is no weight, so redistribute it first"
-        )
-    spread = (i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1)
-    return param.to_local(), tuple(Reduction(mesh.get_group(i), mesh.device_type) for i in spread)
-
-
-def local_grad(param: Tensor, grad: Tensor) -> Tensor:
-    """This process's part of a gradient, laid out as its parameter (sequence parallelism leaves partial sums)."""
-    if not _is_dtensor(param) or not _is_dtensor(grad):
-        return grad
-    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    local: Tensor = grad.to_local()
-    return local
-
-
-def sum_over_processes(parts: dict[Reductions, Tensor]) -> dict[Reductions, Tensor]:
-    """Add up what the processes hold of each tensor, over the groups it is filed under; one all-reduce per group.
-
-    All processes must file tensors of the same shapes under corresponding groups, in the same order.
-    """
-    for reduction in dict.fromkeys(reduction for reductions in parts for reduction in reductions):
-        concerned = [reductions for reductions in parts if reduction in reductions]
-        vector = torch.cat([parts[reductions].flatten() for reductions in concerned])
-        home, vector = vector.device, vector.to(reduction.device_type)
-        dist.all_reduce(vector, group=reduction.group)
-        sizes = [parts[reductions].numel() for reductions in concerned]
-        for reductions, summed in zip(concerned, torch.split(vector.to(home), sizes), strict=True):
-            parts[reductions] = summed.view_as(parts[reductions])
-    return parts
-
-
-def reduction_of(group: ProcessGroup, device: torch.device) -> Reduction:
-    """A sum over a process group of what lies on a device, done there if the group can."""
-    types = [device.type for device in group._device_types]
-    return Reduction(group, device.type if device.type in types else types[0])
-
-
-def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: there can be no DTensor
-    return module is not None and isinstance(tensor, module.DTensor)

@@ -1,14 +1,15 @@
-"""Which options Lamb takes: one line for each that it does not."""
+"""Which options and parameters Lamb takes: one line for each that it does not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_options", "python_numbers"]
+__all__ = ["check_iterable", "check_options", "check_params", "name_in_group", "python_numbers"]
 
 _NUMBERS = ("lr", "eps", "weight_decay", "min_trust_ratio", "max_trust_ratio", "max_grad_norm")
 
@@ -92,3 +93,44 @@ def _check_choice(what: str, value: Any, choices: tuple[bool | None, ...], expec
         good = False
     if not good:
         raise ValueError(f"Invalid {what}: {value!r}: expected {expected}")
+
+
+def check_iterable(params: Any) -> None:
+    """Refuse what is given in the place of parameters, where torch's words name neither it nor the way out."""
+    module = isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList)
+    if module or isinstance(params, dict) or not isinstance(params, (Tensor, Iterable)):
+        group = isinstance(params, dict) and "params" in params
+        raise TypeError(
+            f"Lamb: expected parameters or groups of them, got {type(params).__name__}: "
+            f"pass {'a list of such dicts' if group else 'lamb_param_groups(model) or model.parameters()'}"
+        )
+
+
+def name_in_group(names: list[str] | None, group_index: int, index: int) -> str:
+    """The name a parameter was given with, else where it is: `param_groups.I.params.J`."""
+    return names[index] if names else f"param_groups.{group_index}.params.{index}"
+
+
+def check_params(params: list[Tensor], names: list[str] | None, group_index: int) -> None:
+    """Refuse a group with a parameter that LAMB can't train, or with other names than parameters."""
+    if names is not None and len(names) != len(params):
+        raise ValueError(
+            f"Lamb: a parameter group has {len(params)} parameters and {len(names)} param_names: leave out the "
+            "same ones of both"
+        )
+    for index, param in enumerate(params):
+        kind = _unfit(param)
+        if kind is not None:
+            raise ValueError(f"Lamb: parameter {name_in_group(names, group_index, index)} is {kind}")
+
+
+def _unfit(param: Tensor) -> str | None:
+    """Why LAMB can't train a parameter, and what to do."""
+    if isinstance(param, torch.nn.parameter.UninitializedParameter):
+        return "not initialised yet (a lazy module's): run the model on a batch before you build the optimizer"
+    if param.layout != torch.strided:
+        return f"of layout {param.layout}, which LAMB's norms do not support: make it dense, with .to_dense()"
+    if param.is_floating_point() and not param.is_meta:
+        return None
+    kind = "on the meta device" if param.is_meta else f"of dtype {param.dtype}"
+    return f"{kind}: it takes real floating-point tensors that hold data"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hf_lamb.fsdp1 import clean_name, flat_tensors, whole_shapes
+from hf_lamb.sharding.fsdp1 import clean_name, flat_tensors, whole_shapes
 
 __all__ = ["lamb_param_groups", "split_by_adaptation"]
 

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import torch
 from torch import nn
 
-from hf_lamb import fsdp1
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import split_by_adaptation
 from hf_lamb.scaling import near
+from hf_lamb.sharding import fsdp1
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -1,13 +1,50 @@
-"""What an optimizer's state dict must look like before any of it is loaded."""
+"""What an optimizer's state dict must look like before any of it is loaded, and how it is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_order", "check_state", "check_state_dict"]
+from hf_lamb.norms import math_dtype
+from hf_lamb.options import check_options
+
+__all__ = ["check_loadable", "check_state", "check_state_dict", "restore_precision"]
+
+
+def check_loadable(
+    state_dict: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    name_of: Callable[[int, int], str],
+) -> None:
+    """Refuse what is not the state of a Lamb with these groups, before any of it is loaded."""
+    check_state_dict(state_dict, "Lamb")
+    loaded = state_dict["param_groups"]
+    if [len(group["params"]) for group in param_groups] != [len(group["params"]) for group in loaded]:
+        return  # torch has words for this
+    for group_index, (group, other) in enumerate(zip(param_groups, loaded, strict=True)):
+        _check_order(group.get("param_names"), other.get("param_names"))
+        if "amsgrad" in other:
+            raise ValueError(
+                "Lamb: the state dict is an Adam's (its groups have amsgrad), whose lr is not LAMB's: "
+                "see hf_lamb.convert_state_dict"
+            )
+        check_options({**defaults, **other})
+        for index, (param, key) in enumerate(zip(group["params"], other["params"], strict=True)):
+            state = state_dict["state"].get(key, {})
+            if not state:
+                continue
+            name = name_of(group_index, index)
+            if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(
+                    f"Lamb: the state of {name} has {', '.join(map(str, state))}, so it is another optimizer's: "
+                    "see hf_lamb.convert_state_dict"
+                )
+            check_state(state, param, "Lamb", name)
 
 
 def check_state_dict(state_dict: Any, who: str) -> None:
@@ -50,7 +87,7 @@ def check_state(state: dict[str, Any], param: Tensor, who: str, name: str) -> No
         raise ValueError(f"{who}: the step of {name} is {step!r}: expected one number, so take another checkpoint")
 
 
-def check_order(own: list[str] | None, loaded: list[str] | None) -> None:
+def _check_order(own: list[str] | None, loaded: list[str] | None) -> None:
     """Names may differ (a wrapper's prefix, a renamed module), but not merely in their order."""
     if own and loaded and own != loaded and sorted(own) == sorted(loaded):
         first = next(name for name, other in zip(own, loaded, strict=True) if name != other)
@@ -58,3 +95,15 @@ def check_order(own: list[str] | None, loaded: list[str] | None) -> None:
             f"Lamb: the state dict has the same parameters in another order, from {first} on: "
             "build the optimizer with its groups in the order of the state dict"
         )
+
+
+def restore_precision(state: dict[Any, Any], param_groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
+    """Give back what torch has cast to the parameters' dtype: moments as they were saved, `step` in float32."""
+    for group, other in zip(param_groups, given["param_groups"], strict=True):
+        for param, key in zip(group["params"], other["params"], strict=True):
+            saved = given["state"].get(key)
+            if saved:
+                step = torch.as_tensor(saved["step"], dtype=torch.float32, device=param.device)
+                state[param]["step"] = step.reshape(())
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[param][moment] = saved[moment].to(param.device, math_dtype(param))

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_lamb import Lamb, LayerStats
-from hf_lamb.norms import ShardingError
+from hf_lamb import Lamb, LayerStats, ShardingError
 from tests.helpers import BACKENDS
 
 

@@ -4,15 +4,16 @@ compiled, though not run, for a GPU. What only a GPU can show is in test_lamb_cu
 import os
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from hf_lamb import Lamb, lamb
-from hf_lamb.backends import Bucket, Sums
+from hf_lamb import Lamb, backends
+from hf_lamb.backends import Backend, Backends, Bucket
+from hf_lamb.norms import Sum
 from tests.reference import ReferenceLamb
 from tests.test_lamb_reference import (
     IDLE_OPTIONS,
@@ -45,7 +46,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(triton, "CHUNK", 512)
     monkeypatch.setattr(triton, "PART", 1024)
     monkeypatch.setattr(triton, "_AT_ONCE", 2)
-    monkeypatch.setattr(lamb, "_fused", lambda device: triton)
+    monkeypatch.setattr(backends, "fused_kind", lambda device: triton.Triton)
     monkeypatch.setattr("triton.runtime.interpreter._convert_float", _rounded)
     return triton
 
@@ -180,11 +181,10 @@ def test_a_skipped_step_changes_nothing(eps: float) -> None:
     assert skipping.skipped_steps() == (2, 0)
 
 
-def bucket_of(kernels: ModuleType, params: list[torch.Tensor], grads: list[torch.Tensor], t: float = 0.0) -> Bucket:
+def bucket_of(params: list[torch.Tensor], grads: list[torch.Tensor], t: float = 0.0) -> Bucket:
     bucket = Bucket(Lamb([torch.ones(1)], lr=0.1).param_groups[0], params=params, grads=grads)
     bucket.exp_avgs, bucket.exp_avg_sqs = ([torch.zeros_like(param) for param in params] for _ in range(2))
     bucket.steps = [torch.tensor(t) for _ in params]
-    bucket.table = kernels.table_of(bucket, None)
     return bucket
 
 
@@ -193,20 +193,22 @@ def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType
     rng = np.random.default_rng(5)
     whole, grads = float32_params(rng, [(40, 30), (9,)]), float32_params(rng, [(40, 30), (9,)])
     pieces = [[w[:17].clone() for w in whole], [w[17:].clone() for w in whole]]  # of the second, one is empty
-    of_whole = bucket_of(kernels, whole, grads)
+    backend, of_whole = kernels.Triton(), bucket_of(whole, grads)
     shards = [
-        bucket_of(kernels, pieces[0], [g[:17].clone() for g in grads]),
-        bucket_of(kernels, pieces[1], [g[17:].clone() for g in grads]),
+        bucket_of(pieces[0], [g[:17].clone() for g in grads]),
+        bucket_of(pieces[1], [g[17:].clone() for g in grads]),
     ]
+    for key, bucket in enumerate((of_whole, *shards)):
+        bucket.key = key
+        backend.prepare(bucket)
     for _ in range(3):
-        whole_sums, held = kernels.direction(of_whole)
-        step_sizes = 0.1 * (whole_sums.weight_sq / whole_sums.update_sq).sqrt()
-        kernels.apply(of_whole, held, step_sizes)
-        first = [kernels.direction(shard) for shard in shards]
-        for parts, of_whole_layers in zip(zip(*(sums for sums, _ in first), strict=True), whole_sums, strict=True):
-            torch.testing.assert_close(sum(parts), of_whole_layers, rtol=1e-6, atol=0)
+        whole_sums, held = backend.direction(of_whole)
+        step_sizes = 0.1 * (whole_sums[Sum.WEIGHT_SQ] / whole_sums[Sum.UPDATE_SQ]).sqrt()
+        backend.apply(of_whole, held, step_sizes)
+        first = [backend.direction(shard) for shard in shards]
+        torch.testing.assert_close(sum(sums for sums, _ in first), whole_sums, rtol=1e-6, atol=0)
         for shard, (_, held) in zip(shards, first, strict=True):
-            kernels.apply(shard, held, step_sizes)
+            backend.apply(shard, held, step_sizes)
         for w, *parts in zip(whole, *pieces, strict=True):
             assert torch.equal(w, torch.cat(parts))  # elementwise the same arithmetic
 
@@ -249,15 +251,20 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
     monkeypatch.setattr(kernels, "_launch", lambda kernel, *a, **k: kernel and launch(kernel, *a, **k))
     begin, size = 2**31 + 512, 88
     chunk = begin // kernels.CHUNK
-    here, alone = (bucket_of(kernels, [torch.full((size,), 2.0)], [torch.full((size,), 3.0)]) for _ in range(2))
+    here, alone = (bucket_of([torch.full((size,), 2.0)], [torch.full((size,), 3.0)]) for _ in range(2))
     # As if each tensor had begun that much earlier.
-    here.table.rows[0, :4] -= 4 * begin
-    here.table.rows[0, 5] = begin + size
-    here.table.owners = torch.zeros(chunk + 1, dtype=torch.int32)
-    here.table.first_chunks = [chunk, chunk + 1]  # of which one is launched
-    for bucket in (here, alone):
-        _, held = kernels.direction(bucket)
-        kernels.apply(bucket, held, torch.tensor([0.1]))
+    table = kernels.table_of(here, None)
+    table.rows[0, :4] -= 4 * begin
+    table.rows[0, 5] = begin + size
+    table.owners = torch.zeros(chunk + 1, dtype=torch.int32)
+    table.first_chunks = [chunk, chunk + 1]  # of which one is launched
+    for bucket, table_of in ((here, lambda bucket, known: table), (alone, kernels.table_of)):
+        backend = kernels.Triton()
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "table_of", table_of)
+            backend.prepare(bucket)
+        _, held = backend.direction(bucket)
+        backend.apply(bucket, held, torch.tensor([0.1]))
     for tensors in ("params", "exp_avgs", "exp_avg_sqs"):
         assert torch.equal(getattr(here, tensors)[0], getattr(alone, tensors)[0])
     assert (alone.params[0] != 2.0).all()
@@ -265,8 +272,8 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
 
 def test_a_table_is_made_anew_only_when_a_tensor_moved(kernels: ModuleType) -> None:
     """Gradients may: `zero_grad` drops them. What says which chunk is whose depends on sizes alone, and stays."""
-    bucket = bucket_of(kernels, [torch.ones(600), torch.ones(3)], [torch.ones(600), torch.ones(3)])
-    table = bucket.table
+    bucket = bucket_of([torch.ones(600), torch.ones(3)], [torch.ones(600), torch.ones(3)])
+    table = kernels.table_of(bucket, None)
     assert kernels.table_of(bucket, table) is table
     bucket.grads[1] = torch.ones(3)
     moved = kernels.table_of(bucket, table)
@@ -280,32 +287,40 @@ def test_a_table_is_made_anew_only_when_a_tensor_moved(kernels: ModuleType) -> N
 
 @pytest.fixture
 def fused(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`_fused` itself again."""
+    """`fused_kind` itself again."""
     monkeypatch.undo()
-    lamb._triton.cache_clear()
-    yield lamb._fused
-    lamb._triton.cache_clear()
+    backends.triton_kind.cache_clear()
+    yield backends.fused_kind
+    backends.triton_kind.cache_clear()
 
 
 def backend_on(device: str, takes: bool = True, **options: bool | None) -> Any:
-    bucket = SimpleNamespace(group={"foreach": None, "fused": None, **options}, device=torch.device(device))
+    class Triton(Backend):
+        def takes(self, bucket: Bucket) -> bool:
+            return takes
+
+    class There(Bucket):
+        @property
+        def device(self) -> torch.device:
+            return torch.device(device)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(lamb, "_triton", lambda _: SimpleNamespace(__name__="triton", takes=lambda bucket: takes))
-        return lamb._backend(bucket).__name__.rpartition(".")[2]
+        monkeypatch.setattr(backends, "triton_kind", lambda device: Triton)
+        return type(Backends().choose(There({"foreach": None, "fused": None, **options}))).__name__
 
 
 def test_triton_is_for_cuda_alone_and_the_default_there(fused: Any) -> None:
-    assert backend_on("cuda") == backend_on("cuda", fused=True) == "triton"
-    assert backend_on("cuda", takes=False) == backend_on("cuda", takes=False, fused=True) == "foreach"
-    assert backend_on("cuda", fused=False) == backend_on("cuda", foreach=True) == "foreach"
-    assert backend_on("cuda", foreach=False) == "eager"
-    assert backend_on("xpu") == backend_on("xpu", fused=True) == "foreach"
+    assert backend_on("cuda") == backend_on("cuda", fused=True) == "Triton"
+    assert backend_on("cuda", takes=False) == backend_on("cuda", takes=False, fused=True) == "Foreach"
+    assert backend_on("cuda", fused=False) == backend_on("cuda", foreach=True) == "Foreach"
+    assert backend_on("cuda", foreach=False) == "Eager"
+    assert backend_on("xpu") == backend_on("xpu", fused=True) == "Foreach"
 
 
 def test_rocm_takes_foreach(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has run the kernels there."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert backend_on("cuda", fused=True) == "foreach"
+    assert backend_on("cuda", fused=True) == "Foreach"
 
 
 def test_without_triton_it_is_foreach(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,12 +353,16 @@ def test_kernels_that_compute_something_else_are_not_used(
     state = torch.get_rng_state()
     kernels.check(torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
-    apply = kernels.apply
-    monkeypatch.setattr(kernels, "apply", lambda bucket, held, step_sizes: apply(bucket, held, step_sizes * 1.01))
+    apply = kernels.Triton.apply
+
+    def too_far(self: Backend, bucket: Bucket, held: Any, step_sizes: torch.Tensor) -> None:
+        apply(self, bucket, held, step_sizes * 1.01)
+
+    monkeypatch.setattr(kernels.Triton, "apply", too_far)
     with pytest.raises(RuntimeError, match=r"a small torch.float32 step gave other params than foreach's, by up to"):
         kernels.check(torch.device("cpu"))
-    monkeypatch.setattr(kernels, "direction", lambda bucket: (Sums(*torch.ones(3, 2)), None))
-    monkeypatch.setattr(kernels, "apply", lambda bucket, held, step_sizes: bucket.params[0].fill_(torch.nan))
+    monkeypatch.setattr(kernels.Triton, "direction", lambda self, bucket: (torch.ones(3, 2), None))
+    monkeypatch.setattr(kernels.Triton, "apply", lambda self, bucket, *_: bucket.params[0].fill_(torch.nan))
     with pytest.raises(RuntimeError, match="other params"):
         kernels.check(torch.device("cpu"))
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lamb import Lamb
-from hf_lamb.norms import ShardingError
-from hf_lamb.segments import Layout, Segment, check_layouts
+from hf_lamb import Lamb, ShardingError
+from hf_lamb.sharding.layout import Layout, Segment, check_layouts
 from tests.helpers import BACKENDS
+from tests.layouts import attach
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (7,), "b.weight": (2, 2)}
 # Three elements of padding, the first two layers, one of padding, the third layer, four of padding.
@@ -41,7 +41,7 @@ def flat_lamb(**options: object) -> Lamb:
     optimizer = Lamb([{"params": [nn.Parameter(torch.ones(2, 2))], **UNADAPTED}], lr=0.1, **options)
     flat = nn.Parameter(flattened(draw(0)))
     optimizer.param_groups[0]["params"] = [flat]
-    optimizer._layouts[flat] = LAYOUT
+    attach(optimizer, {flat: LAYOUT})
     return optimizer
 
 
@@ -114,7 +114,7 @@ def test_layers_that_are_elsewhere_are_nothing_here() -> None:
     optimizer, flat = Lamb([torch.ones(1)], lr=0.1), nn.Parameter(torch.arange(1.0, 7.0))
     optimizer.param_groups[0]["params"] = [flat]
     segments = (Segment("before", 0, 0, 9), Segment("here", 0, 4, 4), Segment("after", 0, 0, 2))
-    optimizer._layouts[flat] = Layout(segments, 6)
+    attach(optimizer, {flat: Layout(segments, 6)}, check=False)
     flat.grad = torch.ones(6)
     optimizer.step()
     assert list(optimizer.layer_stats()) == ["here"]
@@ -179,7 +179,6 @@ def test_attach_takes_a_wrapped_model() -> None:
     model = nn.Linear(3, 2)
     optimizer = Lamb(model.parameters())
     optimizer.attach(model)  # nothing is hidden, nothing happens
-    assert optimizer._layouts == {}
     with pytest.raises(ValueError, match=r"Lamb\.attach: got nothing: pass the wrapped model"):
         optimizer.attach()
     with pytest.raises(ValueError, match=r"Lamb\.attach: expected the wrapped model, got Adam"):

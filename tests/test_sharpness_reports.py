@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, Trainer, TrainingArguments
 
-from hf_lamb import LambTrainer, LambTrainingArguments
-from hf_lamb.norms import ShardingError
+from hf_lamb import LambTrainer, LambTrainingArguments, ShardingError
 from hf_lamb.sharpness import (
     SharpnessCallback,
     __main__,

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_lamb import Lamb, zero
-from hf_lamb.norms import ShardingError
+from hf_lamb import Lamb, ShardingError
 from hf_lamb.registration import options_of
-from hf_lamb.segments import Layout, Segment
+from hf_lamb.sharding import deepspeed as zero
+from hf_lamb.sharding.layout import Layout, Segment
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -206,12 +206,16 @@ def test_warns_of_versions_that_were_not_tested(optimizer: Lamb, monkeypatch: py
     ("norm", "clip_grad", "expected"),
     [(3.0, 0.0, 9.0), (3.0, 2.0, 4.0), (1.0, 2.0, 1.0), (torch.inf, 2.0, torch.inf), (-1.0, 2.0, torch.inf)],
 )
-def test_takes_over_the_norm_that_deepspeed_computed(norm: float, clip_grad: float, expected: float) -> None:
+def test_takes_over_the_norm_that_deepspeed_computed(
+    norm: float, clip_grad: float, expected: float, optimizer: Lamb, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After its clipping; -1 is what it makes of a norm that is not finite."""
     for given_norm in (norm, torch.tensor(norm)):
         inside = SimpleNamespace(_global_grad_norm=given_norm, clip_grad=clip_grad)
-        attached = zero.Attached(SimpleNamespace(optimizer=inside), torch.empty(0))
-        assert float(attached.norm_sq(torch.device("cpu"))) == expected
+        engine = SimpleNamespace(optimizer=inside, zero_optimization=lambda: True)
+        monkeypatch.setattr(zero, "layouts", lambda engine, optimizer: {torch.empty(0): None})
+        runtime = zero.DeepSpeed(engine, optimizer)
+        assert float(runtime.gradient_norm_sq(torch.device("cpu"))) == expected
 
 
 # -- Trainer ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,71 @@
-"""How the tensors are updated. A backend is a module with two functions and no state:
+"""How the tensors are updated, and which backend updates which bucket.
 
-`direction(bucket)` advances step, moves exp_avg and exp_avg_sq, and returns `(sums, held)`: the `Sums` of every
-tensor, and whatever it wants to hand to its own `apply`;
-`apply(bucket, held, step_sizes)` does w -= step_sizes[i] * u, and nothing where a step size is zero.
-
-Between the two lies the only thing that may need other processes: adding up the sums.
+A backend is a file with a `Backend`; `Backends.choose` has the rule.
 """
 
-from hf_lamb.backends import cpu, eager, foreach
-from hf_lamb.backends.bucket import Bucket, Sums
+from __future__ import annotations
 
-__all__ = ["Bucket", "Sums", "cpu", "eager", "foreach"]
+import functools
+import warnings
+
+import torch
+
+from hf_lamb.backends.backend import Backend
+from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.cpu import CPU
+from hf_lamb.backends.eager import Eager
+from hf_lamb.backends.foreach import Foreach
+
+__all__ = ["Backend", "Backends", "Bucket"]
+
+
+class Backends:
+    """The backends of one optimizer, each made when the first bucket needs it."""
+
+    def __init__(self) -> None:
+        self._made: dict[type[Backend], Backend] = {}
+
+    def choose(self, bucket: Bucket) -> Backend:
+        """The backend of a bucket, by its group's `fused` and `foreach`, its device, and what the kernels take."""
+        use_foreach, use_fused = bucket.group["foreach"], bucket.group["fused"]
+        if use_fused or (use_fused is None and use_foreach is None):
+            # torch.compile makes its own kernels, from operations that it can see into.
+            kind = None if torch.compiler.is_compiling() else fused_kind(bucket.device)
+            if kind is not None and (fused := self._backend(kind)).takes(bucket):
+                return fused
+            return self._backend(Foreach)
+        if use_foreach is None:
+            use_foreach = bucket.device.type != "cpu"
+        return self._backend(Foreach if use_foreach else Eager)
+
+    def _backend(self, kind: type[Backend]) -> Backend:
+        if kind not in self._made:
+            self._made[kind] = kind()
+        return self._made[kind]
+
+
+def fused_kind(device: torch.device) -> type[Backend] | None:
+    """The fused backend for a kind of device, if there is one."""
+    if device.type == "cpu":
+        return CPU
+    return triton_kind(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+@functools.cache
+def triton_kind(device: torch.device) -> type[Backend] | None:
+    """The backend that needs Triton, imported for a device's first parameter; None where it cannot be used there."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Lamb: a CUDA graph is being captured, but no step on this device came before it: call step() once "
+            "outside of each capture, as torch.cuda.graph's warm-up does"
+        )
+    try:
+        from hf_lamb.backends import triton
+
+        triton.check(device)
+    except ImportError:
+        return None
+    except Exception as error:  # it compiles a C file here: no compiler, no Python.h, a full disk, ...
+        warnings.warn(f"Lamb: no fused kernels on {device}, but foreach: {error}", stacklevel=2)
+        return None
+    return triton.Triton

@@ -1,62 +1,44 @@
-"""What a backend is given: local tensors that share a group, a device, their dtypes and how they are sharded."""
+"""What a backend is given: local tensors that share a group, a device, their dtypes and how their layers are cut."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lamb.norms import Reductions, any_nonzero
-
-
-class Sums(NamedTuple):
-    """What the first visit finds of the tensors of a bucket, shape [n] each. Over a layer's parts they add up."""
-
-    weight_sq: Tensor  # ‖w‖²
-    update_sq: Tensor  # ‖u‖²
-    nonzero: Tensor  # positive where the gradient or the moved m is not all zero; of adapted layers only
+from hf_lamb.norms import any_nonzero, math_dtype
 
 
 @dataclass(slots=True)
 class Bucket:
     """Parallel lists of local tensors, the options of their group, and what this step decided for all of them."""
 
-    group: dict[str, Any]
-    reductions: Reductions = ()
+    group: dict[str, Any]  # the options
+    key: Any = None  # tells it from the optimizer's other buckets; the same in every step
+    cut: int | None = None  # how its layers are cut over processes, see hf_lamb.sharding; None where they are whole
     contiguous: bool = True  # all of the tensors below
     names: list[str] = field(default_factory=list)
-    slots: list[tuple[int, int, int]] = field(default_factory=list)  # of the layers, see lamb.Slot
+    places: list[int] = field(default_factory=list)  # of the layers, among all that are cut like them
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    # Where a backend may keep u between the visits: the optimizer's, of the arithmetic's dtype.
-    scratch: Tensor | None = None
-    # Where a backend may keep what it knows of these tensors: the optimizer's. A part of a bucket shares the whole's,
-    # in which it begins at this tensor.
-    table: Any = None
-    start: int = 0
+    start: int = 0  # of a part of a bucket: the place of its first tensor in the whole
     # 0-dim tensors on this bucket's device; None where the option behind them is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
 
     def add(
-        self,
-        name: str,
-        slot: tuple[int, int, int],
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        step: Tensor,
+        self, name: str, place: int, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
     ) -> None:
+        """Append one layer's piece."""
         self.names.append(name)
-        self.slots.append(slot)
+        self.places.append(place)
         self.params.append(param)
         self.grads.append(grad)
         self.exp_avgs.append(exp_avg)
@@ -74,7 +56,7 @@ class Bucket:
         yield self._part(slice(start, None))
 
     def _part(self, part: slice) -> Bucket:
-        lists = ("names", "slots", "params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+        lists = ("names", "places", "params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
         return replace(self, start=self.start + part.start, **{name: getattr(self, name)[part] for name in lists})
 
     @property
@@ -124,7 +106,7 @@ class Bucket:
         return grad if self.finite is None else torch.where(self.finite, grad, 0.0)
 
     def nonzero(self, grads: list[Tensor], exp_avgs: list[Tensor]) -> Tensor:
-        """`Sums.nonzero` of tensors of this bucket, from their gradients as given and their moved first moments.
+        """`Sum.NONZERO` of tensors of this bucket, from their gradients as given and their moved first moments.
 
         Of the gradients too, because (1 - beta1)*g may underflow, or cancel what was in m.
         """
@@ -136,6 +118,16 @@ class Bucket:
         """u, or zero where the step size is zero: without eps u may be 0 / 0 there, which times zero is no zero."""
         return u if self.group["eps"] > 0 else torch.where(step_size == 0, 0.0, u)
 
+    def step_sizes(self, ratio: Tensor) -> Tensor:
+        """lr * r of each parameter, shape [n]; zero where this step is skipped."""
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(())  # a one-element tensor would broadcast as well, but a 0-dim one may live on the CPU
+            if lr.device.type != "cpu":
+                lr = lr.to(ratio.device)  # some parameters may be elsewhere
+        sizes: Tensor = lr * ratio
+        return sizes if self.finite is None else sizes * self.finite
+
     def bias_corrections(self) -> tuple[Tensor, Tensor]:
         """(1 - beta1**t, 1 - beta2**t) for each parameter, shape [n]; ones where bias_correction is off."""
         # A parameter whose first step is skipped still has t = 0; its update is not applied, but must be finite.
@@ -144,10 +136,6 @@ class Bucket:
             return torch.ones_like(t), torch.ones_like(t)
         beta1, beta2 = self.group["betas"]
         return one_minus_power(beta1, t), one_minus_power(beta2, t)
-
-
-def math_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def one_minus_power(beta: float, t: Tensor) -> Tensor:

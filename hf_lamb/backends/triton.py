@@ -8,6 +8,7 @@ wait for other processes. There are no atomics: sums are taken in one order, so 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lamb.backends import foreach
-from hf_lamb.backends.bucket import Bucket, Sums
+from hf_lamb.backends.backend import Backend
+from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.foreach import Foreach
+from hf_lamb.norms import Sum
 
 # Elements. A chunk is what a program works on, 8 in each of its 256 threads. w, m and v of a part, 12 bytes an element
 # in float32, are half of the 50 MB of L2 of an H100: arithmetic, not a measurement.
@@ -41,11 +44,12 @@ def check(device: torch.device) -> None:
     """
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         ours, theirs = _small_bucket(dtype, device), _small_bucket(dtype, device)
-        ours.table = table_of(ours, None)
-        sums, held = direction(ours)
-        apply(ours, held, _a_tenth(sums))
-        sums, updates = foreach.direction(theirs)
-        foreach.apply(theirs, updates, _a_tenth(sums))
+        pairs: tuple[tuple[Bucket, Backend], ...] = ((ours, Triton()), (theirs, Foreach()))
+        for bucket, backend in pairs:
+            backend.prepare(bucket)
+            sums, held = backend.direction(bucket)
+            ratio = (sums[Sum.WEIGHT_SQ] / sums[Sum.UPDATE_SQ]).sqrt()
+            backend.apply(bucket, held, torch.where(sums[Sum.NONZERO] > 0, ratio / 10, 0.0))
         for what in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
             for a, b in zip(getattr(ours, what), getattr(theirs, what), strict=True):
                 if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
@@ -53,11 +57,6 @@ def check(device: torch.device) -> None:
                         f"a small {dtype} step gave other {what} than foreach's, by up to {(a - b).abs().max():.1e}: "
                         f"a fault of Triton {triton.__version__} on this device"
                     )
-
-
-def _a_tenth(sums: Sums) -> Tensor:
-    """Step sizes that use all of the sums."""
-    return torch.where(sums.nonzero > 0, (sums.weight_sq / sums.update_sq).sqrt() / 10, 0.0)
 
 
 def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
@@ -74,16 +73,6 @@ def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
         bucket.exp_avg_sqs.append(root_v.square() + 1)
         bucket.steps.append(torch.full((), 3.0, device=device))
     return bucket
-
-
-def takes(bucket: Bucket) -> bool:
-    """Whether the kernels do these dtypes, the tensors lie one element after another, and the device is new enough."""
-    return (
-        bucket.contiguous
-        and bucket.params[0].dtype in _DTYPES
-        and bucket.grads[0].dtype in _DTYPES
-        and (bucket.device.type != "cuda" or torch.cuda.get_device_capability(bucket.device) >= (8, 0))
-    )
 
 
 @dataclass
@@ -149,80 +138,106 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def direction(bucket: Bucket) -> tuple[Sums, Tensor]:
-    """t += 1, move m and v; return the sums and the bias corrections, with which `apply` computes u again."""
-    group, n = bucket.group, len(bucket.params)
-    beta1, beta2 = group["betas"]
-    table, first_chunk, chunks = _place(bucket)
-    corrections = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
-    sums = torch.empty(3, n, dtype=torch.float32, device=bucket.device)
-    of_chunks = torch.empty(3, chunks, dtype=torch.float32, device=bucket.device)
+class Triton(Backend):
+    """The kernels, and the tables of where their tensors are: one a bucket, kept from step to step."""
 
-    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    grid = -(-n // _AT_ONCE)
-    constants: dict[str, Any] = {"BIAS_CORRECTION": bool(group["bias_correction"]), "BLOCK": _AT_ONCE}
-    _launch(_advance, grid, bucket, table.rows, bucket.start, n, bucket.finite, corrections, log_beta1, log_beta2,
-            **constants)  # fmt: skip
-    if chunks:
-        _launch(
-            _first_visit,
-            chunks,
-            bucket,
-            table.rows,
-            table.owners,
-            bucket.start,
-            first_chunk,
-            n,
-            bucket.finite,
-            bucket.clip_factor,
-            corrections,
-            of_chunks,
-            float(beta1),
-            float(1 - beta1),
-            float(beta2),
-            float(1 - beta2),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            MAXIMIZE=bool(group["maximize"]),
-            W=_DTYPES[bucket.params[0].dtype],
-            G=_DTYPES[bucket.grads[0].dtype],
-            ALIGNED=table.aligned,
-            CHUNK=CHUNK,
-        )
-    _launch(_sum, n, bucket, table.rows, bucket.start, first_chunk, n, chunks, of_chunks, sums, CHUNK, BLOCK=_AT_ONCE)
-    return Sums(*sums.unbind()), corrections
+    def __init__(self) -> None:
+        self._tables: dict[Any, Table] = {}  # by bucket
+        self._now: dict[Any, Table] = {}  # those of this step
+        self._in_graphs: list[Table] = []  # CUDA graphs read these when they are replayed
 
-
-def apply(bucket: Bucket, corrections: Tensor, step_sizes: Tensor) -> None:
-    """w -= step_size * u, from the last chunk, which is still in the cache, to the first."""
-    table, first_chunk, chunks = _place(bucket)
-    if chunks:
-        _launch(
-            _second_visit,
-            chunks,
-            bucket,
-            table.rows,
-            table.owners,
-            bucket.start,
-            first_chunk,
-            len(bucket.params),
-            chunks,
-            bucket.finite,
-            corrections,
-            step_sizes,
-            float(bucket.group["eps"]),
-            float(bucket.group["weight_decay"]),
-            W=_DTYPES[bucket.params[0].dtype],
-            ALIGNED=table.aligned,
-            CHUNK=CHUNK,
+    def takes(self, bucket: Bucket) -> bool:
+        """Whether the kernels do these dtypes, the tensors are contiguous, and the device is new enough."""
+        return (
+            bucket.contiguous
+            and bucket.params[0].dtype in _DTYPES
+            and bucket.grads[0].dtype in _DTYPES
+            and (bucket.device.type != "cuda" or torch.cuda.get_device_capability(bucket.device) >= (8, 0))
         )
 
+    def prepare(self, bucket: Bucket) -> Iterable[Bucket]:
+        """Bring the table up to date; parts of which the second visit finds w, m and v in the L2 cache."""
+        table = self._now[bucket.key] = table_of(bucket, self._tables.get(bucket.key))
+        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._in_graphs.append(table)
+        else:
+            self._tables[bucket.key] = table
+        return bucket.parts(PART) if bucket.cut is None else [bucket]
 
-def _place(bucket: Bucket) -> tuple[Table, int, int]:
-    """The table; and of all chunks in it, the first of this part, and how many the part has."""
-    table: Table = bucket.table
-    first = table.first_chunks[bucket.start]
-    return table, first, table.first_chunks[bucket.start + len(bucket.params)] - first
+    def direction(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """t += 1, move m and v; return the sums and the bias corrections, with which `apply` computes u again."""
+        group, n = bucket.group, len(bucket.params)
+        beta1, beta2 = group["betas"]
+        table, first_chunk, chunks = self._place(bucket)
+        corrections = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
+        sums = torch.empty(len(Sum), n, dtype=torch.float32, device=bucket.device)
+        of_chunks = torch.empty(len(Sum), chunks, dtype=torch.float32, device=bucket.device)
+
+        log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+        grid = -(-n // _AT_ONCE)
+        constants: dict[str, Any] = {"BIAS_CORRECTION": bool(group["bias_correction"]), "BLOCK": _AT_ONCE}
+        _launch(_advance, grid, bucket, table.rows, bucket.start, n, bucket.finite, corrections, log_beta1, log_beta2,
+                **constants)  # fmt: skip
+        if chunks:
+            _launch(
+                _first_visit,
+                chunks,
+                bucket,
+                table.rows,
+                table.owners,
+                bucket.start,
+                first_chunk,
+                n,
+                bucket.finite,
+                bucket.clip_factor,
+                corrections,
+                of_chunks,
+                float(beta1),
+                float(1 - beta1),
+                float(beta2),
+                float(1 - beta2),
+                float(group["eps"]),
+                float(group["weight_decay"]),
+                MAXIMIZE=bool(group["maximize"]),
+                W=_DTYPES[bucket.params[0].dtype],
+                G=_DTYPES[bucket.grads[0].dtype],
+                ALIGNED=table.aligned,
+                CHUNK=CHUNK,
+            )
+        _launch(
+            _sum, n, bucket, table.rows, bucket.start, first_chunk, n, chunks, of_chunks, sums, CHUNK, BLOCK=_AT_ONCE
+        )
+        return sums, corrections
+
+    def apply(self, bucket: Bucket, held: Tensor, step_sizes: Tensor) -> None:
+        """w -= step_size * u, from the last chunk, which is still in the cache, to the first."""
+        table, first_chunk, chunks = self._place(bucket)
+        if chunks:
+            _launch(
+                _second_visit,
+                chunks,
+                bucket,
+                table.rows,
+                table.owners,
+                bucket.start,
+                first_chunk,
+                len(bucket.params),
+                chunks,
+                bucket.finite,
+                held,
+                step_sizes,
+                float(bucket.group["eps"]),
+                float(bucket.group["weight_decay"]),
+                W=_DTYPES[bucket.params[0].dtype],
+                ALIGNED=table.aligned,
+                CHUNK=CHUNK,
+            )
+
+    def _place(self, bucket: Bucket) -> tuple[Table, int, int]:
+        """The table; and of all chunks in it, the first of this part, and how many the part has."""
+        table = self._now[bucket.key]
+        first = table.first_chunks[bucket.start]
+        return table, first, table.first_chunks[bucket.start + len(bucket.params)] - first
 
 
 def _launch(kernel: Any, programs: int, bucket: Bucket, *arguments: Any, **constants: Any) -> None:

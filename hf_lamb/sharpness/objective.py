@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import default_collate
 
-from hf_lamb.norms import ShardingError
+from hf_lamb.sharding import ShardingError
 
 
 class BatchLoss(NamedTuple):

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from transformers import BertForMaskedLM, Trainer
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
-from hf_lamb.fsdp1 import clean_name
+from hf_lamb.sharding.fsdp1 import clean_name
 from tests.scripts import cpu_fsdp
 from tests.scripts.fsdp_runs import forget_accelerator
 from tests.scripts.split_batch import FixedRows

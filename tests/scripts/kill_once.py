@@ -12,19 +12,19 @@ import sys
 from itertools import count
 from typing import Any
 
-from hf_lamb import norms
+from hf_lamb import layer_stats
 from tests.scripts import cpu_fsdp
 
 
 def kill_in(step: int) -> None:
-    stock, steps = norms.trust_ratio, count(1)
+    stock, steps = layer_stats.trust_ratio, count(1)
 
     def trust_ratio(*args: Any) -> Any:
         if next(steps) == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return stock(*args)
 
-    norms.trust_ratio = trust_ratio
+    layer_stats.trust_ratio = trust_ratio
 
 
 if __name__ == "__main__":

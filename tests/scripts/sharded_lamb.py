@@ -46,8 +46,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
-from hf_lamb import Lamb, norms
-from hf_lamb.fsdp1 import clean_name
+from hf_lamb import Lamb
+from hf_lamb.sharding import sharding
+from hf_lamb.sharding.collectives import Reduction, Reductions
+from hf_lamb.sharding.fsdp1 import clean_name
 
 VOCAB, WIDTH, INTERMEDIATE, LENGTH, ROWS, STEPS = 503, 36, 130, 24, 8, 10
 COLLECTIVES = ("all", "reduce", "broadcast", "gather", "scatter")
@@ -331,7 +333,7 @@ def _layers(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, t
         return {}
     names = {id(param): name for name, param in named.items()}
     stats = own.layer_stats()
-    if own._layouts:  # by the names of the layers
+    if own is optimizer and own.parameter_name(0, 0) not in stats:  # FSDP1's, by the names of the layers
         return {name: tuple(row) for name, row in stats.items()}
     layers = {
         names[id(param)]: tuple(stats[own.parameter_name(i, j)])
@@ -398,17 +400,17 @@ def _from_all(thing: Any) -> list[Any]:
 
 
 def _local_shard_where(counts: Callable[[Any], bool]) -> Callable[..., Any]:
-    def local_shard(param: Tensor, name: str) -> tuple[Tensor, norms.Reductions]:
+    def local_shard(param: Tensor, name: str) -> tuple[Tensor, Reductions]:
         if not isinstance(param, DTensor):
             return param, ()
         mesh = param.device_mesh
         spread = [dim for dim, placement in enumerate(param.placements) if counts(placement)]
-        return param.to_local(), tuple(norms.Reduction(mesh.get_group(dim), mesh.device_type) for dim in spread)
+        return param.to_local(), tuple(Reduction(mesh.get_group(dim), mesh.device_type) for dim in spread)
 
     return local_shard
 
 
-# What replaces which function of hf_lamb.norms.
+# What replaces which function of hf_lamb.sharding.
 MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "norms of the local shard": ("sum_over_processes", lambda parts: parts),  # as .item() of a DTensor's norm
     "only what is a Shard is sharded": ("local_shard", _local_shard_where(lambda p: isinstance(p, Shard))),
@@ -423,7 +425,7 @@ def mutated(mutation: str | None) -> Iterator[None]:
         yield
     else:
         function, replacement = MUTATIONS[mutation]
-        with mock.patch.object(norms, function, replacement):
+        with mock.patch.object(sharding, function, replacement):
             yield
 
 

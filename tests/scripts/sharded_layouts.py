@@ -36,10 +36,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from hf_lamb import Lamb, lamb_param_groups, segments
-from hf_lamb.fsdp1 import clean_name
-from hf_lamb.norms import ShardingError, reduction_of
-from hf_lamb.segments import Layout, Segment
+from hf_lamb import Lamb, lamb_param_groups
+from hf_lamb.sharding.collectives import ShardingError, reduction_of
+from hf_lamb.sharding.fsdp1 import clean_name
+from hf_lamb.sharding.layout import Layout, Segment
+from tests.layouts import attach
 
 STEPS = 10
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -403,8 +404,7 @@ def run_flat_partitions(**options: Any) -> None:
     exceptions = {"undecayed": ["bias"], "unadapted": ["bias"]}
     optimizer = Lamb([{"params": [nn.Parameter(torch.ones(1))], **exceptions}], lr=1e-2, **CLIPPED, **options)
     optimizer.param_groups[0]["params"] = [flat]  # as DeepSpeed does
-    optimizer._layouts[flat] = Layout(parts, 25, reductions)
-    segments.check_layouts(optimizer._layouts)
+    attach(optimizer, {flat: Layout(parts, 25, reductions)})
     named = list(layers.items())
     plain = [named[0], *named[2:]]
     groups = [{"params": plain}, {"params": named[1:2], "weight_decay": 0.0, "layer_adaptation": False}]
@@ -429,7 +429,7 @@ def run_flat_partitions(**options: Any) -> None:
 
     wrong = (*parts[:-1], parts[-1]._replace(size=14))
     with pytest.raises(ShardingError, match="all processes together hold 13 elements of odd, which has 14"):
-        segments.check_layouts({flat: Layout(wrong, 25, reductions)})
+        attach(optimizer, {flat: Layout(wrong, 25, reductions)})
 
 
 class Mixture(nn.Module):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerControl, TrainerState
 
-from hf_lamb.norms import ShardingError
+from hf_lamb import ShardingError
 from hf_lamb.sharpness import (
     SharpnessCallback,
     adaptive_sharpness,

@@ -25,7 +25,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_lamb import Lamb, zero
+from hf_lamb import Lamb
+from hf_lamb.sharding import deepspeed as zero
 from tests.scripts.sharded_lamb import (
     ROWS,
     STEPS,

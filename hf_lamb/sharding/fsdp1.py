@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hf_lamb.norms import Reduction, Reductions, ShardingError, reduction_of
-from hf_lamb.segments import Layout, Segment
+from hf_lamb.sharding.collectives import Reduction, Reductions, ShardingError, reduction_of
+from hf_lamb.sharding.layout import Layout, Segment
 
-__all__ = ["clean_name", "flat_tensors", "layouts", "unwrapped", "whole_shapes"]
+__all__ = ["FSDP1", "clean_name", "flat_tensors", "layouts", "unwrapped", "whole_shapes"]
 
 # What FSDP1 and activation checkpointing put into the names of the modules that they wrap.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -22,6 +24,33 @@ def clean_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+class FSDP1:
+    """A model that FSDP1 has wrapped, or that has parts which it has."""
+
+    state_from_the_start = True  # without any, accelerate 1.15 loads none from a sharded checkpoint, silently
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.layouts = layouts(model)
+        params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        if not any(id(tensor) in params for tensor in self.layouts):
+            raise ShardingError(
+                "Lamb.attach: FSDP1 has put flat tensors in the place of this optimizer's parameters, so it would "
+                "train nothing: build Lamb(lamb_param_groups(model)) on the wrapped model, or set use_orig_params=True"
+            )
+
+    @staticmethod
+    def wraps(model: Any) -> bool:
+        """Whether FSDP1 has flattened parameters of this model."""
+        return isinstance(model, nn.Module) and any(True for _ in _handles(model))
+
+    def starts_step(self, params: Sequence[Tensor]) -> bool:
+        """Every call is a step."""
+        return True
+
+    def gradient_norm_sq(self, device: torch.device) -> None:
+        """FSDP1 computes no norm by itself."""
 
 
 def layouts(model: nn.Module) -> dict[Tensor, Layout]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lamb import norms
+from hf_lamb.sharding.collectives import Reductions, ShardingError, sum_over_processes
 
 __all__ = ["Layout", "Segment", "check_layouts"]
 
@@ -39,7 +39,7 @@ class Layout:
 
     segments: tuple[Segment, ...]
     numel: int
-    reductions: norms.Reductions = ()
+    reductions: Reductions = ()
     _cuts: list[int] = field(init=False, repr=False, compare=False)  # sizes: padding, segment, padding, ...
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Layout:
             if start == stop:
                 start = stop = end
             if not end <= start <= stop <= self.numel:
-                raise norms.ShardingError(
+                raise ShardingError(
                     f"Lamb: elements {start} to {stop} of a tensor of {self.numel} should be {name}'s, but those up "
                     f"to {end} are another layer's: this version of the runtime is not understood, so use FSDP2 or DDP"
                 )
@@ -71,10 +71,10 @@ def check_layouts(layouts: dict[Tensor, Layout]) -> None:
     Raises:
         ShardingError: naming a layer of which the processes hold more or less than there is.
     """
-    segments: dict[norms.Reductions, list[Segment]] = {}
+    segments: dict[Reductions, list[Segment]] = {}
     for layout in layouts.values():
         segments.setdefault(layout.reductions, []).extend(layout.segments)
-    held = norms.sum_over_processes(
+    held = sum_over_processes(
         {
             reductions: torch.tensor([segment.stop - segment.start for segment in some])
             for reductions, some in segments.items()
@@ -83,7 +83,7 @@ def check_layouts(layouts: dict[Tensor, Layout]) -> None:
     for reductions, some in segments.items():
         for segment, elements in zip(some, held[reductions].tolist(), strict=True):
             if elements != segment.size:
-                raise norms.ShardingError(
+                raise ShardingError(
                     f"Lamb.attach: all processes together hold {elements} elements of {segment.name}, which has "
                     f"{segment.size}: this version of the runtime is not understood, so use FSDP2 or DDP"
                 )

@@ -20,12 +20,48 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from hf_lamb.norms import ShardingError, reduction_of
-from hf_lamb.segments import Layout, Segment
+from hf_lamb.sharding.collectives import ShardingError, reduction_of
+from hf_lamb.sharding.layout import Layout, Segment
 
-__all__ = ["Attached", "calling_engine", "is_engine", "is_trial_step", "layouts"]
+__all__ = ["DeepSpeed", "calling_engine", "is_trial_step", "layouts"]
 
 TESTED = "0.19"
+
+
+class DeepSpeed:
+    """An engine of DeepSpeed. With ZeRO one of its steps is several calls of `step`: one for each parameter group
+    (ZeRO-1, 2) or sub-group (ZeRO-3), always in the same order."""
+
+    state_from_the_start = False
+
+    def __init__(self, engine: Any, optimizer: Optimizer) -> None:
+        self.engine = engine
+        self.layouts = layouts(engine, optimizer)
+        self._first = next(iter(self.layouts)) if engine.zero_optimization() else None
+
+    @staticmethod
+    def wraps(model: Any) -> bool:
+        """Whether it is an engine of `deepspeed.initialize`."""
+        module = sys.modules.get("deepspeed")
+        return module is not None and isinstance(model, module.DeepSpeedEngine)
+
+    def starts_step(self, params: Sequence[Tensor]) -> bool:
+        """Whether a call with these parameters is the first of a step."""
+        return self._first is None or any(param is self._first for param in params)
+
+    def gradient_norm_sq(self, device: torch.device) -> Tensor | None:
+        """Of all gradients of all processes, as this step's calls get them: DeepSpeed has clipped them, if it clips.
+
+        Infinite where one is not finite, of which DeepSpeed may make a -1. None without ZeRO.
+        """
+        if self._first is None:
+            return None
+        zero = self.engine.optimizer
+        norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32, device=device)
+        norm = torch.where(norm < 0, torch.inf, norm)
+        if zero.clip_grad > 0:
+            norm = torch.where(norm.isfinite(), norm.clamp(max=zero.clip_grad), norm)
+        return norm.square()
 
 
 class Whole(NamedTuple):
@@ -236,39 +272,7 @@ def _check_weights(flat: Flat) -> None:
             )
 
 
-# -- one step in several calls ----------------------------------------------------------------------------------------
-
-
-class Attached(NamedTuple):
-    """An engine with ZeRO, whose one step is several of Lamb's: a call for each group (ZeRO-1, 2) or sub-group (3)."""
-
-    engine: Any
-    first: Tensor  # of the flat tensors, which are stepped in this order
-
-    def starts(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Whether this call is the first of a step."""
-        return any(param is self.first for group in param_groups for param in group["params"])
-
-    def norm_sq(self, device: torch.device) -> Tensor:
-        """Of all gradients of all processes, as this step's calls get them: DeepSpeed has clipped them, if it clips.
-
-        Infinite where one is not finite, of which DeepSpeed may make a -1.
-        """
-        zero = self.engine.optimizer
-        norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32, device=device)
-        norm = torch.where(norm < 0, torch.inf, norm)
-        if zero.clip_grad > 0:
-            norm = torch.where(norm.isfinite(), norm.clamp(max=zero.clip_grad), norm)
-        return norm.square()
-
-
 # -- who is calling --------------------------------------------------------------------------------------------------
-
-
-def is_engine(model: Any) -> bool:
-    """Whether it is a DeepSpeed engine."""
-    module = sys.modules.get("deepspeed")
-    return module is not None and isinstance(model, module.DeepSpeedEngine)
 
 
 def calling_engine() -> Any:
