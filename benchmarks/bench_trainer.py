@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 import hf_lamb
 from hf_lamb import LambTrainer
 from recipes import pretrain_bert
-from recipes.bert import new_bert
-from recipes.masking import MaskEpochCallback
-from recipes.report import append_json_line, provenance
+from recipes.lib.bert import new_bert
+from recipes.lib.masking import MaskEpochCallback
+from recipes.lib.report import append_json_line, provenance
 
 EXTRAS = {
     os.path.join(os.path.dirname(hf_lamb.__file__), f"{name}.py")

@@ -8,8 +8,8 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from recipes.plots import picture, plain_log
-from recipes.report import between_markers, no_options, replacing
+from recipes.lib.report import between_markers, no_options, replacing
+from recipes.study.plots import picture, plain_log
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

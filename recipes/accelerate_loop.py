@@ -29,10 +29,9 @@ from transformers import HfArgumentParser
 
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
 from hf_lamb.scaling import check_warmup, decay_factor
-from recipes.bert import SIZES, new_bert
-from recipes.options import parse_options
-from recipes.pretrain_bert import Data, RecipeArguments, changes, load_data
-from recipes.processes import (
+from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.options import parse_options
+from recipes.lib.processes import (
     accumulation_of,
     asked_for_and_off,
     check_connected,
@@ -40,7 +39,8 @@ from recipes.processes import (
     micro_batch_of,
     only_run_in,
 )
-from recipes.report import append_json_line, hardware, provenance
+from recipes.lib.report import append_json_line, hardware, provenance
+from recipes.pretrain_bert import Data, RecipeArguments, changes, load_data
 
 DATA_FILE = "data.json"
 

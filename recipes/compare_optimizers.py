@@ -23,8 +23,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from recipes.bert import SIZES, new_bert
-from recipes.compare_report import (
+from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.corpus import load_documents, split_documents
+from recipes.lib.masking import IGNORED, MaskedBlocks, unigram_baseline
+from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
+from recipes.lib.options import parse_options
+from recipes.lib.processes import make_output_dir
+from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+from recipes.study.compare_report import (
     HEADER,
     TARGET_HEADER,
     cells_of,
@@ -36,14 +42,8 @@ from recipes.compare_report import (
     target_rows,
     write_report,
 )
-from recipes.corpus import load_documents, split_documents
-from recipes.html_report import markdown_table
-from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
-from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
-from recipes.options import parse_options
-from recipes.processes import make_output_dir
-from recipes.sweep import Record, Search, Study, Trial, shuffled
-from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+from recipes.study.html_report import markdown_table
+from recipes.study.sweep import Record, Search, Study, Trial, shuffled
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
 FIRST_RATES = {"lamb": 2e-2, "adamw": 4e-3, "sgd": 1.0}

@@ -25,14 +25,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from recipes import html_report
 from recipes.compare_optimizers import autocast
-from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
-from recipes.options import parse_options
-from recipes.plots import u_curves
-from recipes.processes import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
-from recipes.tasks import PARTS, Example, Task, load_task
+from recipes.lib.optimizers import NAMES, new_optimizer, rate_factor, set_rate
+from recipes.lib.options import parse_options
+from recipes.lib.processes import make_output_dir
+from recipes.lib.tasks import PARTS, Example, Task, load_task
+from recipes.study import html_report
+from recipes.study.plots import u_curves
+from recipes.study.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 
 # Where the search of the first start begins.
 FIRST_RATES = {"lamb": 1e-2, "adamw": 5e-4, "sgd": 0.1}
@@ -245,7 +245,7 @@ def fresh(model: Any, start: str, name: str) -> Any:
 @torch.no_grad()
 def score(model: Any, part: Encoded) -> dict[str, float]:
     """Accuracy and macro F1."""
-    from recipes.metrics import Classification
+    from recipes.lib.metrics import Classification
 
     model.eval()
     metric = Classification()
@@ -262,7 +262,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import LinearSVC
 
-        from recipes.metrics import Classification
+        from recipes.lib.metrics import Classification
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'hf_lamb[recipes]'") from None
 

@@ -22,13 +22,13 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from recipes import html_report
-from recipes.images import Images, Split, load_images
-from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
-from recipes.options import parse_options
-from recipes.plots import COLOURS, legend_below, picture, plain_log, u_curves
-from recipes.processes import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
+from recipes.lib.images import Images, Split, load_images
+from recipes.lib.optimizers import NAMES, new_optimizer, rate_factor, set_rate
+from recipes.lib.options import parse_options
+from recipes.lib.processes import make_output_dir
+from recipes.study import html_report
+from recipes.study.plots import COLOURS, legend_below, picture, plain_log, u_curves
+from recipes.study.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
 FIRST_RATES = {"lamb": 2e-2, "adamw": 8e-3, "adam": 8e-3, "sgd": 0.5}

@@ -53,12 +53,12 @@ from hf_lamb import (
 )
 from hf_lamb.registration import options_of
 from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
-from recipes.bert import SIZES, new_bert
-from recipes.corpus import Document, hub_documents, load_documents, split_documents
-from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
-from recipes.options import parse_options
-from recipes.plans import read_plan
-from recipes.processes import (
+from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.corpus import Document, hub_documents, load_documents, split_documents
+from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.lib.options import parse_options
+from recipes.lib.plans import read_plan
+from recipes.lib.processes import (
     accumulation_of,
     asked_for_and_off,
     check_connected,
@@ -68,8 +68,8 @@ from recipes.processes import (
     micro_batch_of,
     only_run_in,
 )
-from recipes.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
-from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+from recipes.lib.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
+from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
 STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000

@@ -10,8 +10,8 @@ from pathlib import Path
 from textwrap import fill
 
 from recipes import compare_optimizers, finetune, lstm_mnist
-from recipes.report import no_options, replacing
-from recipes.sweep import Record, read_records
+from recipes.lib.report import no_options, replacing
+from recipes.study.sweep import Record, read_records
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"

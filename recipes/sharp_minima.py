@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from hf_lamb.sharpness import plots
-from recipes import sharp_minima_bert, sharp_minima_report
-from recipes import sharp_minima_digits as digits
-from recipes.processes import only_run_in
-from recipes.report import provenance, replacing
+from recipes.lib.processes import only_run_in
+from recipes.lib.report import provenance, replacing
+from recipes.study import sharp_minima_bert, sharp_minima_report
+from recipes.study import sharp_minima_digits as digits
 
 OUTPUT = Path("runs/sharp_minima")
 

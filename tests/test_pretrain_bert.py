@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
-from recipes import bert, pretrain_bert, processes
-from recipes.report import plot_trust_ratios
-from recipes.tokenizer import train_tokenizer
+from recipes import pretrain_bert
+from recipes.lib import bert, processes
+from recipes.lib.report import plot_trust_ratios
+from recipes.lib.tokenizer import train_tokenizer
 from tests.helpers import SMALL, pretrain, torchrun
 
 ROOT = Path(__file__).parent.parent
@@ -318,7 +319,7 @@ def test_the_lock_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Nothing of it is left at the end; what a dead run left keeps nobody out, and neither do file systems without."""
     (tmp_path / processes.LOCK).touch()
     with processes.only_run_in([str(tmp_path)], is_main_process=True):
-        hold = f"from recipes.processes import only_run_in\nwith only_run_in([{str(tmp_path)!r}], True): pass"
+        hold = f"from recipes.lib.processes import only_run_in\nwith only_run_in([{str(tmp_path)!r}], True): pass"
         other = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, cwd=ROOT, timeout=240)
         assert "ValueError: another run is training into" in other.stderr
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,8 @@ from transformers import HfArgumentParser
 
 from benchmarks import scaling_model, tables
 from hf_lamb import plan
-from recipes import pretrain_bert, readme, sharp_minima_report
+from recipes import pretrain_bert, readme
+from recipes.study import sharp_minima_report
 from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ def test_the_score_of_make_pretrain_is_the_recorded_one() -> None:
 
 
 def test_the_tables_of_sharp_minima_are_the_recorded_ones() -> None:
-    """Generated: `make sharp-minima` measures, `python -m recipes.sharp_minima_report` writes them."""
+    """Generated: `make sharp-minima` measures, `python -m recipes.study.sharp_minima_report` writes them."""
     records = [json.loads(line) for line in sharp_minima_report.RESULTS.read_text().splitlines()]
     assert sharp_minima_report.with_tables(README, records) == README
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from recipes.report import between_markers, no_options, provenance, replacing
+from recipes.lib.report import between_markers, no_options, provenance, replacing
 from tests.helpers import torchrun
 
 ROOT = Path(__file__).parent.parent.parent

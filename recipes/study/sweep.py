@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.report import append_json_line, provenance
+from recipes.lib.report import append_json_line, provenance
 
 Record = dict[str, Any]  # a line of trials.jsonl
 TUNING_SEED = 0  # of the trials that choose a rate; those that judge it have other seeds

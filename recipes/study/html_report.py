@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from recipes.report import replacing
+from recipes.lib.report import replacing
 
 STYLE = """
 :root { color-scheme: light; }

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-EMBEDDED = Path(__file__).parent / "data" / "sotu_1900.txt.xz"
+EMBEDDED = Path(__file__).parent.parent / "data" / "sotu_1900.txt.xz"
 EMBEDDED_SHA256 = "0ed3faa2575c19faba78133a9275fca3ff031c702dd3c93e581b7535c70ad2f0"
 
 OPENERS = {".txt": open, ".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}

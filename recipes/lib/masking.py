@@ -17,8 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.corpus import Document
-from recipes.tokenizer import tokenize_each
+from recipes.lib.corpus import Document
+from recipes.lib.tokenizer import tokenize_each
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 

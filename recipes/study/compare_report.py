@@ -7,10 +7,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipes import html_report
-from recipes.optimizers import NAMES
-from recipes.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
-from recipes.sweep import Record, Search, Spread, Study, Tuned, hardware_of, judged, outcomes, spread, standing, tuned
+from recipes.lib.optimizers import NAMES
+from recipes.study import html_report
+from recipes.study.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
+from recipes.study.sweep import (
+    Record,
+    Search,
+    Spread,
+    Study,
+    Tuned,
+    hardware_of,
+    judged,
+    outcomes,
+    spread,
+    standing,
+    tuned,
+)
 
 HEADER = ("batch", "steps", "optimizer", "trials", "best rate", "loss", "", "√-rule rate", "loss, not tuned", "")
 TARGET_HEADER = ("batch", "optimizer", "steps to the target", "sequences to the target")

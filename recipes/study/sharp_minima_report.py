@@ -1,6 +1,6 @@
 """The tables, pictures and page of sharp_minima, and README's table.
 
-python -m recipes.sharp_minima_report        # writes recipes/results/sharp_minima.jsonl's tables into README.md
+python -m recipes.study.sharp_minima_report  # writes recipes/results/sharp_minima.jsonl's tables into README.md
 """
 
 import json
@@ -12,11 +12,11 @@ from typing import Any
 
 from hf_lamb.sharpness.paths import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
-from recipes import html_report
-from recipes.report import between_markers, no_options, replacing
-from recipes.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
+from recipes.lib.report import between_markers, no_options, replacing
+from recipes.study import html_report
+from recipes.study.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS, README = ROOT / "recipes/results/sharp_minima.jsonl", ROOT / "README.md"
 OPTIMIZERS = {"lamb": "LAMB", "adamw": "AdamW", "sgd": "SGD, momentum 0.9"}
 COLORS = {SMALL: BLUE, LARGE: ORANGE}
