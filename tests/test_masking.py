@@ -15,7 +15,7 @@ from transformers import BertTokenizer, Trainer, TrainingArguments
 
 from recipes.lib.corpus import Document
 from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
-from recipes.pretrain_bert import streamed_documents
+from recipes.lib.pretraining import streamed_documents
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 105

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
 from recipes import pretrain_bert
-from recipes.lib import bert, processes
+from recipes.lib import bert, pretraining, processes
 from recipes.lib.report import plot_trust_ratios
 from recipes.lib.tokenizer import train_tokenizer
 from tests.helpers import SMALL, pretrain, torchrun
@@ -102,8 +102,8 @@ def test_two_processes_train_the_same_model(finished: Path, texts: Path, tmp_pat
 def test_a_dataset_is_streamed(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dataset that `datasets` loads by name (here a folder of text) is read while training."""
     pytest.importorskip("datasets")
-    monkeypatch.setattr(pretrain_bert, "STREAM_HELD_OUT", 30)
-    monkeypatch.setattr(pretrain_bert, "STREAM_SAMPLE", 300)
+    monkeypatch.setattr(pretraining, "STREAM_HELD_OUT", 30)
+    monkeypatch.setattr(pretraining, "STREAM_SAMPLE", 300)
     output = tmp_path / "out"
     pretrain(monkeypatch, *SMALL, "--corpus", str(texts), "--streaming", "--output_dir", str(output))
     record = json.loads((output / "results.jsonl").read_text())
@@ -116,8 +116,8 @@ def test_a_stream_that_is_shorter_than_the_run_resumes_in_its_third_pass(
 ) -> None:
     """Bit for bit, read by two workers."""
     pytest.importorskip("datasets")
-    monkeypatch.setattr(pretrain_bert, "STREAM_HELD_OUT", 30)
-    monkeypatch.setattr(pretrain_bert, "STREAM_SAMPLE", 300)
+    monkeypatch.setattr(pretraining, "STREAM_HELD_OUT", 30)
+    monkeypatch.setattr(pretraining, "STREAM_SAMPLE", 300)
     arguments = ["--corpus", str(texts), "--streaming", "--dataloader_num_workers", "2", "--global_batch_size", "256"]
     arguments += ["--max_steps", "10", "--save_steps", "8", "--eval_strategy", "no", "--output_dir"]
     pretrain(monkeypatch, *SMALL, *arguments, str(tmp_path / "whole"))
