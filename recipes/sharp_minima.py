@@ -62,7 +62,8 @@ def everything(options: argparse.Namespace) -> None:
     with replacing(options.output_dir / "results.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
     written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
-    print(f"{sharp_minima_report.tables(records)}\n{time.perf_counter() - start:.0f} s; {written}")
+    tables = "\n".join(sharp_minima_report.results_of(records))
+    print(f"{tables}\n{time.perf_counter() - start:.0f} s; {written}")
 
 
 def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:
