@@ -1,4 +1,6 @@
-"""How the tensors are updated. A backend is a module with two functions and no state:
+"""How the tensors are updated.
+
+A backend is a module with two functions and no state:
 
 `direction(bucket)` advances step, moves exp_avg and exp_avg_sq, and returns `(sums, held)`: the `Sums` of every
 tensor, and whatever it wants to hand to its own `apply`;

@@ -147,6 +147,7 @@ class Bucket:
 
 
 def math_dtype(param: Tensor) -> torch.dtype:
+    """In which the update of a parameter is computed."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
