@@ -98,4 +98,4 @@ types: setup  ## mypy --strict on hf_lamb/ and recipes/lib/
 check: lint types test test-slow test-distributed test-deepspeed test-peers  ## all of the above
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage runs
