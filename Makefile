@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune sharp-minima test test-peers test-slow test-distributed \
+.PHONY: help setup pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
 	test-deepspeed sharding-report kill-test bench lint format types check clean
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ sharp-minima: setup  ## small batch against large batch: sharpness of the minima
 
 test: setup  ## run the tests
 	$(RUN) pytest $(ARGS)
+
+coverage: setup  ## run the tests and print the share of hf_lamb's and the recipes' lines that they run
+	$(RUN) pytest --cov --cov-report term $(ARGS)
 
 # timm without its dependencies: its Lamb needs torch alone, and a torchvision that does not fit torch stops transformers.
 test-peers: setup  ## compare with the LAMBs of optax and timm; installs them
@@ -80,18 +83,19 @@ bench: setup  ## what a step costs, beside the other LAMBs that are installed; R
 	mv runs/bench/*.jsonl benchmarks/results
 	$(RUN) benchmarks.tables
 
-lint: setup  ## ruff: lint and format check
+lint: setup  ## ruff: lint and format check; import-linter: which module imports which
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: setup  ## ruff: mend what can be mended
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-types: setup  ## mypy --strict on hf_lamb/
+types: setup  ## mypy --strict on hf_lamb/ and recipes/lib/
 	$(RUN) mypy
 
 check: lint types test test-slow test-distributed test-deepspeed test-peers  ## all of the above
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage runs

@@ -22,7 +22,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import BertConfig, BertModel
 
 from hf_lamb import Lamb, lamb_param_groups
-from recipes.report import append_json_line, provenance
+from recipes.lib.report import append_json_line, provenance
 
 
 def candidates() -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining
 
 from hf_lamb import Lamb
-from recipes.report import append_json_line, provenance
+from recipes.lib.report import append_json_line, provenance
 
 FUSED_ADAMW = "torch AdamW fused"
 # Everything that has a Lamb for `params` and `lr`: (name in the table, module, class, options, distribution).

@@ -22,9 +22,10 @@ from transformers import TrainerCallback
 import hf_lamb
 from hf_lamb import LambTrainer
 from recipes import pretrain_bert
-from recipes.bert import new_bert
-from recipes.masking import MaskEpochCallback
-from recipes.report import append_json_line, provenance
+from recipes.lib.bert import new_bert
+from recipes.lib.masking import MaskEpochCallback
+from recipes.lib.pretraining import load_data
+from recipes.lib.report import append_json_line, provenance
 
 EXTRAS = {
     os.path.join(os.path.dirname(hf_lamb.__file__), f"{name}.py")
@@ -73,7 +74,7 @@ def main() -> None:
     own, rest = parser.parse_known_args()
     torch.set_num_threads(1)
     recipe, args = pretrain_bert.parse([*RECIPE, *rest])
-    data = pretrain_bert.load_data(recipe, args.seed)
+    data = load_data(recipe, args.seed)
     torch.manual_seed(args.seed)
     steps = ProfileSteps()
     trainer = LambTrainer(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from recipes.report import no_options
+from recipes.lib.report import no_options
 
 GPUS_PER_NODE = 8
 # Microseconds: NCCL's own model of its tree all-reduce with the low-latency protocol,

@@ -8,10 +8,10 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from recipes.plots import picture, plain_log
-from recipes.report import between_markers, no_options, replacing
+from recipes.lib.report import no_options
+from recipes.study.plots import picture, plain_log
+from recipes.study.tables import ROOT, write_tables
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]
 
@@ -79,17 +79,17 @@ def trainer_table(records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# (file, name of the markers, name of the records, the table)
-TABLES: tuple[tuple[str, str, str, Callable[[list[Record]], str]], ...] = (
-    ("README.md", "bench: step", "step", step_table),
-    ("docs/scaling.md", "bench: sharded step", "sharded_step", sharded_table),
-    ("docs/large_batches.md", "bench: trainer", "trainer", trainer_table),
-)
+# {file: {name of the markers: (name of the records, the table)}}
+TABLES: dict[str, dict[str, tuple[str, Callable[[list[Record]], str]]]] = {
+    "README.md": {"bench: step": ("step", step_table)},
+    "docs/scaling.md": {"bench: sharded step": ("sharded_step", sharded_table)},
+    "docs/large_batches.md": {"bench: trainer": ("trainer", trainer_table)},
+}
 
 
-def with_table(text: str, markers: str, name: str, table: Callable[[list[Record]], str]) -> str:
-    """The text of a file with its table as it is recorded."""
-    return between_markers(text, markers, table(recorded(name)))
+def tables_of(file: str) -> dict[str, str]:
+    """The tables of a file as they are recorded."""
+    return {markers: table(recorded(name)) for markers, (name, table) in TABLES[file].items()}
 
 
 def recorded(name: str) -> list[Record]:
@@ -98,7 +98,6 @@ def recorded(name: str) -> list[Record]:
 
 if __name__ == "__main__":
     no_options(__doc__)
-    for file, *table in TABLES:
-        with replacing(ROOT / file) as unfinished:
-            unfinished.write_text(with_table((ROOT / file).read_text(), *table))
+    for file in TABLES:
+        write_tables(file, tables_of(file))
     draw_steps(recorded("step"), ROOT / "docs/bench_step.png")

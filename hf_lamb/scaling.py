@@ -121,6 +121,6 @@ def norm_growth_warning(learning_rate: float, total_steps: int) -> str | None:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """ " (did you mean NAME?)" where one of the names is close, else nothing."""
+    """Return " (did you mean NAME?)" where one of the names is close, else nothing."""
     found = get_close_matches(name, list(names), n=1)
     return f" (did you mean {found[0]}?)" if found else ""

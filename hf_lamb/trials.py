@@ -141,6 +141,7 @@ COUNTS = {"labels": _labelled, "labels that are attended to": _attended, "rows":
 
 
 def counted_labels(labels: Tensor) -> Tensor:
+    """How many labels are not -100."""
     return labels.ne(-100).sum()
 
 

@@ -29,10 +29,10 @@ from transformers import HfArgumentParser
 
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
 from hf_lamb.scaling import check_warmup, decay_factor
-from recipes.bert import SIZES, new_bert
-from recipes.options import parse_options
-from recipes.pretrain_bert import Data, RecipeArguments, changes, load_data
-from recipes.processes import (
+from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.options import parse_options
+from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
+from recipes.lib.processes import (
     accumulation_of,
     asked_for_and_off,
     check_connected,
@@ -40,7 +40,7 @@ from recipes.processes import (
     micro_batch_of,
     only_run_in,
 )
-from recipes.report import append_json_line, hardware, provenance
+from recipes.lib.report import append_json_line, hardware, provenance
 
 DATA_FILE = "data.json"
 
@@ -112,8 +112,8 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
             raise ValueError(f"{args.output_dir} holds {newest.name}: add --resume, or --output_dir for another place")
         with accelerator.main_process_first():
             names = ("size", "corpus", "vocab_size", "max_seq_length")
-            recipe = RecipeArguments(**{name: getattr(args, name) for name in names})
-            data = load_data(recipe, args.seed, str(newest) if newest else None)
+            arguments = PretrainingArguments(**{name: getattr(args, name) for name in names})
+            data = load_data(arguments, args.seed, str(newest) if newest else None)
         until_the_end.enter_context(only_run_in([args.output_dir], accelerator.is_main_process))
     except (ValueError, OSError) as error:
         sys.exit(f"accelerate_loop: {' '.join(str(error).split())}")

@@ -12,6 +12,7 @@ whenever the recipe runs, also while it is incomplete (`--report_only True`).
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,30 +24,16 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from recipes.bert import SIZES, new_bert
-from recipes.compare_report import (
-    HEADER,
-    TARGET_HEADER,
-    cells_of,
-    description,
-    notes_on_losses,
-    notes_on_target,
-    rows_of,
-    target_of,
-    target_rows,
-    write_report,
-)
-from recipes.corpus import load_documents, split_documents
-from recipes.html_report import markdown_table
-from recipes.masking import IGNORED, MaskedBlocks, unigram_baseline
-from recipes.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
-from recipes.options import parse_options
-from recipes.processes import make_output_dir
-from recipes.sweep import Record, Search, Study, Trial, shuffled
-from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
-
-# Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
-FIRST_RATES = {"lamb": 2e-2, "adamw": 4e-3, "sgd": 1.0}
+from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.corpus import load_documents, split_documents
+from recipes.lib.masking import IGNORED, MaskedBlocks, masked, unigram_baseline
+from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
+from recipes.lib.options import parse_options
+from recipes.lib.processes import autocast
+from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+from recipes.study.compare_report import FIRST_RATES, MIN_STEPS, TARGET_MARGIN, search_of, write_report
+from recipes.study.sweep import Record, Study, Trial, shuffled
+from recipes.study.workers import complete
 
 
 @dataclass
@@ -76,9 +63,10 @@ class CompareArguments:
     evaluations: int = field(default=12, metadata={"help": "Points of every loss curve."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate, and of the untuned one."})
-    min_steps: int = field(default=500, metadata={"help": "With fewer steps than this, nothing is compared."})
+    min_steps: int = field(default=MIN_STEPS, metadata={"help": "With fewer steps than this, nothing is compared."})
     target_margin: float = field(
-        default=0.1, metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."}
+        default=TARGET_MARGIN,
+        metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."},
     )
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
     report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
@@ -99,22 +87,20 @@ def main() -> None:
         parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
         (arguments,) = parse_options(parser)
         check(arguments)
-        study = Study(Path(arguments.output_dir), search_of(arguments), facts_of(arguments))
-        if arguments.report_only:
-            records = study.records()
-            if not records:
-                raise ValueError(f"there is no trial in {study.path}: run without --report_only first")
-        else:
-            make_output_dir(arguments.output_dir)
-            state = PartialState(cpu=arguments.use_cpu)
-            with state.main_process_first():
-                data = load_data(arguments, state.device)
-            state.destroy_process_group()  # from here on, the processes meet in the folder only
-            train = partial(train_bert, arguments=arguments, data=data)
-            records = study.run(train, show_progress=state.is_main_process)
-            if not state.is_main_process:
-                return
-        print(write_report(study, records, arguments.min_steps, arguments.target_margin))
+        study = Study(
+            Path(arguments.output_dir),
+            search_of(arguments.optimizers, arguments.batch_sizes, arguments.seeds),
+            facts_of(arguments),
+        )
+
+        def prepare(device: torch.device) -> Callable[..., Record]:
+            with PartialState().main_process_first():
+                data = load_data(arguments, device)
+            return partial(train_bert, arguments=arguments, data=data)
+
+        records = complete(study, prepare, arguments.use_cpu, arguments.report_only)
+        if records is not None:
+            print(write_report(study, records, arguments.min_steps, arguments.target_margin))
     except (ValueError, OSError) as error:
         sys.exit(f"compare_optimizers: {' '.join(str(error).split())}")
 
@@ -139,45 +125,6 @@ def check(arguments: CompareArguments) -> None:
                 f"--batch_sizes {size}: --train_sequences {arguments.train_sequences} are {steps} steps, fewer than "
                 f"--evaluations {arguments.evaluations}: raise the sequences or leave this size out"
             )
-
-
-def search_of(arguments: CompareArguments) -> Search:
-    """Rates follow the square root of the batch size from the smallest batch on."""
-    smallest = arguments.batch_sizes[0]
-    return Search(
-        optimizers=arguments.optimizers,
-        settings=arguments.batch_sizes,
-        first_rates=FIRST_RATES,
-        carry=lambda rate, batch_size: rate * math.sqrt(batch_size / smallest),
-        seeds=arguments.seeds,
-    )
-
-
-def losses_of(records: list[Record]) -> list[str]:
-    """What was run, the table of losses, and its notes, in Markdown; with the default for what is too few steps."""
-    arguments = arguments_of(records)
-    search = search_of(arguments)
-    cells = cells_of(search, records)
-    table = markdown_table(HEADER, rows_of(cells, arguments.min_steps))
-    return [description(records), table, *notes_on_losses(search, cells, arguments.min_steps)]
-
-
-def targets_of(records: list[Record]) -> list[str]:
-    """The table of steps to the default target, and its notes."""
-    arguments = arguments_of(records)
-    cells = cells_of(search_of(arguments), records)
-    target = target_of(cells, arguments.target_margin)
-    notes = notes_on_target(cells, target, arguments.target_margin)
-    return [markdown_table(TARGET_HEADER, target_rows(cells, target)), *notes]
-
-
-def arguments_of(records: list[Record]) -> CompareArguments:
-    """What was compared, as far as a table depends on it."""
-    return CompareArguments(
-        optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
-        batch_sizes=sorted({record["setting"] for record in records}),
-        seeds=max(record["seed"] for record in records),
-    )
 
 
 def facts_of(arguments: CompareArguments) -> Record:
@@ -263,20 +210,6 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
     return {"objective": record["curve"][-1][1] if finished else None, **record}
 
 
-def masked(ids: Tensor, tokenizer: Any, special_ids: Tensor, probability: float, generator: torch.Generator) -> Record:
-    """BERT's mask, drawn on the device: of the tokens chosen, 80 % become [MASK], 10 % random, 10 % stay."""
-    draw = partial(torch.rand, ids.shape, generator=generator, device=ids.device)
-    chosen = (draw() < probability) & ~torch.isin(ids, special_ids)
-    chosen[:, 1] |= ~chosen.any(dim=1)  # every row has a label; position 1 holds its first token
-    fate, replacement = draw(), (draw() * (len(tokenizer) - len(special_ids))).long() + len(special_ids)
-    inputs = torch.where(chosen & (fate < 0.8), tokenizer.mask_token_id, ids)
-    return {
-        "input_ids": torch.where(chosen & (fate >= 0.9), replacement, inputs),
-        "attention_mask": (ids != tokenizer.pad_token_id).long(),
-        "labels": torch.where(chosen, ids, IGNORED),
-    }
-
-
 def backward(model: Any, batch: dict[str, Tensor], micro_batch_size: int) -> Tensor | None:
     """The gradient of the mean loss over all labels of the batch, micro-batch by micro-batch.
 
@@ -306,11 +239,6 @@ def held_out_loss(model: Any, batch: dict[str, Tensor], micro_batch_size: int) -
             total += model(**inputs).loss * (inputs["labels"] != IGNORED).sum()
     model.train()
     return (total / (batch["labels"] != IGNORED).sum()).item()
-
-
-def autocast(device: torch.device) -> Any:
-    """bfloat16 on accelerators; plain float32 on CPUs."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
 def noise_scale(squared_norms: list[tuple[Tensor, Tensor]], small: int, large: int) -> float | None:

@@ -20,24 +20,17 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
-from recipes import html_report
-from recipes.compare_optimizers import autocast
-from recipes.optimizers import NAMES, new_optimizer, rate_factor, set_rate
-from recipes.options import parse_options
-from recipes.plots import u_curves
-from recipes.processes import make_output_dir
-from recipes.sweep import Record, Search, Spread, Study, Trial, hardware_of, outcomes, shuffled, spread, standing
-from recipes.tasks import PARTS, Example, Task, load_task
-
-# Where the search of the first start begins.
-FIRST_RATES = {"lamb": 1e-2, "adamw": 5e-4, "sgd": 0.1}
-STARTS = {"pretrained": "from the checkpoint", "scratch": "from scratch"}
-HEADER = ("start", "optimizer", "trials", "best rate", "test accuracy", "", "test macro F1")
+from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
+from recipes.lib.options import parse_options
+from recipes.lib.processes import autocast
+from recipes.lib.tasks import PARTS, Example, Task, load_task
+from recipes.study.finetune_report import FIRST_RATES, STARTS, search_of, write_report
+from recipes.study.sweep import Record, Study, Trial, shuffled
+from recipes.study.workers import complete
 
 
 @dataclass
@@ -96,20 +89,19 @@ def main() -> None:
                 f"{arguments.task}: lower it"
             )
         tokenizer, model = load_model(arguments, task)
-        study = Study(Path(arguments.output_dir), search_of(arguments), facts_of(arguments, task, model))
-        if arguments.report_only:
-            if not (records := study.records()):
-                raise ValueError(f"there is no trial in {study.path}: run without --report_only first")
-        else:
-            make_output_dir(arguments.output_dir)
-            state = PartialState(cpu=arguments.use_cpu)
-            state.destroy_process_group()  # the processes meet in the folder only
-            parts = {part: encode(getattr(task, part), task, tokenizer, arguments, state.device) for part in PARTS}
-            train = partial(train_classifier, arguments=arguments, parts=parts, model=model, others=baselines(task))
-            records = study.run(train, show_progress=state.is_main_process)
-            if not state.is_main_process:
-                return
-        print(write_report(study, records))
+        study = Study(
+            Path(arguments.output_dir),
+            search_of(arguments.optimizers, arguments.starts, arguments.seeds),
+            facts_of(arguments, task, model),
+        )
+
+        def prepare(device: torch.device) -> Callable[..., Record]:
+            parts = {part: encode(getattr(task, part), task, tokenizer, arguments, device) for part in PARTS}
+            return partial(train_classifier, arguments=arguments, parts=parts, model=model, others=baselines(task))
+
+        records = complete(study, prepare, arguments.use_cpu, arguments.report_only)
+        if records is not None:
+            print(write_report(study, records))
     except (ValueError, OSError) as error:
         sys.exit(f"finetune: {' '.join(str(error).split())}")
 
@@ -125,28 +117,6 @@ def check(arguments: FinetuneArguments) -> None:
     for option, least in {"epochs": 1, "batch_size": 1, "max_seq_length": 3, "seeds": 2}.items():
         if getattr(arguments, option) < least:
             raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least {least}")
-
-
-def search_of(arguments: FinetuneArguments) -> Search:
-    """From scratch the search starts from the best rate of the checkpoint."""
-    return Search(
-        optimizers=arguments.optimizers,
-        settings=arguments.starts,
-        first_rates=FIRST_RATES,
-        carry=lambda rate, start: rate,
-        seeds=arguments.seeds,
-        judge_carried=False,
-    )
-
-
-def results_of(records: list[Record]) -> list[str]:
-    """What was run, and the table of it, in Markdown."""
-    arguments = FinetuneArguments(
-        optimizers=list(dict.fromkeys(record["optimizer"] for record in records)),
-        starts=list(dict.fromkeys(record["setting"] for record in records)),
-        seeds=max(record["seed"] for record in records),
-    )
-    return [description(records), html_report.markdown_table(HEADER, rows_of(search_of(arguments), records))]
 
 
 def facts_of(arguments: FinetuneArguments, task: Task, model: Any) -> Record:
@@ -245,7 +215,7 @@ def fresh(model: Any, start: str, name: str) -> Any:
 @torch.no_grad()
 def score(model: Any, part: Encoded) -> dict[str, float]:
     """Accuracy and macro F1."""
-    from recipes.metrics import Classification
+    from recipes.lib.metrics import Classification
 
     model.eval()
     metric = Classification()
@@ -262,7 +232,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
         from sklearn.pipeline import make_pipeline
         from sklearn.svm import LinearSVC
 
-        from recipes.metrics import Classification
+        from recipes.lib.metrics import Classification
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'hf_lamb[recipes]'") from None
 
@@ -281,70 +251,6 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
         "the commonest class": scores([commonest] * len(task.test)),
         "TF-IDF and a linear SVM": scores(list(svm.predict(texts(task.test)))),
     }
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
-    """The table: every start and optimizer that has all its trials, then the baselines."""
-    found = outcomes(search, records)
-    rows = []
-    for (start, optimizer), (best, runs) in found.items():
-        accuracy, f1 = (per_cent(runs, name) for name in ("accuracy", "f1"))
-        same_start = [per_cent(r, "accuracy") for (s, _), (_, r) in found.items() if s == start]
-        place = standing(accuracy, same_start, highest=True, digits=1)
-        rate = f"{best.learning_rate:.3g}" + ("" if best.interior else " (edge)")
-        cells = [f"{s.mean:.1f} ± {s.sd:.1f} %" for s in (accuracy, f1)]
-        rows.append([STARTS[start], NAMES[optimizer], str(best.trials), rate, cells[0], place, cells[1]])
-    for name, scores in records[0]["baselines"].items():
-        rows.append([name, "", "", "", f"{100 * scores['accuracy']:.1f} %", "", f"{100 * scores['f1']:.1f} %"])
-    return rows
-
-
-def per_cent(runs: Sequence[Record], metric: str) -> Spread:
-    return spread([100 * run["test"][metric] for run in runs])
-
-
-def description(records: Sequence[Record]) -> str:
-    facts = records[0]["study"]
-    epochs = "1 epoch" if facts["epochs"] == 1 else f"{facts['epochs']} epochs"
-    return (
-        f"Task {facts['task']}: {facts['classes']} classes, {facts['train']:,} texts to train on, "
-        f"{facts['validation']:,} to choose the rates by, {facts['test']:,} for testing. {facts['model']}, "
-        f"{records[0]['parameters']:,} parameters, {epochs}, batch {facts['batch_size']}, "
-        f"{facts['max_seq_length']} tokens. {len(records)} runs on {hardware_of(records)}."
-    )
-
-
-def write_report(study: Study, records: Sequence[Record]) -> str:
-    """The picture and report.html in the study's folder; returns the report for the terminal."""
-    search, folder, facts = study.search, study.folder, study.facts
-    rows = rows_of(search, records)
-    there = {record["setting"] for record in records}
-    titles = {start: STARTS[start] for start in search.settings if start in there}
-    errors = sorted(record["objective"] for record in records if record["objective"] is not None)
-    carried = "where the search from scratch started"
-    u_curves(folder / "u_curves.png", search, records, titles, "validation error rate", errors[-1], carried)
-    what = description(records)
-    notes = (
-        f"Means ± standard deviations over {search.seeds} seeds that played no part in the tuning. At most two "
-        "standard deviations (pooled) apart is a tie. Trials: learning rates tried, in factors of two, until the best "
-        "has a worse neighbour on either side; the same number for both optimizers. The SVM reads whole texts."
-    )
-    parts = [
-        html_report.paragraph(what),
-        html_report.table(HEADER, rows),
-        html_report.paragraph(notes),
-        html_report.figure(
-            folder / "u_curves.png",
-            "Validation error against learning rate. Lines: the tuning runs. Bars: fresh seeds.",
-        ),
-        html_report.paragraph(f"Commands: {'; '.join(sorted({record['command'] for record in records}))}."),
-    ]
-    html_report.write_page(folder / "report.html", f"Fine-tuning on {facts['task']}: LAMB and AdamW", parts)
-    table = html_report.markdown_table(HEADER, rows)
-    return "\n".join([what, "", table, notes, "", f"pictures and page: {folder}/*.png, {folder}/report.html"])
 
 
 if __name__ == "__main__":

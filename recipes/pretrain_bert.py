@@ -9,29 +9,22 @@ All options of `transformers.TrainingArguments` are there, with defaults that fo
 `--help` lists them, with the defaults of the `--size` and `--optim` beside it.
 """
 
-import hashlib
 import json
 import math
 import os
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -52,13 +45,12 @@ from hf_lamb import (
     trust_ratio_warnings,
 )
 from hf_lamb.registration import options_of
-from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
-from recipes.bert import SIZES, new_bert
-from recipes.corpus import Document, hub_documents, load_documents, split_documents
-from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
-from recipes.options import parse_options
-from recipes.plans import read_plan
-from recipes.processes import (
+from recipes.lib.bert import new_bert
+from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback
+from recipes.lib.options import parse_options
+from recipes.lib.plans import read_plan
+from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
+from recipes.lib.processes import (
     accumulation_of,
     asked_for_and_off,
     check_connected,
@@ -68,11 +60,7 @@ from recipes.processes import (
     micro_batch_of,
     only_run_in,
 )
-from recipes.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
-from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
-
-# Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
-STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
+from recipes.lib.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
 # ALBERT's published LAMB settings; large: the paper's 32k row, whose epochs but the last tenth have 128 tokens. Both
@@ -99,28 +87,11 @@ SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus",
 
 
 @dataclass
-class RecipeArguments:
-    """What to train on what; everything else is in `LambTrainingArguments`."""
+class RecipeArguments(PretrainingArguments):
+    """What is pretrained on what, and in which batches and phases; the rest is in `LambTrainingArguments`."""
 
     _argument_group_name = "this recipe's options"
 
-    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
-    corpus: list[str] = field(
-        default_factory=lambda: ["embedded"],
-        metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Held-out documents; default: 5 %% of the documents of the corpus."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the hub dataset while training instead of downloading it first."}
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer's folder or hub name; default: trained on the training split."}
-    )
-    vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence; default by --size."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
     global_batch_size: int = field(
         default=64,
         metadata={
@@ -143,17 +114,6 @@ class RecipeArguments:
             "choices": list(CARRY_OVER),
         },
     )
-
-
-class Data(NamedTuple):
-    """What a run trains on, and what it is judged by."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Dataset[Any]
-    held_out: MaskedBlocks
-    unigram_loss: float
-    unigram_accuracy: float
-    facts: dict[str, Any]  # by which a run that resumes knows whether these are the same data
 
 
 class RunFacts(TrainerCallback, ExportableState):
@@ -507,145 +467,6 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
         value = getattr(recipe if hasattr(recipe, option) else args, option)
         if not low <= value < 2**32:
             raise ValueError(f"--{option} {value}: expected at least {low}, and less than 2**32")
-
-
-def load_data(recipe: RecipeArguments, seed: int, checkpoint: str | None = None) -> Data:
-    """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only.
-
-    checkpoint: one that the run goes on from, whose tokenizer is then the run's.
-    """
-    if recipe.streaming:
-        return stream_data(recipe, seed, checkpoint)
-    train = load_documents(recipe.corpus)
-    if recipe.validation_file:
-        held_out = load_documents(recipe.validation_file)
-        check_held_out(recipe, train, held_out)
-    else:
-        train, held_out = split_documents(train)
-    tokenizer = tokenizer_for(recipe, train, checkpoint)
-    blocks = tokenize_into_blocks(train, tokenizer, recipe.max_seq_length)
-    dataset = MaskedBlocks(blocks, tokenizer, recipe.mlm_probability, seed)
-    return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
-
-
-def check_held_out(recipe: RecipeArguments, train: Sequence[Document], held_out: Sequence[Document]) -> None:
-    """Raise where documents that judge the model are among those that train it."""
-    texts = {document.text for document in train}
-    both = [document.name for document in held_out if document.text in texts]
-    if both:
-        raise ValueError(
-            f"--validation_file {' '.join(recipe.validation_file or [])}: {len(both)} of its {len(held_out)} "
-            f"documents are in --corpus {' '.join(recipe.corpus)} too, such as {both[0]}: leave them out of one of "
-            "the two"
-        )
-
-
-def stream_data(recipe: RecipeArguments, seed: int, checkpoint: str | None = None) -> Data:
-    """The same from a hub dataset that is read while training."""
-    if len(recipe.corpus) != 1 or recipe.corpus == ["embedded"]:
-        raise ValueError(
-            f"--streaming takes one hub dataset, got --corpus {' '.join(recipe.corpus)}: leave --streaming out"
-        )
-    if recipe.validation_file:
-        raise ValueError(
-            f"--validation_file does not go with --streaming, which holds out the first {STREAM_HELD_OUT} documents: "
-            "leave one of them out"
-        )
-    start = list(islice(streamed_documents(recipe.corpus[0]), STREAM_HELD_OUT + STREAM_SAMPLE))
-    held_out, sample = start[:STREAM_HELD_OUT], start[STREAM_HELD_OUT:]
-    if not sample:
-        raise ValueError(
-            f"{recipe.corpus[0]!r} has {len(start)} documents, of which {STREAM_HELD_OUT} would be held out: "
-            "leave --streaming out"
-        )
-    tokenizer = tokenizer_for(recipe, sample, checkpoint)
-    dataset = StreamedBlocks(
-        partial(streamed_documents, recipe.corpus[0], first=STREAM_HELD_OUT),
-        tokenizer,
-        recipe.max_seq_length,
-        recipe.mlm_probability,
-        seed,
-        passes=None,
-    )
-    blocks = tokenize_into_blocks(sample, tokenizer, recipe.max_seq_length)
-    return with_held_out(recipe, tokenizer, dataset, blocks, held_out)
-
-
-def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
-    """Of a hub dataset from the document `first` on; a function that spawned workers can be given."""
-    return islice(hub_documents(name, streaming=True), first, None)
-
-
-def tokenizer_for(
-    recipe: RecipeArguments, documents: Iterable[Document], checkpoint: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The checkpoint's, else the one that was named, else one trained on these documents.
-
-    Raises ValueError where one was named that is not the checkpoint's: the embeddings are of the latter's tokens.
-    """
-    if checkpoint is not None and has_tokenizer(checkpoint):
-        own = AutoTokenizer.from_pretrained(checkpoint)
-        if recipe.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(recipe.tokenizer_name)):
-            raise ValueError(
-                f"--tokenizer_name {recipe.tokenizer_name} is not the tokenizer of {checkpoint}: leave it out to go "
-                "on from there, or name another --output_dir"
-            )
-        return own
-    if recipe.tokenizer_name is not None:
-        return named_tokenizer(recipe.tokenizer_name)
-    return load_or_train_tokenizer((document.text for document in documents), recipe.vocab_size)
-
-
-def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises ValueError where it cannot be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # files of all kinds are read, by several libraries
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder that "
-            "save_pretrained wrote, or a hub tokenizer that can be reached"
-        ) from None
-
-
-def with_held_out(
-    recipe: RecipeArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset[Any],
-    train_blocks: torch.Tensor,
-    documents: list[Document],
-) -> Data:
-    """Add the held-out blocks, whose masks depend on nothing but their text, and the unigrams' score on them."""
-    blocks = tokenize_into_blocks(documents, tokenizer, recipe.max_seq_length)
-    held_out = MaskedBlocks(blocks, tokenizer, recipe.mlm_probability, seed=0, dynamic=False)
-    unigrams = unigram_baseline(train_blocks, held_out, held_out.special_ids, len(tokenizer))
-    facts = {
-        "corpus": recipe.corpus,
-        "train_sequences": len(train_blocks),
-        "train": digest(train_blocks),
-        "held_out_sequences": len(blocks),
-        "held_out": digest(blocks),
-    }
-    return Data(tokenizer, train, held_out, *unigrams, facts)
-
-
-def digest(blocks: torch.Tensor) -> str:
-    """Of tokenized text."""
-    return hashlib.sha256(str(tuple(blocks.shape)).encode() + blocks.numpy().tobytes()).hexdigest()
-
-
-def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """What is not what it was when the checkpoint was written, a line each."""
-    if before is None:
-        return []
-    lines = []
-    for part, words in {"train": "training", "held_out": "held-out"}.items():
-        if before[part] != now[part]:
-            lines.append(
-                f"other {words} data than the checkpoint's: {now[f'{part}_sequences']:,} sequences of "
-                f"{' '.join(now['corpus'])}, not the {before[f'{part}_sequences']:,} of {' '.join(before['corpus'])}"
-            )
-    return lines
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from hf_lamb.sharpness import plots
-from recipes import sharp_minima_bert, sharp_minima_report
-from recipes import sharp_minima_digits as digits
-from recipes.processes import only_run_in
-from recipes.report import provenance, replacing
+from recipes.lib.processes import only_run_in
+from recipes.lib.report import provenance, replacing
+from recipes.study import sharp_minima_bert, sharp_minima_report
+from recipes.study import sharp_minima_digits as digits
 
 OUTPUT = Path("runs/sharp_minima")
 
@@ -62,7 +62,8 @@ def everything(options: argparse.Namespace) -> None:
     with replacing(options.output_dir / "results.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
     written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
-    print(f"{sharp_minima_report.tables(records)}\n{time.perf_counter() - start:.0f} s; {written}")
+    tables = "\n".join(sharp_minima_report.results_of(records))
+    print(f"{tables}\n{time.perf_counter() - start:.0f} s; {written}")
 
 
 def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:

@@ -23,7 +23,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four documents of the embedded corpus, some 20,000 words."""
-    from recipes.corpus import load_documents
+    from recipes.lib.corpus import load_documents
 
     folder = tmp_path_factory.mktemp("texts")
     for document in load_documents("embedded")[40:44]:

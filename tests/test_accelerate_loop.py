@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes import accelerate_loop, processes
+from recipes import accelerate_loop
+from recipes.lib import processes
 from tests.helpers import pretrain, torchrun
 
 ROOT = Path(__file__).parent.parent

@@ -28,10 +28,10 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import BertTokenizer, HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-import recipes.corpus
+import recipes.lib.corpus
 from hf_lamb import Lamb, LambTrainingArguments, convert_state_dict, lamb_param_groups, run
-from recipes.report import append_json_line, plot_training
-from recipes.tokenizer import load_or_train_tokenizer, train_tokenizer
+from recipes.lib.report import append_json_line, plot_training
+from recipes.lib.tokenizer import load_or_train_tokenizer, train_tokenizer
 from tests.helpers import BACKENDS, SMALL, pretrain
 
 NAN = float("nan")
@@ -706,7 +706,7 @@ def test_commands_of_the_recipe(
     """The recipe ends before it trains, and the output directory holds nothing."""
     if "the hub gave no such dataset" in message:
         pytest.importorskip("datasets")
-    monkeypatch.setitem(recipes.corpus.OPENERS, ".txt", no_permission(open, "locked.txt"))
+    monkeypatch.setitem(recipes.lib.corpus.OPENERS, ".txt", no_permission(open, "locked.txt"))
     monkeypatch.setattr(os, "scandir", no_permission(os.scandir, "locked"))
     output = tmp_path / "out"
     arguments = command.format(files=files).split()

@@ -32,7 +32,7 @@ from hf_lamb.checkpoints import (
     check_checkpoint,
     newest_complete_checkpoint,
 )
-from recipes import bert
+from recipes.lib import bert
 from tests.helpers import SMALL, pretrain, torchrun
 from tests.scripts.checkpointed_run import STEPS, trainer
 

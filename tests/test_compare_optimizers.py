@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from hf_lamb import Lamb
-from recipes import compare_optimizers, compare_report
+from recipes import compare_optimizers
 from recipes.compare_optimizers import CompareArguments, Data, load_data, masked, noise_scale, train_bert
-from recipes.compare_report import Cell, fitted, rows_of, steps_to, target_rows
-from recipes.optimizers import new_optimizer, rate_factor, trust_ratios
-from recipes.sweep import Record, Trial, Tuned, read_records, trial_of
+from recipes.lib.optimizers import new_optimizer, rate_factor, trust_ratios
+from recipes.study import compare_report
+from recipes.study.compare_report import Cell, fitted, rows_of, steps_to, target_rows
+from recipes.study.sweep import Record, Trial, Tuned, read_records, trial_of
 from tests.helpers import torchrun
 
 SMALL = ["--use_cpu", "True", "--optimizers", "lamb", "adamw", "--batch_sizes", "4", "8", "--vocab_size", "400"]

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_lamb.plan import PLANS
 from recipes import pretrain_bert
-from recipes.bert import new_bert
+from recipes.lib.bert import new_bert
 from recipes.pretrain_bert import LambTrainingArguments, Phase
 
 CONFIGS = Path(__file__).parent.parent / "recipes/configs"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertTokenizer
 
-import recipes.tokenizer
-from recipes.corpus import EMBEDDED, EMBEDDED_SHA256, Document, hub_documents, load_documents, split_documents
-from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks, train_tokenizer
+import recipes.lib.tokenizer
+from recipes.lib.corpus import EMBEDDED, EMBEDDED_SHA256, Document, hub_documents, load_documents, split_documents
+from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks, train_tokenizer
 
 VOCAB_SIZE = 600
 
@@ -68,7 +68,7 @@ class TestEmbedded:
     def test_a_changed_file_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         changed = tmp_path / "sotu_1900.txt.xz"
         changed.write_bytes(lzma.compress(b"other text"))
-        monkeypatch.setattr("recipes.corpus.EMBEDDED", changed)
+        monkeypatch.setattr("recipes.lib.corpus.EMBEDDED", changed)
         with pytest.raises(ValueError, match=r"should have sha256 0ed3fa.*found .*git checkout"):
             load_documents("embedded")
 
@@ -221,7 +221,7 @@ class TestTokenizer:
         first = load_or_train_tokenizer(texts, VOCAB_SIZE, tmp_path)
         trained = []
         monkeypatch.setattr(
-            recipes.tokenizer, "train_tokenizer", lambda *args: trained.append(args) or train_tokenizer(*args)
+            recipes.lib.tokenizer, "train_tokenizer", lambda *args: trained.append(args) or train_tokenizer(*args)
         )
         second = load_or_train_tokenizer(texts, VOCAB_SIZE, tmp_path)
         assert second.get_vocab() == first.get_vocab()
@@ -237,11 +237,11 @@ class TestTokenizer:
         """The other process finishes while this one trains; both end with its entry, and nothing is left over."""
 
         def train_slowly(*args: object) -> BertTokenizer:
-            monkeypatch.setattr(recipes.tokenizer, "train_tokenizer", train_tokenizer)
+            monkeypatch.setattr(recipes.lib.tokenizer, "train_tokenizer", train_tokenizer)
             load_or_train_tokenizer(texts, VOCAB_SIZE, tmp_path)
             return train_tokenizer(texts, VOCAB_SIZE)
 
-        monkeypatch.setattr(recipes.tokenizer, "train_tokenizer", train_slowly)
+        monkeypatch.setattr(recipes.lib.tokenizer, "train_tokenizer", train_slowly)
         load_or_train_tokenizer(texts, VOCAB_SIZE, tmp_path)
         (entry,) = tmp_path.iterdir()
         assert entry.name.startswith(f"wordpiece-{VOCAB_SIZE}-")

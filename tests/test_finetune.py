@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from recipes import finetune, tasks
+from recipes import finetune
 from recipes.finetune import FinetuneArguments, fresh, load_model
-from recipes.sweep import read_records
-from recipes.tasks import Example, Task, load_task, split_by_text
+from recipes.lib import tasks
+from recipes.lib.tasks import Example, Task, load_task, split_by_text
+from recipes.study.sweep import read_records
 
 TEXTS = [(f"{'peace and treaties' if n % 3 else 'ships of war'} number {n}", "ab"[n % 3 == 0]) for n in range(90)]
 SMALL = ["--use_cpu", "True", "--epochs", "1", "--batch_size", "16", "--max_seq_length", "8", "--seeds", "2"]
@@ -90,7 +91,7 @@ def test_the_metrics_are_scikit_learns() -> None:
     """Macro F1 over all classes that occur or are guessed; in batches as at once."""
     from sklearn import metrics
 
-    from recipes.metrics import Classification
+    from recipes.lib.metrics import Classification
 
     generator = torch.Generator().manual_seed(0)
     predicted, actual = torch.randint(0, 5, (2, 200), generator=generator)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from recipes import lstm_mnist
-from recipes.images import FILES, load_images, read_idx
-from recipes.sweep import read_records
+from recipes.lib.images import FILES, load_images, read_idx
+from recipes.study.sweep import read_records
 
 SMALL = ["--use_cpu", "True", "--optimizers", "lamb", "sgd", "--epochs", "1", "--hidden_size", "4", "--seeds", "2"]
 SMALL += ["--evaluations", "2"]

@@ -13,9 +13,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import BertTokenizer, Trainer, TrainingArguments
 
-from recipes.corpus import Document
-from recipes.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
-from recipes.pretrain_bert import streamed_documents
+from recipes.lib.corpus import Document
+from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback, StreamedBlocks, unigram_baseline
+from recipes.lib.pretraining import streamed_documents
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB_SIZE = 105

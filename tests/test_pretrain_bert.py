@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
-from recipes import bert, pretrain_bert, processes
-from recipes.report import plot_trust_ratios
-from recipes.tokenizer import train_tokenizer
+from recipes import pretrain_bert
+from recipes.lib import bert, pretraining, processes
+from recipes.lib.report import plot_trust_ratios
+from recipes.lib.tokenizer import train_tokenizer
 from tests.helpers import SMALL, pretrain, torchrun
 
 ROOT = Path(__file__).parent.parent
@@ -101,8 +102,8 @@ def test_two_processes_train_the_same_model(finished: Path, texts: Path, tmp_pat
 def test_a_dataset_is_streamed(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dataset that `datasets` loads by name (here a folder of text) is read while training."""
     pytest.importorskip("datasets")
-    monkeypatch.setattr(pretrain_bert, "STREAM_HELD_OUT", 30)
-    monkeypatch.setattr(pretrain_bert, "STREAM_SAMPLE", 300)
+    monkeypatch.setattr(pretraining, "STREAM_HELD_OUT", 30)
+    monkeypatch.setattr(pretraining, "STREAM_SAMPLE", 300)
     output = tmp_path / "out"
     pretrain(monkeypatch, *SMALL, "--corpus", str(texts), "--streaming", "--output_dir", str(output))
     record = json.loads((output / "results.jsonl").read_text())
@@ -115,8 +116,8 @@ def test_a_stream_that_is_shorter_than_the_run_resumes_in_its_third_pass(
 ) -> None:
     """Bit for bit, read by two workers."""
     pytest.importorskip("datasets")
-    monkeypatch.setattr(pretrain_bert, "STREAM_HELD_OUT", 30)
-    monkeypatch.setattr(pretrain_bert, "STREAM_SAMPLE", 300)
+    monkeypatch.setattr(pretraining, "STREAM_HELD_OUT", 30)
+    monkeypatch.setattr(pretraining, "STREAM_SAMPLE", 300)
     arguments = ["--corpus", str(texts), "--streaming", "--dataloader_num_workers", "2", "--global_batch_size", "256"]
     arguments += ["--max_steps", "10", "--save_steps", "8", "--eval_strategy", "no", "--output_dir"]
     pretrain(monkeypatch, *SMALL, *arguments, str(tmp_path / "whole"))
@@ -318,7 +319,7 @@ def test_the_lock_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Nothing of it is left at the end; what a dead run left keeps nobody out, and neither do file systems without."""
     (tmp_path / processes.LOCK).touch()
     with processes.only_run_in([str(tmp_path)], is_main_process=True):
-        hold = f"from recipes.processes import only_run_in\nwith only_run_in([{str(tmp_path)!r}], True): pass"
+        hold = f"from recipes.lib.processes import only_run_in\nwith only_run_in([{str(tmp_path)!r}], True): pass"
         other = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, cwd=ROOT, timeout=240)
         assert "ValueError: another run is training into" in other.stderr
     assert not list(tmp_path.iterdir())

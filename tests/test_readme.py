@@ -7,7 +7,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -15,7 +14,9 @@ from transformers import HfArgumentParser
 
 from benchmarks import scaling_model, tables
 from hf_lamb import plan
-from recipes import pretrain_bert, readme, sharp_minima_report
+from recipes import pretrain_bert, readme
+from recipes.lib.bert import SIZES
+from recipes.study.tables import filled
 from tests.scripts import sharding_report
 
 ROOT = Path(__file__).parent.parent
@@ -84,12 +85,12 @@ def test_the_table_of_sizes_is_the_recipes() -> None:
 def test_the_sharding_table_is_the_recorded_one() -> None:
     """Generated: `make sharding-report` measures and writes both."""
     records = [json.loads(line) for line in sharding_report.RESULTS.read_text().splitlines()]
-    assert sharding_report.with_table(README, records) == README
+    assert filled(README, {sharding_report.MARKERS: sharding_report.table(records)}) == README
 
 
 def test_the_tables_of_results_are_the_recorded_ones() -> None:
     """Generated: `python -m recipes.readme` writes them."""
-    assert readme.with_results(README) == README
+    assert filled(README, readme.results()) == README
 
 
 @pytest.mark.parametrize("name", ["compare_optimizers", "lstm_mnist", "finetune"])
@@ -104,11 +105,11 @@ def test_lines_of_the_other_recipes_parse(name: str) -> None:
         HfArgumentParser(arguments).parse_args_into_dataclasses(words[words.index(f"recipes.{name}") + 1 :])
 
 
-@pytest.mark.parametrize(("file", "markers", "name", "table"), tables.TABLES)
-def test_the_tables_of_benchmarks_are_the_recorded_ones(file: str, markers: str, name: str, table: Any) -> None:
+@pytest.mark.parametrize("file", tables.TABLES)
+def test_the_tables_of_benchmarks_are_the_recorded_ones(file: str) -> None:
     """Generated: `make bench` measures, `python -m benchmarks.tables` writes them."""
     text = (ROOT / file).read_text()
-    assert tables.with_table(text, markers, name, table) == text
+    assert filled(text, tables.tables_of(file)) == text
 
 
 def test_the_table_of_predictions_is_the_models() -> None:
@@ -127,16 +128,10 @@ def test_the_score_of_make_pretrain_is_the_recorded_one() -> None:
     )
 
 
-def test_the_tables_of_sharp_minima_are_the_recorded_ones() -> None:
-    """Generated: `make sharp-minima` measures, `python -m recipes.sharp_minima_report` writes them."""
-    records = [json.loads(line) for line in sharp_minima_report.RESULTS.read_text().splitlines()]
-    assert sharp_minima_report.with_tables(README, records) == README
-
-
 def size_table() -> str:
     rows = []
     for size, defaults in pretrain_bert.DEFAULTS.items():
-        shape = pretrain_bert.SIZES[size]
+        shape = SIZES[size]
         rows.append(
             f"| `{size}` | {shape['num_hidden_layers']} x {shape['hidden_size']} | {defaults['max_seq_length']} "
             f"| {defaults['global_batch_size']:,} | {defaults['max_steps']:,} | {defaults['learning_rate']:g} |"

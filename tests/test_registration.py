@@ -568,7 +568,7 @@ def test_sentence_transformers_learning_rate_mapping(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
     from transformers import BertModel
 
-    from recipes.tokenizer import train_tokenizer
+    from recipes.lib.tokenizer import train_tokenizer
 
     words = ["one two three four five six seven eight"]
     tokenizer = train_tokenizer(words * 4, 100)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from recipes import sharp_minima, sharp_minima_bert, sharp_minima_report
-from recipes import sharp_minima_digits as digits
+from recipes import sharp_minima
+from recipes.readme import RESULTS
 from recipes.sharp_minima import kept
-from recipes.sharp_minima_digits import LARGE, SMALL, Run, train_to_target
+from recipes.study import sharp_minima_bert, sharp_minima_report
+from recipes.study import sharp_minima_digits as digits
+from recipes.study.sharp_minima_digits import LARGE, SMALL, Run, train_to_target
 
-RECORDS = [json.loads(line) for line in sharp_minima_report.RESULTS.read_text().splitlines()]
+RECORDS = [json.loads(line) for line in (RESULTS / "sharp_minima.jsonl").read_text().splitlines()]
 
 
 def test_a_run_ends_at_the_loss_that_was_asked_for() -> None:

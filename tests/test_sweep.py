@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from recipes import sweep
-from recipes.sweep import Record, Search, Study, Trial, best_of, is_tie, read_records, spread, trial_of, tuned
+from recipes.study import sweep
+from recipes.study.sweep import Record, Search, Study, Trial, best_of, is_tie, read_records, spread, trial_of, tuned
 from tests.scripts.tiny_study import BEST, SEARCH, loss
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_lamb import LambTrainer, LambTrainingArguments, TrustRatioCallback, trust_ratio_history
 from hf_lamb.trust_ratios import MAX_COLUMNS, record_trust_ratios, trust_ratio_warnings
-from recipes.report import plot_trust_ratios
+from recipes.lib.report import plot_trust_ratios
 from tests.scripts import split_batch
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_lamb
-from recipes.tokenizer import train_tokenizer
+from recipes.lib.tokenizer import train_tokenizer
 
 ROOT = Path(hf_lamb.__file__).parents[1]
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -100,8 +100,10 @@ Names = Mapping[Tensor, str]
 
 
 class Flat(NamedTuple):
-    """A tensor that DeepSpeed lets the optimizer update, and the processes with the rest of its layers, if any;
-    its segments, and beside each the model's weights that should be in it."""
+    """A tensor that DeepSpeed lets the optimizer update, and the processes with the rest of its layers, if any.
+
+    With its segments, and beside each the model's weights that should be in it.
+    """
 
     tensor: Tensor
     group: ProcessGroup | None

@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, Trainer
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.processes import leave_process_group
+from recipes.lib.processes import leave_process_group
 from tests.scripts.split_batch import LENGTH, VOCAB, FixedRows
 
 STEPS = 6

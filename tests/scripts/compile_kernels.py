@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_lamb.backends import triton as kernels
-from recipes.report import no_options
+from recipes.lib.report import no_options
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {

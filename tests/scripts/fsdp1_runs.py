@@ -223,5 +223,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
-    gc.collect()  # DDP's reducers before the process group, see recipes.processes
+    gc.collect()  # DDP's reducers before the process group, see recipes.lib.processes
     dist.destroy_process_group()

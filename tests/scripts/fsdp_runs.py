@@ -35,7 +35,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
 from hf_lamb.checkpoints import CheckpointError
 from hf_lamb.fsdp import tied_heads_in_one_group
-from recipes import bert
+from recipes.lib import bert
 from tests.scripts import cpu_fsdp
 from tests.scripts.split_batch import FixedRows, trained_model
 
@@ -280,5 +280,5 @@ if __name__ == "__main__":
     logging.getLogger("hf_lamb").setLevel(logging.ERROR)
     dist.init_process_group("gloo")
     main(given.root, given.whole, given.resume)
-    gc.collect()  # DDP's reducers before the process group, see recipes.processes
+    gc.collect()  # DDP's reducers before the process group, see recipes.lib.processes
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lamb.checkpoints import UNFINISHED, newest_complete_checkpoint
-from recipes.corpus import load_documents
+from recipes.lib.corpus import load_documents
 
 SAVE_STEPS = 4
 RECIPE = [

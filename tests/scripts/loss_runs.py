@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.processes import leave_process_group
+from recipes.lib.processes import leave_process_group
 from tests.scripts import cpu_fsdp, split_batch
 
 FSDP2 = {

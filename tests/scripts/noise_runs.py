@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.processes import leave_process_group
+from recipes.lib.processes import leave_process_group
 from tests.scripts import split_batch
 
 DIMENSIONS, NOISE_SCALE, SEEDS = 256, 24.0, 6

@@ -486,7 +486,7 @@ def main(cases: Path, output: Path) -> None:
             traceback.print_exc()
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
-    gc.collect()  # DDP's reducers before the process group, see recipes.processes
+    gc.collect()  # DDP's reducers before the process group, see recipes.lib.processes
     dist.destroy_process_group()
 
 

@@ -619,7 +619,7 @@ def main(output: Path) -> None:
         results[name] = "\n".join(f"process {i}: {p}" for i, p in enumerate(problems) if p) or None
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results, indent=1))
-    gc.collect()  # DDP's reducers before the process group, see recipes.processes
+    gc.collect()  # DDP's reducers before the process group, see recipes.lib.processes
     dist.destroy_process_group()
 
 

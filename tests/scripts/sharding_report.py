@@ -15,12 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from recipes.report import between_markers, no_options, provenance, replacing
+from recipes.lib.report import no_options, provenance, replacing
+from recipes.study.tables import ROOT, write_tables
 from tests.helpers import torchrun
 
-ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "recipes/results/sharding.jsonl"
-README = ROOT / "README.md"
+MARKERS = "sharding-report"
 
 MODES = {
     "ddp": "DDP",
@@ -150,10 +150,6 @@ def _cell(difference: float, dtype: str) -> str:
     return text if difference <= TOLERANCE[dtype] else f"**wrong: {text}**"
 
 
-def with_table(readme: str, records: list[dict[str, Any]]) -> str:
-    return between_markers(readme, "sharding-report", table(records))
-
-
 def main() -> None:
     records = []
     installed = [column for column in PEERS if find_spec(column[1].split(".")[0])]
@@ -166,8 +162,7 @@ def main() -> None:
             records += measure(processes, columns)
     with replacing(RESULTS) as unfinished:
         unfinished.write_text("".join(json.dumps({**facts, **record}) + "\n" for record in records))
-    with replacing(README) as unfinished:
-        unfinished.write_text(with_table(README.read_text(), records))
+    write_tables("README.md", {MARKERS: table(records)})
     print(table(records))
 
 

@@ -78,7 +78,7 @@ def main(output: Path) -> None:
     }
     (output / f"rank{rank}.json").write_text(json.dumps(record))
     del wrapped
-    gc.collect()  # DDP's reducer before the process group, see recipes.processes
+    gc.collect()  # DDP's reducer before the process group, see recipes.lib.processes
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel, set_seed
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.processes import leave_process_group
+from recipes.lib.processes import leave_process_group
 
 VOCAB, LENGTH, ROWS, STEPS = 211, 24, 640, 50
 MODELS = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification}

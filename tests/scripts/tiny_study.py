@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.sweep import Record, Search, Study, Trial
+from recipes.study.sweep import Record, Search, Study, Trial
 
 SEARCH = Search(
     optimizers=("a", "b"),

@@ -27,7 +27,7 @@ def main():
         "weights": sum(param.double().sum().item() for param in trainer.model.parameters()),
     }
     Path(args.output_dir, f"rank{args.process_index}.json").write_text(json.dumps(report))
-    trainer.model_wrapped = trainer.model  # see recipes.processes.leave_process_group
+    trainer.model_wrapped = trainer.model  # see recipes.lib.processes.leave_process_group
     trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
 

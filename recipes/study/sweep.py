@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.report import append_json_line, provenance
+from recipes.lib.report import append_json_line, provenance
 
 Record = dict[str, Any]  # a line of trials.jsonl
 TUNING_SEED = 0  # of the trials that choose a rate; those that judge it have other seeds
@@ -42,6 +42,11 @@ class Tuned(NamedTuple):
     objective: float  # of the tuning seed; inf where everything diverged
     trials: int
     interior: bool  # both neighbours, half and twice the rate, were tried and are worse
+
+    @property
+    def rate_in_words(self) -> str:
+        """And whether it lies on the edge of what was tried."""
+        return f"{self.learning_rate:.3g}" + ("" if self.interior else " (edge)")
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,26 @@ class Search:
             return missing
         best, _ = best_of(losses)
         return [rate for rate in (best / 2, best * 2) if rate not in losses and len(losses) < self.most]
+
+
+def over_batch_sizes(
+    first_rates: Mapping[str, float], optimizers: Sequence[str], batch_sizes: Sequence[int], seeds: int
+) -> Search:
+    """Rates follow the square root of the batch size from the smallest batch on."""
+    return Search(
+        optimizers=optimizers,
+        settings=batch_sizes,
+        first_rates=first_rates,
+        carry=lambda rate, batch_size: rate * math.sqrt(batch_size / batch_sizes[0]),
+        seeds=seeds,
+    )
+
+
+def search_behind(records: Sequence[Record], search_of: Callable[..., Search]) -> Search:
+    """The search that led to these records. search_of: takes optimizers, settings and the number of seeds."""
+    optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
+    settings = sorted({record["setting"] for record in records})
+    return search_of(optimizers, settings, max(record["seed"] for record in records))
 
 
 def best_of(losses: Mapping[float, float]) -> tuple[float, float]:

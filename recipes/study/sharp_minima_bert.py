@@ -8,10 +8,10 @@ import torch
 
 from hf_lamb import LambTrainer, LambTrainingArguments
 from hf_lamb.sharpness import SharpnessCallback, compare, fixed_batches, labels_loss
-from recipes.bert import new_bert
-from recipes.corpus import load_documents, split_documents
-from recipes.masking import MaskedBlocks, MaskEpochCallback
-from recipes.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+from recipes.lib.bert import new_bert
+from recipes.lib.corpus import load_documents, split_documents
+from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
+from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 LENGTH, VOCABULARY = 32, 1024
 

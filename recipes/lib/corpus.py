@@ -8,15 +8,15 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-EMBEDDED = Path(__file__).parent / "data" / "sotu_1900.txt.xz"
+EMBEDDED = Path(__file__).parent.parent / "data" / "sotu_1900.txt.xz"
 EMBEDDED_SHA256 = "0ed3faa2575c19faba78133a9275fca3ff031c702dd3c93e581b7535c70ad2f0"
 
-OPENERS = {".txt": open, ".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
+OPENERS: dict[str, Callable[..., Any]] = {".txt": open, ".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
 SUFFIXES = (".txt", ".txt.xz", ".txt.gz", ".jsonl")
 HEADER = re.compile(r"^=== (.+) ===$", re.MULTILINE)
 
@@ -166,6 +166,7 @@ def _json_text(path: Path, number: int, line: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{number} is not JSON ({error}): give one object a line") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
         raise ValueError(f'{path}:{number} has no string "text": give lines like {{"text": "..."}}')
-    return row["text"]
+    return text

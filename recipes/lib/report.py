@@ -48,13 +48,6 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         unfinished.write_text(before + json.dumps(record) + "\n")
 
 
-def between_markers(text: str, name: str, content: str) -> str:
-    """The text with `content` between `<!-- NAME -->` and `<!-- /NAME -->`, whatever stood there."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, rest = text.split(begin)
-    return before + begin + content + end + rest.split(end)[1]
-
-
 def plot_training(log_history: list[dict[str, float]], path: Path, title: str, baseline: float | None = None) -> None:
     """Loss, learning rate and trust ratios over the steps of a run, from `trainer.state.log_history`, as a PNG."""
     import matplotlib

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 from transformers import (
     PreTrainedTokenizerBase,
@@ -17,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.corpus import Document
-from recipes.tokenizer import tokenize_each
+from recipes.lib.corpus import Document
+from recipes.lib.tokenizer import tokenize_each
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -60,7 +61,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.ordinary_ids = np.setdiff1d(np.arange(len(tokenizer)), self.special_ids)
         # Shared, so that persistent workers see the epoch change.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the masks of this epoch from now on (nothing where they are not dynamic)."""
@@ -101,6 +102,23 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
         return (raw[:, :length] >> 11) * 2.0**-53, raw[:, length:]
 
 
+def masked(
+    ids: torch.Tensor, tokenizer: Any, special_ids: torch.Tensor, probability: float, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """The same kind of mask, drawn on the device: of the chosen, 80 % become [MASK], 10 % random, 10 % stay."""
+    draw = partial(torch.rand, ids.shape, generator=generator, device=ids.device)
+    chosen = (draw() < probability) & ~torch.isin(ids, special_ids)
+    chosen[:, 1] |= ~chosen.any(dim=1)  # every row has a label; position 1 holds its first token
+    fate = draw()
+    replacement = (draw() * (len(tokenizer) - len(special_ids))).long() + len(special_ids)
+    inputs = torch.where(chosen & (fate < 0.8), tokenizer.mask_token_id, ids)
+    return {
+        "input_ids": torch.where(chosen & (fate >= 0.9), replacement, inputs),
+        "attention_mask": (ids != tokenizer.pad_token_id).long(),
+        "labels": torch.where(chosen, ids, IGNORED),
+    }
+
+
 class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
     """`MaskedBlocks` over documents that are read as they are needed: for corpora that do not fit, or not yet, here.
 
@@ -130,7 +148,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self.mlm_probability = mlm_probability
         self.seed = seed
         self.passes = passes
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the masks of this epoch from now on."""
@@ -194,14 +212,9 @@ class MaskEpochCallback(TrainerCallback):
     """
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: DataLoader[Any],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
 
 
 def unigram_baseline(

@@ -1,9 +1,5 @@
-"""The tables, pictures and page of sharp_minima, and README's table.
+"""The tables, pictures and page of recipes.sharp_minima."""
 
-python -m recipes.sharp_minima_report        # writes recipes/results/sharp_minima.jsonl's tables into README.md
-"""
-
-import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -12,12 +8,10 @@ from typing import Any
 
 from hf_lamb.sharpness.paths import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
-from recipes import html_report
-from recipes.report import between_markers, no_options, replacing
-from recipes.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
+from recipes.lib.report import replacing
+from recipes.study import html_report
+from recipes.study.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 
-ROOT = Path(__file__).parent.parent
-RESULTS, README = ROOT / "recipes/results/sharp_minima.jsonl", ROOT / "README.md"
 OPTIMIZERS = {"lamb": "LAMB", "adamw": "AdamW", "sgd": "SGD, momentum 0.9"}
 COLORS = {SMALL: BLUE, LARGE: ORANGE}
 Record = dict[str, Any]
@@ -26,9 +20,9 @@ Record = dict[str, Any]
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def tables(records: list[Record]) -> str:
+def results_of(records: list[Record]) -> list[str]:
     """Markdown: networks at equal loss, a comparison at unequal loss, the same function in other weights."""
-    return "\n".join([digits_table(records), unequal_table(records), dinh_table(records)])
+    return [digits_table(records), unequal_table(records), dinh_table(records)]
 
 
 def digits_table(records: list[Record]) -> str:
@@ -115,11 +109,6 @@ def spread(values: list[float], percent: bool = False) -> str:
 def number(value: float, digits: int = 3) -> str:
     """Plain decimals."""
     return f"{value:,.{max(digits - 1 - int(f'{value:e}'.partition('e')[2]), 0)}f}" if value else "0"
-
-
-def with_tables(readme: str, records: list[Record]) -> str:
-    """README with these records' tables."""
-    return between_markers(readme, "sharp-minima", tables(records))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -331,15 +320,3 @@ SETTLED_FIRST = (
 def _html_table(markdown: str) -> str:
     head, _, *rows = (line.strip("| ").split(" | ") for line in markdown.splitlines() if line)
     return html_report.table(head, rows)
-
-
-def main() -> None:
-    """README's tables from the recorded results."""
-    records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    with replacing(README) as unfinished:
-        unfinished.write_text(with_tables(README.read_text(), records))
-
-
-if __name__ == "__main__":
-    no_options(__doc__)
-    main()

@@ -21,6 +21,7 @@ from hf_lamb.sharpness import (
     lambda_max,
     weighted_trace,
 )
+from recipes.lib.images import digits as all_digits
 
 # Part 1. Four rates for every optimizer and batch size, two times apart; the one with the lowest validation loss is
 # run again with two more seeds.
@@ -75,14 +76,11 @@ class Run(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """scikit-learn's 1,797 images of 8 x 8 pixels: 1,200, 297 and 300, in an order drawn once."""
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise ValueError("the digits come with scikit-learn: pip install 'hf_lamb[recipes]'") from None
-    images, classes = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(images / 16, dtype=torch.float32)[order], torch.tensor(classes)[order]
+    """1,200, 297 and 300 of scikit-learn's images, in an order drawn once."""
+    every = all_digits()
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+    x, y = every.take(order)
+    x = x.flatten(1)
     return Digits((x[:1200], y[:1200]), (x[1200:1497], y[1200:1497]), (x[1497:], y[1497:]))
 
 

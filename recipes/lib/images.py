@@ -45,7 +45,10 @@ def load_images(data_dir: str | None) -> Split:
     Raises ValueError with one line that names the file and the remedy.
     """
     if data_dir is None:
-        everything = _digits()
+        try:
+            everything = digits()
+        except ValueError as error:
+            raise ValueError(f"{error}; or give --data_dir") from None
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
         rest, test = everything.take(order[len(order) // 5 :]), everything.take(order[: len(order) // 5])
     else:
@@ -55,13 +58,14 @@ def load_images(data_dir: str | None) -> Split:
     return Split(rest.take(order[tenth:]), rest.take(order[:tenth]), test)
 
 
-def _digits() -> Images:
+def digits() -> Images:
+    """scikit-learn's 1,797 images of 8 x 8 pixels, in its order. Raises ValueError where it is not installed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("the embedded digits need: pip install scikit-learn; or give --data_dir") from None
-    digits = load_digits()
-    return Images(torch.from_numpy(digits.images / 16).float(), torch.from_numpy(digits.target).long())
+        raise ValueError("the digits come with scikit-learn: pip install 'hf_lamb[recipes]'") from None
+    found = load_digits()
+    return Images(torch.from_numpy(found.images / 16).float(), torch.from_numpy(found.target).long())
 
 
 def _idx_images(folder: Path, images: str, labels: str) -> Images:

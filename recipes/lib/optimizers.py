@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lamb import Lamb, lamb_param_groups
+from hf_lamb.scaling import decay_factor
 
 NAMES = {"lamb": "LAMB", "adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 
@@ -32,7 +33,7 @@ def new_optimizer(name: str, model: nn.Module, learning_rate: float, weight_deca
 def rate_factor(step: int, steps: int, warmup_ratio: float = 0.1) -> float:
     """What the learning rate is multiplied by at `step` (from 0): linear warm-up, then linear decay to zero."""
     warmup = max(1, math.ceil(warmup_ratio * steps))
-    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+    return (step + 1) / warmup if step < warmup else decay_factor(step, steps, warmup)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -65,4 +66,4 @@ def _shadow_ratio(w: Tensor, state: dict[str, Tensor], group: dict[str, Any]) ->
     m = state["exp_avg"] / (1 - beta1 ** state["step"].item())
     v = state["exp_avg_sq"] / (1 - beta2 ** state["step"].item())
     u = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * w
-    return (w.norm() / u.norm()).item()
+    return float(w.norm() / u.norm())

@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 
 
-class Classification(evaluate.Metric):
+class Classification(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """`accuracy`, and `f1`: the mean over all classes, each weighing the same, absent ones counting zero."""
 
     def _info(self) -> evaluate.MetricInfo:

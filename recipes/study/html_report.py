@@ -4,8 +4,10 @@ import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from recipes.report import replacing
+from recipes.lib.report import replacing
+from recipes.study.tables import markdown_table
 
 STYLE = """
 :root { color-scheme: light; }
@@ -34,6 +36,30 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
         )
 
 
+def write_study(
+    folder: Path,
+    title: str,
+    records: Sequence[dict[str, Any]],
+    what: str,
+    outcome: tuple[Sequence[str], Sequence[Sequence[str]]],
+    notes: Sequence[str],
+    more: Sequence[str],
+) -> str:
+    """report.html of a study; returns the report for the terminal.
+
+    what: was run. outcome: header and rows of the table. notes: what to know of it. more: parts of the page only.
+    """
+    commands = "; ".join(sorted({record["command"] for record in records}))
+    parts = [paragraph(what), table(*outcome), *map(paragraph, notes), *more, paragraph(f"Commands: {commands}.")]
+    write_page(folder / "report.html", title, parts)
+    return "\n".join([what, "", markdown_table(*outcome), *notes, *where_it_is(folder)])
+
+
+def where_it_is(folder: Path) -> list[str]:
+    """The last lines for the terminal."""
+    return ["", f"pictures and page: {folder}/*.png, {folder}/report.html"]
+
+
 def heading(text: str) -> str:
     return f"<h2>{escape(text)}</h2>"
 
@@ -55,9 +81,3 @@ def figure(png: Path, caption: str) -> str:
     text = escape(caption, quote=True)
     picture = f'<div class="wide"><img src="data:image/png;base64,{data}" alt="{text}"></div>'
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same rows for a README or a terminal."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

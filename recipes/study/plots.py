@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from recipes.optimizers import NAMES
-from recipes.report import replacing
-from recipes.sweep import Record, Search, best_of, judged, objective_of, spread, trial_of
+from recipes.lib.optimizers import NAMES
+from recipes.lib.report import replacing
+from recipes.study.sweep import Record, Search, best_of, judged, objective_of, spread, trial_of
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and markers for print.
 COLOURS = {"lamb": "#0072B2", "adamw": "#D55E00", "adam": "#009E73", "sgd": "#555555"}

@@ -1,19 +1,57 @@
-"""The report of recipes.compare_optimizers: tables, pictures and one HTML page, all from the trials' records."""
+"""The search and the report of recipes.compare_optimizers: tables, pictures and page, from the trials' records."""
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipes import html_report
-from recipes.optimizers import NAMES
-from recipes.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
-from recipes.sweep import Record, Search, Spread, Study, Tuned, hardware_of, judged, outcomes, spread, standing, tuned
+from recipes.lib.optimizers import NAMES
+from recipes.study import html_report
+from recipes.study.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
+from recipes.study.sweep import (
+    Record,
+    Search,
+    Spread,
+    Study,
+    Tuned,
+    hardware_of,
+    judged,
+    outcomes,
+    over_batch_sizes,
+    search_behind,
+    spread,
+    standing,
+    tuned,
+)
+from recipes.study.tables import markdown_table
 
+# Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
+FIRST_RATES = {"lamb": 2e-2, "adamw": 4e-3, "sgd": 1.0}
+MIN_STEPS = 500  # with fewer, nothing is compared
+TARGET_MARGIN = 0.1  # nats above the best loss of the smallest batch
 HEADER = ("batch", "steps", "optimizer", "trials", "best rate", "loss", "", "√-rule rate", "loss, not tuned", "")
 TARGET_HEADER = ("batch", "optimizer", "steps to the target", "sequences to the target")
+
+search_of = partial(over_batch_sizes, FIRST_RATES)
+
+
+def losses_of(records: list[Record]) -> list[str]:
+    """What was run, the table of losses, and its notes, in Markdown; with the default for what is too few steps."""
+    search = search_behind(records, search_of)
+    cells = cells_of(search, records)
+    table = markdown_table(HEADER, rows_of(cells, MIN_STEPS))
+    return [description(records), table, *notes_on_losses(search, cells, MIN_STEPS)]
+
+
+def targets_of(records: list[Record]) -> list[str]:
+    """The table of steps to the default target, and its notes."""
+    cells = cells_of(search_behind(records, search_of), records)
+    target = target_of(cells, TARGET_MARGIN)
+    notes = notes_on_target(cells, target, TARGET_MARGIN)
+    return [markdown_table(TARGET_HEADER, target_rows(cells, target)), *notes]
 
 
 class Cell(NamedTuple):
@@ -63,7 +101,7 @@ def rows_of(cells: Sequence[Cell], min_steps: int) -> list[list[str]]:
                     f"{cell.steps:,}",
                     NAMES[cell.optimizer],
                     str(cell.best.trials),
-                    f"{cell.best.learning_rate:.3g}" + ("" if cell.best.interior else " (edge)"),
+                    cell.best.rate_in_words,
                     str(cell.loss),
                     standing(cell.loss, losses) if comparable else "too few steps",
                     f"{cell.carried_rate:.3g}" if cell.carried_rate != cell.best.learning_rate else "the best",
@@ -357,9 +395,9 @@ def write_report(study: Study, records: Sequence[Record], min_steps: int, target
     html_report.write_page(folder / "report.html", "LAMB against other optimizers over batch sizes", parts)
     return "\n".join(
         [
-            *(what, "", html_report.markdown_table(HEADER, rows), *losses),
-            *("", html_report.markdown_table(TARGET_HEADER, to_target), *targets),
-            *("", f"pictures and page: {folder}/*.png, {folder}/report.html"),
+            *(what, "", markdown_table(HEADER, rows), *losses),
+            *("", markdown_table(TARGET_HEADER, to_target), *targets),
+            *html_report.where_it_is(folder),
         ]
     )
 

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MaskedLMOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 # Devlin et al. 2018 (base, large) and Turc et al. 2019 (tiny, mini). The small ones go without dropout: they underfit.
 SIZES: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ class MaskedGuesses(ModelOutput):
     guesses: torch.Tensor | None = None
 
 
-class BertForMaskedLM(transformers.BertForMaskedLM):
+class BertForMaskedLM(transformers.BertForMaskedLM):  # type: ignore[no-untyped-call]
     """transformers' BERT whose output layer, given labels, sees the masked positions only.
 
     The loss is the same mean over the masked positions, for 15 % of the work in the layer that dominates small
@@ -43,7 +43,8 @@ class BertForMaskedLM(transformers.BertForMaskedLM):
         **kwargs: Any,
     ) -> MaskedGuesses | MaskedLMOutput:
         if labels is None:
-            return super().forward(input_ids, attention_mask, **kwargs)
+            output: MaskedLMOutput = super().forward(input_ids, attention_mask, **kwargs)
+            return output
         hidden = self.bert(input_ids, attention_mask).last_hidden_state
         masked = labels != -100
         logits = self.cls(hidden[masked]).float()
@@ -55,7 +56,9 @@ class BertForMaskedLM(transformers.BertForMaskedLM):
 
 def new_bert(size: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> BertForMaskedLM:
     """A freshly initialised BERT of a named size for this tokenizer and sequence length."""
-    dropout = {} if size in ("base", "large") else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dropout: dict[str, Any] = (
+        {} if size in ("base", "large") else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    )
     config = BertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=max_seq_length,

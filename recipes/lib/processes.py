@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import psutil
+import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -122,6 +124,11 @@ def launched_by_accelerate() -> int:
     return 0
 
 
+def autocast(device: torch.device) -> Any:
+    """bfloat16 on accelerators; plain float32 on CPUs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
 # ---- The output folder ----------------------------------------------------------------------------------------------
 
 
@@ -176,6 +183,7 @@ def _lock(path: Path) -> tuple[Path, int]:
 
 def free(trainer: Trainer) -> None:
     """Let go of what a trainer that has done its work holds, its DDP too."""
+    assert trainer.model is not None
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     gc.collect()

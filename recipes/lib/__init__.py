@@ -1,0 +1,1 @@
+"""What the recipes share: data, models, optimizers, plans, processes, and the records of a run."""

@@ -1,0 +1,194 @@
+"""What a pretraining run trains on: the options that name it, tokenizer, masked blocks, and by what it is judged."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
+from recipes.lib.bert import SIZES
+from recipes.lib.corpus import Document, hub_documents, load_documents, split_documents
+from recipes.lib.masking import MaskedBlocks, StreamedBlocks, unigram_baseline
+from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+
+# Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
+STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
+
+
+@dataclass
+class PretrainingArguments:
+    """What is pretrained on what."""
+
+    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
+    corpus: list[str] = field(
+        default_factory=lambda: ["embedded"],
+        metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Held-out documents; default: 5 %% of the documents of the corpus."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the hub dataset while training instead of downloading it first."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "A tokenizer's folder or hub name; default: trained on the training split."}
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence; default by --size."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+
+
+class Data(NamedTuple):
+    """What a run trains on, and what it is judged by."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset[Any]
+    held_out: MaskedBlocks
+    unigram_loss: float
+    unigram_accuracy: float
+    facts: dict[str, Any]  # by which a run that resumes knows whether these are the same data
+
+
+def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None = None) -> Data:
+    """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only.
+
+    checkpoint: one that the run goes on from, whose tokenizer is then the run's.
+    """
+    if arguments.streaming:
+        return stream_data(arguments, seed, checkpoint)
+    train = load_documents(arguments.corpus)
+    if arguments.validation_file:
+        held_out = load_documents(arguments.validation_file)
+        check_held_out(arguments, train, held_out)
+    else:
+        train, held_out = split_documents(train)
+    tokenizer = tokenizer_for(arguments, train, checkpoint)
+    blocks = tokenize_into_blocks(train, tokenizer, arguments.max_seq_length)
+    dataset = MaskedBlocks(blocks, tokenizer, arguments.mlm_probability, seed)
+    return with_held_out(arguments, tokenizer, dataset, blocks, held_out)
+
+
+def check_held_out(arguments: PretrainingArguments, train: Sequence[Document], held_out: Sequence[Document]) -> None:
+    """Raise where documents that judge the model are among those that train it."""
+    texts = {document.text for document in train}
+    both = [document.name for document in held_out if document.text in texts]
+    if both:
+        raise ValueError(
+            f"--validation_file {' '.join(arguments.validation_file or [])}: {len(both)} of its {len(held_out)} "
+            f"documents are in --corpus {' '.join(arguments.corpus)} too, such as {both[0]}: leave them out of one of "
+            "the two"
+        )
+
+
+def stream_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None = None) -> Data:
+    """The same from a hub dataset that is read while training."""
+    if len(arguments.corpus) != 1 or arguments.corpus == ["embedded"]:
+        raise ValueError(
+            f"--streaming takes one hub dataset, got --corpus {' '.join(arguments.corpus)}: leave --streaming out"
+        )
+    if arguments.validation_file:
+        raise ValueError(
+            f"--validation_file does not go with --streaming, which holds out the first {STREAM_HELD_OUT} documents: "
+            "leave one of them out"
+        )
+    start = list(islice(streamed_documents(arguments.corpus[0]), STREAM_HELD_OUT + STREAM_SAMPLE))
+    held_out, sample = start[:STREAM_HELD_OUT], start[STREAM_HELD_OUT:]
+    if not sample:
+        raise ValueError(
+            f"{arguments.corpus[0]!r} has {len(start)} documents, of which {STREAM_HELD_OUT} would be held out: "
+            "leave --streaming out"
+        )
+    tokenizer = tokenizer_for(arguments, sample, checkpoint)
+    dataset = StreamedBlocks(
+        partial(streamed_documents, arguments.corpus[0], first=STREAM_HELD_OUT),
+        tokenizer,
+        arguments.max_seq_length,
+        arguments.mlm_probability,
+        seed,
+        passes=None,
+    )
+    blocks = tokenize_into_blocks(sample, tokenizer, arguments.max_seq_length)
+    return with_held_out(arguments, tokenizer, dataset, blocks, held_out)
+
+
+def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
+    """Of a hub dataset from the document `first` on; a function that spawned workers can be given."""
+    return islice(hub_documents(name, streaming=True), first, None)
+
+
+def tokenizer_for(
+    arguments: PretrainingArguments, documents: Iterable[Document], checkpoint: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's, else the one that was named, else one trained on these documents.
+
+    Raises ValueError where one was named that is not the checkpoint's: the embeddings are of the latter's tokens.
+    """
+    if checkpoint is not None and has_tokenizer(checkpoint):
+        own = AutoTokenizer.from_pretrained(checkpoint)
+        if arguments.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(arguments.tokenizer_name)):
+            raise ValueError(
+                f"--tokenizer_name {arguments.tokenizer_name} is not the tokenizer of {checkpoint}: leave it out to "
+                "go on from there, or name another --output_dir"
+            )
+        return own
+    if arguments.tokenizer_name is not None:
+        return named_tokenizer(arguments.tokenizer_name)
+    return load_or_train_tokenizer((document.text for document in documents), arguments.vocab_size)
+
+
+def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ValueError where it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # files of all kinds are read, by several libraries
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder that "
+            "save_pretrained wrote, or a hub tokenizer that can be reached"
+        ) from None
+
+
+def with_held_out(
+    arguments: PretrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset[Any],
+    train_blocks: torch.Tensor,
+    documents: list[Document],
+) -> Data:
+    """Add the held-out blocks, whose masks depend on nothing but their text, and the unigrams' score on them."""
+    blocks = tokenize_into_blocks(documents, tokenizer, arguments.max_seq_length)
+    held_out = MaskedBlocks(blocks, tokenizer, arguments.mlm_probability, seed=0, dynamic=False)
+    unigrams = unigram_baseline(train_blocks, held_out, held_out.special_ids, len(tokenizer))
+    facts = {
+        "corpus": arguments.corpus,
+        "train_sequences": len(train_blocks),
+        "train": digest(train_blocks),
+        "held_out_sequences": len(blocks),
+        "held_out": digest(blocks),
+    }
+    return Data(tokenizer, train, held_out, *unigrams, facts)
+
+
+def digest(blocks: torch.Tensor) -> str:
+    """Of tokenized text."""
+    return hashlib.sha256(str(tuple(blocks.shape)).encode() + blocks.numpy().tobytes()).hexdigest()
+
+
+def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What is not what it was when the checkpoint was written, a line each."""
+    if before is None:
+        return []
+    lines = []
+    for part, words in {"train": "training", "held_out": "held-out"}.items():
+        if before[part] != now[part]:
+            lines.append(
+                f"other {words} data than the checkpoint's: {now[f'{part}_sequences']:,} sequences of "
+                f"{' '.join(now['corpus'])}, not the {before[f'{part}_sequences']:,} of {' '.join(before['corpus'])}"
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""Comparisons: the searches behind them, their pictures, tables and pages."""
