@@ -29,8 +29,11 @@ TESTED = "0.19"
 
 
 class DeepSpeed:
-    """An engine of DeepSpeed. With ZeRO one of its steps is several calls of `step`: one for each parameter group
-    (ZeRO-1, 2) or sub-group (ZeRO-3), always in the same order."""
+    """An engine of DeepSpeed.
+
+    With ZeRO one of its steps is several calls of `step`, one for each parameter group (ZeRO-1, 2) or sub-group
+    (ZeRO-3), always in the same order.
+    """
 
     state_from_the_start = False
 
