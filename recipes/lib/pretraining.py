@@ -127,7 +127,7 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """The checkpoint's, else the one that was named, else one trained on these documents.
 
-    Raises ValueError where one was named that is not the checkpoint's: the embeddings are of the latter's tokens.
+    Raises ValueError where another one than the checkpoint's was asked for: the embeddings are of the latter's tokens.
     """
     if checkpoint is not None and has_tokenizer(checkpoint):
         own = AutoTokenizer.from_pretrained(checkpoint)
@@ -135,6 +135,12 @@ def tokenizer_for(
             raise ValueError(
                 f"--tokenizer_name {arguments.tokenizer_name} is not the tokenizer of {checkpoint}: leave it out to "
                 "go on from there, or name another --output_dir"
+            )
+        asked = arguments.vocab_size
+        if asked != PretrainingArguments.vocab_size and len(own) > asked:
+            raise ValueError(
+                f"--vocab_size {asked}: the tokenizer of {checkpoint} has {len(own)} tokens, so leave --vocab_size "
+                "out to go on from there, or name another --output_dir"
             )
         return own
     if arguments.tokenizer_name is not None:
