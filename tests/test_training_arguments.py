@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, options_in_force, registration
-from hf_lamb.zero_trainer import ZeroTrainer
+from hf_lamb.trainer.deepspeed import ZeroTrainer
 from tests.scripts import split_batch
 
 SCALED = {"base_learning_rate": 8e-3, "base_batch_size": 64}  # 2e-3 at the batch of 4 below

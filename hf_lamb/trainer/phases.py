@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_lamb.checkpoints import WholeCheckpointTrainer, check_checkpoint
 from hf_lamb.scaling import near
-from hf_lamb.zero_trainer import check_deepspeed_checkpoint
+from hf_lamb.trainer.checkpoints import WholeCheckpointTrainer, check_checkpoint
+from hf_lamb.trainer.deepspeed import check_deepspeed_checkpoint
 
 __all__ = ["CARRY_OVER", "PhaseTrainer"]
 

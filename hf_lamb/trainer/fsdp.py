@@ -26,8 +26,8 @@ from torch.distributed.fsdp import StateDictType
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from hf_lamb.checkpoints import CheckpointError
 from hf_lamb.fsdp1 import clean_name, unwrapped
+from hf_lamb.trainer.checkpoints import CheckpointError
 
 __all__ = ["ShardedTrainer", "tied_heads_in_one_group"]
 

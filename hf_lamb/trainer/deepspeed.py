@@ -10,8 +10,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from hf_lamb.callbacks import find_lamb
-from hf_lamb.checkpoints import CheckpointError
+from hf_lamb.trainer.callbacks import find_lamb
+from hf_lamb.trainer.checkpoints import CheckpointError
 
 __all__ = ["ZeroTrainer", "check_deepspeed_checkpoint"]
 

@@ -13,8 +13,8 @@ from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lamb._version import __version__
-from hf_lamb.callbacks import find_lamb
 from hf_lamb.files import replacing
+from hf_lamb.trainer.callbacks import find_lamb
 
 __all__ = ["ModelCardTrainer", "options_in_force"]
 
