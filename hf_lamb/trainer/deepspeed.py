@@ -8,75 +8,69 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
 
 from hf_lamb.trainer.callbacks import find_lamb
 from hf_lamb.trainer.checkpoints import CheckpointError
 
-__all__ = ["ZeroTrainer", "check_deepspeed_checkpoint"]
+__all__ = ["check_configuration", "check_deepspeed_checkpoint", "check_state_was_loaded", "stage_of"]
 
 logger = logging.getLogger(__name__)
 
 
-class ZeroTrainer(Trainer):
-    """`transformers.Trainer` that refuses a checkpoint whose optimizer state would be lost, or DeepSpeed cannot read.
+def check_configuration(trainer: Trainer) -> None:
+    """Refuse a DeepSpeed configuration that would train with something else than was asked for.
 
-    Trainer goes on without the state where one side is DeepSpeed and the other is not; DeepSpeed stops with assertions
-    about its own files where stage or number of processes are others. It warns where DeepSpeed was asked for and
-    accelerate trains without it.
+    Warns where DeepSpeed was asked for and accelerate trains without it.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        if wanted and not self.is_deepspeed_enabled and self.args.should_log:
-            logger.warning(
-                "this run was launched with DeepSpeed, but accelerate trains without it, as it does where "
-                "ACCELERATE_USE_CPU is set: unset that, DeepSpeed finds the CPU by itself"
-            )
-
-        config = self._deepspeed_config()
-        instead = config.get("optimizer")
-        if instead and self.args.optim == "lamb":
-            raise ValueError(
-                f"the DeepSpeed configuration's optimizer, {instead.get('type')}, would train in place of "
-                'optim="lamb": remove "optimizer" there'
-            )
-        of_its_own = [name for name in ("base_learning_rate", "decay_power") if getattr(self.args, name, None)]
-        if config.get("scheduler") and of_its_own:
-            raise ValueError(
-                f"the DeepSpeed configuration's scheduler would be in place of {of_its_own[0]}: remove "
-                '"scheduler" there'
-            )
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return getattr(plugin, "deepspeed_config", None) or {}
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's, with a look at the checkpoint before anything of it is loaded."""
-        if resume_from_checkpoint and isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            stage = self._deepspeed_config()["zero_optimization"]["stage"] if self.is_deepspeed_enabled else None
-            check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage, self.args.world_size)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
-            max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs
+    args = trainer.args
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if wanted and not trainer.is_deepspeed_enabled and args.should_log:
+        logger.warning(
+            "this run was launched with DeepSpeed, but accelerate trains without it, as it does where "
+            "ACCELERATE_USE_CPU is set: unset that, DeepSpeed finds the CPU by itself"
         )
-        lamb = find_lamb(self.optimizer)
-        if resume_from_checkpoint is not None and self.is_deepspeed_enabled and lamb is not None and not lamb.state:
-            raise CheckpointError(
-                f"{resume_from_checkpoint} has been read by DeepSpeed, but not LAMB's state: resume with the "
-                "precision (bf16, fp16 or neither) it was saved with"
-            )
-        return prepared
+
+    config = configuration_of(trainer)
+    instead = config.get("optimizer")
+    if instead and args.optim == "lamb":
+        raise ValueError(
+            f"the DeepSpeed configuration's optimizer, {instead.get('type')}, would train in place of "
+            'optim="lamb": remove "optimizer" there'
+        )
+    of_its_own = [name for name in ("base_learning_rate", "decay_power") if getattr(args, name, None)]
+    if config.get("scheduler") and of_its_own:
+        raise ValueError(
+            f'the DeepSpeed configuration\'s scheduler would be in place of {of_its_own[0]}: remove "scheduler" there'
+        )
+
+
+def configuration_of(trainer: Trainer) -> dict[str, Any]:
+    """The configuration of DeepSpeed; empty in a run without it."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return getattr(plugin, "deepspeed_config", None) or {}
+
+
+def stage_of(trainer: Trainer) -> int | None:
+    """The stage of ZeRO; None in a run without DeepSpeed."""
+    return configuration_of(trainer)["zero_optimization"]["stage"] if trainer.is_deepspeed_enabled else None
+
+
+def check_state_was_loaded(trainer: Trainer, checkpoint: str) -> None:
+    """Raise CheckpointError if DeepSpeed has read the checkpoint and left LAMB's state out."""
+    lamb = find_lamb(trainer.optimizer)
+    if trainer.is_deepspeed_enabled and lamb is not None and not lamb.state:
+        raise CheckpointError(
+            f"{checkpoint} has been read by DeepSpeed, but not LAMB's state: resume with the precision (bf16, fp16 or "
+            "neither) it was saved with"
+        )
 
 
 def check_deepspeed_checkpoint(checkpoint: Path, stage: int | None, processes: int) -> None:
-    """Raise CheckpointError unless a run with this stage of ZeRO (None: without DeepSpeed) can go on from here."""
+    """Raise CheckpointError unless a run with this stage of ZeRO (None: without DeepSpeed) can go on from here.
+
+    Trainer goes on without the optimizer's state where one side is DeepSpeed and the other is not; DeepSpeed stops
+    with assertions about its own files where stage or number of processes are others.
+    """
     if not (checkpoint / "latest").is_file():
         if stage is not None:
             raise CheckpointError(

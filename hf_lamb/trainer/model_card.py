@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lamb._version import __version__
 from hf_lamb.files import replacing
 from hf_lamb.trainer.callbacks import find_lamb
 
-__all__ = ["ModelCardTrainer", "options_in_force"]
+if TYPE_CHECKING:
+    from hf_lamb.trainer.trainer import LambTrainer
+
+__all__ = ["args_in_force", "complete_model_card", "options_in_force"]
 
 
 # What transformers writes of a model without a name, where it means the other.
@@ -55,95 +56,74 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-class ModelCardTrainer(Trainer):
-    """`transformers.Trainer` whose model card, also that of `push_to_hub`, names what a large-batch run depends on.
+def complete_model_card(trainer: LambTrainer) -> None:
+    """Add to the card that Trainer wrote what is known, and the section "Large batch" where the optimizer is LAMB."""
+    card = Path(str(trainer.args.output_dir), "README.md")
+    text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
+    for heading, words in {**_known_sections(trainer), **trainer.card_sections}.items():
+        text = text.replace(f"## {heading}\n\nMore information needed\n", f"## {heading}\n\n{words}\n")
+    if total := _rows_in_words(trainer.train_dataset):
+        text = text.replace(" on an unknown dataset.", f" on {total}.")
+    if lines := _large_batch(trainer):
+        text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
+    with replacing(card) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
-    plan: a plan's name and phase, for the card; default none.
-    dataset_name: what it trains on, for the card, where `create_model_card` is not told; default none.
-    card_sections: what the card's sections say, by their headings, such as "Intended uses & limitations". Default:
-        what the trainer knows; of a section that nobody knows anything about Trainer's "More information needed".
-    """
 
-    plan: str | None = None
-    dataset_name: str | None = None
-    card_sections: Mapping[str, str] = MappingProxyType({})
-    learning_rate_why: str | None = None  # where the rate follows from another batch's: how
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, from what is in force, with the section "Large batch" where the optimizer is LAMB."""
-        known = self.args
-        if len(args) < 8 and kwargs.get("dataset") is None and self.dataset_name is not None:
-            kwargs["dataset"] = self.dataset_name
-        try:
-            self.args = self._args_in_force()
-            super().create_model_card(*args, **kwargs)
-        finally:
-            self.args = known
-        if not self.is_world_process_zero():
-            return
-        card = Path(str(self.args.output_dir), "README.md")
-        text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
-        for heading, words in {**self._known_sections(), **self.card_sections}.items():
-            text = text.replace(f"## {heading}\n\nMore information needed\n", f"## {heading}\n\n{words}\n")
-        if total := _rows_in_words(self.train_dataset):
-            text = text.replace(" on an unknown dataset.", f" on {total}.")
-        if lines := self._large_batch():
-            text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
-        with replacing(card) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-
-    def _args_in_force(self) -> TrainingArguments:
-        """The arguments as Trainer's list of hyperparameters shall see them."""
-        args = copy.copy(self.args)
-        args.optim = str(getattr(args.optim, "value", args.optim))  # Python prints the enumeration's member otherwise
-        in_a_pass = self.get_total_train_batch_size(args) // args.gradient_accumulation_steps
-        args.per_device_train_batch_size = in_a_pass // args.world_size // max(1, args.n_gpu)
-        if self.optimizer is None:
-            return args
-        options = options_in_force(self.optimizer)
-        args.learning_rate = options["learning_rate"]
-        if find_lamb(self.optimizer) is not None:
-            args.optim_args = _chosen(options)
-        elif "eps" in options and "betas" in options:
-            (args.adam_beta1, args.adam_beta2), args.adam_epsilon = options["betas"], options["eps"]
+def args_in_force(trainer: LambTrainer) -> TrainingArguments:
+    """The arguments as Trainer's list of hyperparameters shall see them."""
+    args = copy.copy(trainer.args)
+    args.optim = str(getattr(args.optim, "value", args.optim))  # Python prints the enumeration's member otherwise
+    in_a_pass = trainer.get_total_train_batch_size(args) // args.gradient_accumulation_steps
+    args.per_device_train_batch_size = in_a_pass // args.world_size // max(1, args.n_gpu)
+    if trainer.optimizer is None:
         return args
+    options = options_in_force(trainer.optimizer)
+    args.learning_rate = options["learning_rate"]
+    if find_lamb(trainer.optimizer) is not None:
+        args.optim_args = _chosen(options)
+    elif "eps" in options and "betas" in options:
+        (args.adam_beta1, args.adam_beta2), args.adam_epsilon = options["betas"], options["eps"]
+    return args
 
-    def _known_sections(self) -> dict[str, str]:
-        model = self.accelerator.unwrap_model(self.model)
-        size = ""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            size = f" with {sum(param.numel() for param in model.parameters()):,} parameters"
-        sections = {"Model description": f"{type(model).__name__}{size}."}
-        if trained := _rows_in_words(self.train_dataset):
-            evaluated = _rows_in_words(self.eval_dataset)
-            sections["Training and evaluation data"] = (
-                f"Trained on {self.dataset_name + ', ' if self.dataset_name else ''}{trained}"
-                f"{f', evaluated on {evaluated}' if evaluated else ''}."
-            )
-        return sections
 
-    def _large_batch(self) -> list[str]:
-        args, lamb = self.args, find_lamb(self.optimizer)
-        if lamb is None:
-            return []
-        options = options_in_force(self.optimizer)
-        batch = self.get_total_train_batch_size(args)
-        rows = batch // args.gradient_accumulation_steps // args.world_size
-        split = f"{rows} x {args.gradient_accumulation_steps} accumulation steps x {args.world_size}"
-        power = getattr(args, "decay_power", None)
-        decay = f"polynomial, power {power:g}" if power else SchedulerType(args.lr_scheduler_type).value
-        warmup = args.get_warmup_steps(self.state.max_steps)
-        rate = f"learning rate {options['learning_rate']:.4g}"
-        why = self.learning_rate_why or ""
-        lines = [
-            f"- optimizer: LAMB (https://arxiv.org/abs/1904.00962), hf_lamb {__version__}: {_chosen(options)}",
-            f"- weight decay: {options['weight_decay']:g}, not of biases and norms",
-            f"- global batch: {batch:,} sequences = {split} processes",
-            f"- {why if why.startswith(f'{rate} = ') else rate}",
-            f"- steps: {self.state.max_steps:,}, {warmup:,} of them warm-up; decay: {decay}",
-            f"- gradients clipped to: {f'{args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}",
-        ]
-        return lines + ([f"- plan: {self.plan}"] if self.plan else [])
+def _known_sections(trainer: LambTrainer) -> dict[str, str]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size = ""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        size = f" with {sum(param.numel() for param in model.parameters()):,} parameters"
+    sections = {"Model description": f"{type(model).__name__}{size}."}
+    if trained := _rows_in_words(trainer.train_dataset):
+        evaluated = _rows_in_words(trainer.eval_dataset)
+        sections["Training and evaluation data"] = (
+            f"Trained on {trainer.dataset_name + ', ' if trainer.dataset_name else ''}{trained}"
+            f"{f', evaluated on {evaluated}' if evaluated else ''}."
+        )
+    return sections
+
+
+def _large_batch(trainer: LambTrainer) -> list[str]:
+    args, lamb = trainer.args, find_lamb(trainer.optimizer)
+    if lamb is None:
+        return []
+    options = options_in_force(trainer.optimizer)
+    batch = trainer.get_total_train_batch_size(args)
+    rows = batch // args.gradient_accumulation_steps // args.world_size
+    split = f"{rows} x {args.gradient_accumulation_steps} accumulation steps x {args.world_size}"
+    power = getattr(args, "decay_power", None)
+    decay = f"polynomial, power {power:g}" if power else SchedulerType(args.lr_scheduler_type).value
+    warmup = args.get_warmup_steps(trainer.state.max_steps)
+    rate = f"learning rate {options['learning_rate']:.4g}"
+    why = trainer.learning_rate_why or ""
+    lines = [
+        f"- optimizer: LAMB (https://arxiv.org/abs/1904.00962), hf_lamb {__version__}: {_chosen(options)}",
+        f"- weight decay: {options['weight_decay']:g}, not of biases and norms",
+        f"- global batch: {batch:,} sequences = {split} processes",
+        f"- {why if why.startswith(f'{rate} = ') else rate}",
+        f"- steps: {trainer.state.max_steps:,}, {warmup:,} of them warm-up; decay: {decay}",
+        f"- gradients clipped to: {f'{args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}",
+    ]
+    return lines + ([f"- plan: {trainer.plan}"] if trainer.plan else [])
 
 
 def _rows_in_words(dataset: Any) -> str:

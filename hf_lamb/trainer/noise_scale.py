@@ -218,16 +218,13 @@ class NoiseScaleTrainer(Trainer):
 
     # -- a resumed run logs what the uninterrupted one does ----------------------------------------------------------
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        epochs_and_steps = super()._init_training_state(*args, **kwargs)
+    def restore_noise_scale(self) -> None:
         kept: Any = self.state.stateful_callbacks
         averages = (kept or {}).get("noise_scale", {}).get("attributes", {}).get("averages")
         self.noise_scale.averages = None if averages is None else torch.tensor(averages, device=self.args.device)
-        return epochs_and_steps
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def keep_noise_scale(self) -> None:
         kept: Any = self.state.stateful_callbacks
         averages = self.noise_scale.averages
         if kept is not None and averages is not None:
             kept["noise_scale"] = {"attributes": {"averages": averages.tolist()}}
-        super()._save_checkpoint(model, trial)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -16,18 +19,44 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_lamb.registration import inflates_loss, loss_is_weighted
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 from hf_lamb.trainer.arguments import LambTrainingArguments, default_of
 from hf_lamb.trainer.callbacks import SkippedStepsCallback, TrustRatioCallback
-from hf_lamb.trainer.checkpoints import WholeCheckpointTrainer
-from hf_lamb.trainer.deepspeed import ZeroTrainer
-from hf_lamb.trainer.fsdp import ShardedTrainer
-from hf_lamb.trainer.model_card import ModelCardTrainer, options_of_groups
+from hf_lamb.trainer.checkpoints import (
+    UNFINISHED,
+    Checkpoints,
+    check_optimizer,
+    check_shapes,
+    checkpoint_to_resume,
+    has_lamb_options,
+    kept_apart,
+    load_kept,
+    refusing_another_model,
+    refusing_another_optimizer,
+    tidy,
+)
+from hf_lamb.trainer.deepspeed import (
+    check_configuration,
+    check_deepspeed_checkpoint,
+    check_state_was_loaded,
+    stage_of,
+)
+from hf_lamb.trainer.fsdp import (
+    is_of_another_layout,
+    load_model,
+    load_optimizer,
+    no_older_checkpoints,
+    refuse_local_checkpoints,
+    tie,
+    tied_heads_in_one_group,
+    whole_state_dict,
+)
+from hf_lamb.trainer.model_card import args_in_force, complete_model_card, options_of_groups
 from hf_lamb.trainer.noise_scale import NoiseScaleTrainer
-from hf_lamb.trainer.phases import PhaseTrainer
+from hf_lamb.trainer.phases import PreviousPhase
 from hf_lamb.trainer.trials import COUNTS, counted_labels, logits_of, perturbed, take_rows, tensor_items, unchanged
 
 __all__ = ["LambTrainer"]
@@ -35,9 +64,7 @@ __all__ = ["LambTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class LambTrainer(
-    PhaseTrainer, NoiseScaleTrainer, WholeCheckpointTrainer, ModelCardTrainer, ZeroTrainer, ShardedTrainer
-):
+class LambTrainer(NoiseScaleTrainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -61,22 +88,43 @@ class LambTrainer(
     * The gradient noise scale, about the critical batch size, in every training log line, see
       `NoiseScaleTrainer`.
     * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
-    * Checkpoints that are whole whenever the run is killed, and are checked before it resumes, see
-      `WholeCheckpointTrainer`.
-    * A second phase that begins with the weights and moments of the first, see `PhaseTrainer`.
-    * A model card that names optimizer, batch, rate and plan, see `ModelCardTrainer`.
-    * FSDP2 with masked LMs, and checkpoints that go from DDP to FSDP2 and back, see `ShardedTrainer`.
-    * DeepSpeed's checkpoints resumed as they were written, or refused, see `ZeroTrainer`.
+    * Checkpoints that are whole whenever the run is killed, see `hf_lamb.trainer.checkpoints.Checkpoints`.
+      `train(resume_from_checkpoint=True)` takes the newest complete one, also among those of a stock Trainer, whose
+      last one may be torn; `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
+      damaged, or of another model or optimizer. Checkpoints of `save_only_model` cannot be resumed. A run resumed from
+      its last checkpoint takes no step more; Trainer's takes one, where the last epoch is not over.
+    * A second phase that begins with the weights and moments of the first, see `start_from`.
+    * A model card, also that of `push_to_hub`, that names optimizer, batch, rate and plan.
+    * FSDP2 with masked LMs whose head is tied, and checkpoints that go from DDP to FSDP2 and back: Trainer's load only
+      their own layout. Sharded checkpoints of FSDP1 load on any number of processes. See `hf_lamb.trainer.fsdp`.
+    * DeepSpeed's checkpoints resumed as they were written, or refused, see `hf_lamb.trainer.deepspeed`.
 
     Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer. Mixes with
     other Trainers: `class LambSeq2SeqTrainer(LambTrainer, Seq2SeqTrainer)`.
+
+    Attributes:
+        plan: a plan's name and phase, for the model card. Default none.
+        dataset_name: what it trains on, for the card, where `create_model_card` is not told. Default none.
+        card_sections: what the card's sections say, by their headings, such as "Intended uses & limitations".
+            Default: what the trainer knows; of a section that nobody knows anything about Trainer's "More information
+            needed".
+        learning_rate_why: how the learning rate follows from another batch's; None where it does not.
     """
+
+    plan: str | None = None
+    dataset_name: str | None = None
+    card_sections: Mapping[str, str] = MappingProxyType({})
+    learning_rate_why: str | None = None
+
+    _previous: PreviousPhase | None = None  # what to begin with
 
     # While a micro-batch is trained: whether Trainer divides its loss, by what, and whether a subclass has told so.
     _divided, _divided_by, _told = False, 1, False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.checkpoints = Checkpoints(self)
         super().__init__(*args, **kwargs)
+        check_configuration(self)
         per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
         # Before the reporters, which then see what these add.
         self.callback_handler.callbacks[:0] = [TrustRatioCallback(per_layer), SkippedStepsCallback()]
@@ -97,6 +145,131 @@ class LambTrainer(
         self._asked = self._own_share = False
         self._parts: list[tuple[Tensor, Tensor]] = []  # means, and what they are over
         self._eval_sums: dict[int, Tensor] = {}
+
+    # -- resuming, and beginning with another run's end --------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's, from a complete checkpoint that fits this run, or not at all."""
+        output_dir = str(self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir)
+            self.check_fit(Path(resume_from_checkpoint))
+            check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage_of(self), self.args.world_size)
+        if self.args.should_save:
+            tidy(Path(output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
+        """Raise for another model or optimizer while nothing is loaded, as far as the heads of the files tell."""
+        if optimizer:
+            check_optimizer(checkpoint, self._trains_lamb())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model_init is not None or self.model is None:
+            return  # the shapes here are not those of the files, or not yet those of the run
+        check_shapes(checkpoint, self.model)
+
+    def _trains_lamb(self) -> bool | None:
+        """Whether this run's optimizer will be a Lamb; None where that is not known before it is made."""
+        if self.optimizer is not None:
+            return has_lamb_options(self.optimizer)
+        own = type(self).create_optimizer is LambTrainer.create_optimizer and self.optimizer_cls_and_kwargs is None
+        return self.args.optim == "lamb" if own else None
+
+    def start_from(self, checkpoint: str, carry_over: str = "moments") -> None:
+        """Let `train()` begin with the weights, and with the optimizer's state, of a checkpoint of another run.
+
+        BERT's second phase, with longer sequences, is such a run. Steps, learning rate and its schedule, warm-up,
+        weight decay, data order and random numbers are this run's own. A run that resumes from a checkpoint of its own
+        takes that one instead.
+
+        Args:
+            checkpoint: of the same architecture, and of the same optimizer unless only weights are taken; written by
+                one process or DDP or FSDP2, on any number of processes.
+            carry_over: "moments": the moments, with their step count set to 0, so that the bias correction starts
+                anew, as in NVIDIA's recipe; "optimizer": the step count too; "weights": no state of the optimizer.
+                Default "moments".
+
+        Raises:
+            ValueError: an unknown carry_over; DeepSpeed, whose checkpoints cannot be taken over in part.
+            CheckpointError: no complete checkpoint there; when training starts, one of another model or optimizer.
+
+        Source: https://github.com/NVIDIA/DeepLearningExamples/blob/master/PyTorch/LanguageModeling/BERT/run_pretraining.py
+        """
+        previous = PreviousPhase(checkpoint, carry_over)
+        previous.check(self)
+        self._previous = previous
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with refusing_another_model(resume_from_checkpoint):
+            if is_of_another_layout(resume_from_checkpoint, self):
+                model = model or self.model
+                assert model is not None
+                load_model(model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but for weights that are tied to one that was loaded: those are not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with refusing_another_optimizer(checkpoint, self.optimizer):
+            if checkpoint is not None and is_of_another_layout(checkpoint, self):
+                assert self.model is not None
+                assert self.optimizer is not None
+                assert self.lr_scheduler is not None
+                load_optimizer(self.model, self.optimizer, Path(checkpoint))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+            else:
+                with no_older_checkpoints():
+                    super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        epochs_and_steps = super()._init_training_state(*args, **kwargs)
+        load_kept(self.state, args[3])
+        self.restore_noise_scale()
+        return epochs_and_steps
+
+    def _load_callback_state(self) -> None:
+        with kept_apart(self.state):  # of a stock Trainer with a TrustRatioCallback
+            super()._load_callback_state()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self.checkpoints.staging else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        self.keep_noise_scale()
+        with self.checkpoints.saving(run_dir):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, f"checkpoint-{self.state.global_step}"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload goes on in the background: not from a folder that is about to be renamed.
+        if not self.checkpoints.staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with whole_state_dict(self) if self.is_fsdp_enabled and not _internal_call else nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self.checkpoints.saving_model(output_dir) as folder:
+            if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and state_dict:
+                assert self.model is not None
+                tie(state_dict, self.model)
+            super()._save(folder, state_dict)
 
     # -- the learning rate of this run's global batch ----------------------------------------------------------------
 
@@ -133,6 +306,7 @@ class LambTrainer(
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any
     ) -> Any:
+        previous = self._previous if resume_from_checkpoint is None else None
         rate = self.scale_learning_rate()
         if self._made_optimizer and self.learning_rate_why and self.optimizer is not None:
             set_peak(self.optimizer, rate)
@@ -140,7 +314,18 @@ class LambTrainer(
         if warning and self.args.should_log:
             logger.warning(warning)
         self._asked_for = ()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs)
+        if previous is not None:
+            previous.check_fit(self)
+        refuse_local_checkpoints(self)
+        assert self.model is not None
+        with tied_heads_in_one_group(self.model):
+            prepared = super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs
+            )
+        if resume_from_checkpoint is not None:
+            check_state_was_loaded(self, resume_from_checkpoint)
+        if previous is not None:
+            previous.take_over(self)
         self._look_at_what_is_in_force(rate, max_steps, resume_from_checkpoint)
         return prepared
 
@@ -224,10 +409,6 @@ class LambTrainer(
         finally:
             self.args = args
             loss_is_weighted.reset(token)
-
-    def _trains_lamb(self) -> bool | None:
-        own = type(self).create_optimizer is LambTrainer.create_optimizer and self.optimizer_cls_and_kwargs is None
-        return self.args.optim == "lamb" if self.optimizer is None and own else super()._trains_lamb()
 
     def _warn_of_default_optimizer(self) -> None:
         args = self.args
@@ -505,6 +686,17 @@ class LambTrainer(
 
     def _model_name(self) -> str:
         return type(self.accelerator.unwrap_model(self.model)).__name__
+
+    # -- the model card ----------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, from what is in force, with the section "Large batch" where the optimizer is LAMB."""
+        if len(args) < 8 and kwargs.get("dataset") is None and self.dataset_name is not None:
+            kwargs["dataset"] = self.dataset_name
+        with attributes(self, args=args_in_force(self)):
+            super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_model_card(self)
 
     # -- the loss of an evaluation: the mean over all its labels -----------------------------------------------------
 
