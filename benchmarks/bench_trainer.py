@@ -9,6 +9,7 @@ tensor operations, so the share is rather too high.
 """
 
 import argparse
+import contextlib
 import cProfile
 import pstats
 import sys
@@ -55,7 +56,7 @@ def time_in_extras(profile: cProfile.Profile) -> dict[str, float]:
     for function, (_, _, own, _, callers) in stats.stats.items():
         if function[0] in EXTRAS:
             seconds[name(function)] = seconds.get(name(function), 0.0) + own
-        elif function[0] != transformers.trainer.__file__:
+        elif function[0] not in (transformers.trainer.__file__, contextlib.__file__):  # whose blocks are of the extras
             for caller, (_, _, _, cumulative) in callers.items():
                 if caller[0] in EXTRAS:
                     seconds[name(caller)] = seconds.get(name(caller), 0.0) + cumulative

@@ -6,8 +6,8 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_lamb.registration import inflates_loss, loss_is_weighted
+from hf_lamb.registration import loss_is_weighted
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 from hf_lamb.trainer.arguments import LambTrainingArguments, default_of
 from hf_lamb.trainer.callbacks import SkippedStepsCallback, TrustRatioCallback
@@ -54,17 +53,17 @@ from hf_lamb.trainer.fsdp import (
     tied_heads_in_one_group,
     whole_state_dict,
 )
+from hf_lamb.trainer.loss import Count, LossWeighting, attributes
 from hf_lamb.trainer.model_card import args_in_force, complete_model_card, options_of_groups
-from hf_lamb.trainer.noise_scale import NoiseScaleTrainer
+from hf_lamb.trainer.noise_scale import NoiseMeasurement, NoiseScale
 from hf_lamb.trainer.phases import PreviousPhase
-from hf_lamb.trainer.trials import COUNTS, counted_labels, logits_of, perturbed, take_rows, tensor_items, unchanged
 
 __all__ = ["LambTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class LambTrainer(NoiseScaleTrainer):
+class LambTrainer(Trainer):
     """`transformers.Trainer`, and what training with large batches needs.
 
     * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
@@ -86,7 +85,7 @@ class LambTrainer(NoiseScaleTrainer):
     * With `LambTrainingArguments`: the learning rate of this run's global batch from one found at another, polynomial
       decay, and a warning before the run where the rate lets the weights' norms grow too far, see `hf_lamb.scaling`.
     * The gradient noise scale, about the critical batch size, in every training log line, see
-      `NoiseScaleTrainer`.
+      `hf_lamb.trainer.noise_scale.NoiseMeasurement`.
     * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
     * Checkpoints that are whole whenever the run is killed, see `hf_lamb.trainer.checkpoints.Checkpoints`.
       `train(resume_from_checkpoint=True)` takes the newest complete one, also among those of a stock Trainer, whose
@@ -118,9 +117,6 @@ class LambTrainer(NoiseScaleTrainer):
 
     _previous: PreviousPhase | None = None  # what to begin with
 
-    # While a micro-batch is trained: whether Trainer divides its loss, by what, and whether a subclass has told so.
-    _divided, _divided_by, _told = False, 1, False
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.checkpoints = Checkpoints(self)
         super().__init__(*args, **kwargs)
@@ -129,22 +125,9 @@ class LambTrainer(NoiseScaleTrainer):
         # Before the reporters, which then see what these add.
         self.callback_handler.callbacks[:0] = [TrustRatioCallback(per_layer), SkippedStepsCallback()]
 
-        self._weighs_loss = self.get_sp_size() == 1  # sequence parallelism (DeepSpeed's) brings a loss of its own
-        self._model_takes_items = self.model_accepts_loss_kwargs
-        if self._weighs_loss:
-            self.model_accepts_loss_kwargs = True  # Trainer counts the labels of the global batch
-        # None: not tried yet. True: the loss is a mean over the micro-batch, whatever num_items_in_batch says.
-        self._loss_is_mean: bool | None = True
-        if self._model_takes_items or self.compute_loss_func is not None:
-            self._loss_is_mean = None
-        self._loss_counts, self._counts_tried = "labels", False  # what it is the mean over
-        self._other_terms: dict[str, Any] = {}  # other labels, and the outputs whose cross-entropy is added
-        self._items_of_others: dict[str, Any] = {}  # how many of them the global batch has
-        self._trial_mode = False
-        # Of this micro-batch: whether `compute_loss` below was asked, and whether a subclass has divided by itself.
-        self._asked = self._own_share = False
-        self._parts: list[tuple[Tensor, Tensor]] = []  # means, and what they are over
-        self._eval_sums: dict[int, Tensor] = {}
+        self.noise_scale = NoiseScale()
+        self.noise_measurement = NoiseMeasurement(self)
+        self.loss_weighting = LossWeighting(self)
 
     # -- resuming, and beginning with another run's end --------------------------------------------------------------
 
@@ -228,7 +211,7 @@ class LambTrainer(NoiseScaleTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs_and_steps = super()._init_training_state(*args, **kwargs)
         load_kept(self.state, args[3])
-        self.restore_noise_scale()
+        self.noise_measurement.restore()
         return epochs_and_steps
 
     def _load_callback_state(self) -> None:
@@ -249,7 +232,7 @@ class LambTrainer(NoiseScaleTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
-        self.keep_noise_scale()
+        self.noise_measurement.keep()
         with self.checkpoints.saving(run_dir):
             super()._save_checkpoint(model, trial)
         if self.args.push_to_hub:
@@ -319,11 +302,12 @@ class LambTrainer(NoiseScaleTrainer):
         refuse_local_checkpoints(self)
         assert self.model is not None
         with tied_heads_in_one_group(self.model):
-            prepared = super()._prepare_for_training(
+            prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
                 max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs
             )
         if resume_from_checkpoint is not None:
             check_state_was_loaded(self, resume_from_checkpoint)
+        self.noise_measurement.attach(prepared[0])
         if previous is not None:
             previous.take_over(self)
         self._look_at_what_is_in_force(rate, max_steps, resume_from_checkpoint)
@@ -400,7 +384,7 @@ class LambTrainer(NoiseScaleTrainer):
         args, rate = self.args, self.scale_learning_rate()
         if self._made_optimizer:
             self._warn_of_default_optimizer()
-        token = loss_is_weighted.set(self._weighs_loss)
+        token = loss_is_weighted.set(self.loss_weighting.active)
         try:
             if rate != args.learning_rate:  # Trainer's handlers read it from the arguments
                 self.args = copy.copy(args)
@@ -420,69 +404,26 @@ class LambTrainer(NoiseScaleTrainer):
                 f"1e-3; for {name} without this line LambTrainingArguments(optim='{name}', learning_rate=...)"
             )
 
-    # -- the loss of a micro-batch: its share of the mean over the global batch --------------------------------------
+    # -- a step: the loss of its micro-batches, and their gradients ---------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; finds out on the first batch what the loss is a mean over, before that is counted."""
+        """As Trainer's; looks at the batch before it is trained on."""
         samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        if num_items_in_batch is not None and self._weighs_loss and self._loss_is_ours() and not self._loss_is_known():
-            self._find_out(self.model_wrapped, self._prepared(samples[0]))
-            if self._loss_is_known():
-                num_items_in_batch = self._get_num_items_in_batch(samples, self.args.device)
-        return samples, num_items_in_batch
+        self.noise_measurement.count_sequences(samples)
+        return samples, self.loss_weighting.items_of(samples, num_items_in_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """As Trainer's, of what the loss is a mean over; keeps the counts of the other labels that it has terms of."""
-        of_others = {
-            name: super(LambTrainer, self)._get_num_items_in_batch(
-                [{"labels": b[name]} for b in batch_samples], device
-            )
-            for name in self._other_terms
-            if batch_samples and all(isinstance(b.get(name), Tensor) for b in batch_samples)
-        }
-        self._items_of_others = of_others
-        items = super()._get_num_items_in_batch([self._countable(batch) for batch in batch_samples], device)
-        if isinstance(items, Tensor) and self._weighs_loss and not self._loss_is_ours():
-            return Count.of(items, self._leave_undivided)
-        return items
-
-    def _countable(self, batch: Any) -> Any:
-        if self._loss_counts == "labels" or not isinstance(batch.get("labels"), Tensor):
-            return batch
-        return {"labels": COUNTS[self._loss_counts](batch)}
-
-    def _count_items(self, inputs: dict[str, Any]) -> Tensor:
-        return super()._count_items(self._countable(inputs))
+        return self.loss_weighting.count(batch_samples, device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As Trainer's, which divides what a subclass's `compute_loss` returns by the accumulation steps.
-
-        Not where its author has: `loss_is_scaled_for_ga = True`, or a loss computed with num_items_in_batch.
-        """
-        by_function = self.compute_loss_func is not None
-        if num_items_in_batch is None or not self._weighs_loss or (by_function and not self._loss_is_ours()):
+        """As Trainer's, with the loss divided by the accumulation steps where it is not yet."""
+        with (
+            self.loss_weighting.training(num_items_in_batch),
+            self.noise_measurement.measuring(model, inputs, num_items_in_batch),
+        ):
             return super().training_step(model, inputs, num_items_in_batch)
-        told = getattr(self, "loss_is_scaled_for_ga", None)  # newer versions of transformers look at it
-        divided = not told and not by_function
-        switches = {"loss_is_scaled_for_ga": not divided}
-        if not by_function:
-            switches["model_accepts_loss_kwargs"] = not divided  # older ones at this
-        accumulation = self.current_gradient_accumulation_steps if divided else 1
-        self._asked = self._own_share = False
-        with attributes(self, _divided_by=accumulation, _divided=divided, _told=told is not None, **switches):
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def _leave_undivided(self) -> None:
-        """A subclass computes with num_items_in_batch itself."""
-        self._own_share = True
-        if self._divided and not self._told and not self._asked:
-            self._divided_by, self._divided = 1, False
-            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-
-    def _micro_batches_are_equal(self) -> bool:
-        return self._divided and not self._asked
 
     def compute_loss(
         self,
@@ -491,201 +432,61 @@ class LambTrainer(NoiseScaleTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The micro-batch's share of the global batch's mean loss: mean * items / num_items_in_batch.
-
-        Times the number of processes, because DDP and FSDP average gradients over them; in `training_step` times the
-        number of accumulation steps, by which Trainer then divides it, and whatever a subclass has added to it.
-        """
+        """The micro-batch's share of the global batch's mean loss, see `LossWeighting.compute`."""
         items_in_batch = num_items_in_batch.plain if isinstance(num_items_in_batch, Count) else num_items_in_batch
-        if items_in_batch is None or not self._weighs_loss:
+        if items_in_batch is None or not self.loss_weighting.active:
             return super().compute_loss(model, inputs, return_outputs, items_in_batch)
-        self._asked = True
-        if self._is_mean(model, inputs):
-            loss, outputs = self._weighted_loss(model, inputs, items_in_batch)
-        else:
-            with attributes(self, model_accepts_loss_kwargs=self._model_takes_items):
-                loss, outputs = super().compute_loss(model, inputs, True, items_in_batch)
-        if self._divided_by != 1:
-            loss = loss * self._divided_by
+        loss, outputs = self.loss_weighting.compute(model, inputs, items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted_loss(
-        self, model: nn.Module, inputs: dict[str, Any], items_in_batch: Tensor | int
-    ) -> tuple[Tensor, Any]:
-        others = {name: inputs[name] for name in self._items_of_others if isinstance(inputs.get(name), Tensor)}
-        counted, items = self._countable(inputs), self._count_items(inputs)
-        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if mean.dim() > 0:  # DataParallel: a loss of each device's rows
-            parts = [{"labels": part} for part in counted["labels"].chunk(len(mean))]
-            items, others = torch.stack([super(LambTrainer, self)._count_items(part) for part in parts]), {}
-        self._parts = []
-        loss: Any = 0.0
-        for name, labels in others.items():  # terms that have labels of their own, and so a count of their own
-            term = _term(tensor_items(outputs)[self._other_terms[name]], labels)
-            mean = mean - term
-            loss = loss + self._share_of_mean(term, counted_labels(labels), self._items_of_others[name])
-        loss = loss + self._share_of_mean(mean, items, items_in_batch)
-        if self.args.average_tokens_across_devices:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return loss, outputs
+    def unweighted_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """What `compute_loss` of Trainer, or of a mix-in, gives."""
+        return super().compute_loss(*args, **kwargs)
 
-    def _share_of_mean(self, mean: Tensor, items: Tensor, items_in_batch: Tensor | int) -> Tensor:
-        self._parts.append((mean.detach(), items))
-        # A micro-batch without a single label has the mean 0/0.
-        return torch.where(items > 0, mean * (items / self._total(items_in_batch)), 0.0).sum()
+    def count_labels(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The labels of a global batch as Trainer, or a mix-in, counts them."""
+        return super()._get_num_items_in_batch(batch_samples, device)
 
-    # -- what kind of loss it is -------------------------------------------------------------------------------------
-
-    def _loss_is_ours(self) -> bool:
+    def loss_is_ours(self) -> bool:
         """Whether no subclass has a `compute_loss` of its own."""
         return getattr(self.compute_loss, "__func__", None) is LambTrainer.compute_loss
 
-    def _loss_is_known(self) -> bool:
-        return self._loss_is_mean is False or (self._loss_is_mean is True and self._counts_tried)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self.noise_measurement.take(norm)
+        return norm
 
-    def _is_mean(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Whether the loss stays the same when `num_items_in_batch` doubles; found out once, by all processes."""
-        if not self._loss_is_known():
-            self._find_out(model, inputs)
-        return self._loss_is_mean is not False  # nothing to tell it from, no label: no matter
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the noise scale in training log lines once it can be told."""
+        self.noise_measurement.add_to(logs)
+        super().log(logs, start_time)
 
-    def _find_out(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Find out what the loss is, by trying; every process makes the same passes and comes to the same result."""
-        if isinstance(model, DistributedDataParallel):
-            model = model.module  # whose forward pass would wait for the other processes
-        if self._loss_is_mean is None:
-            for self._trial_mode in (False, True):  # some models have a loss in training mode only
-                trials = torch.stack([self._trial_loss(model, inputs, n) for n in (1, 2)])
-                trials = self.accelerator.gather(trials[None])
-                if not trials.isinf().any():
-                    break
-            else:  # it cannot be tried: what its source says
-                self._trial_mode, self._counts_tried = False, True
-                self._loss_is_mean = inflates_loss(self.accelerator.unwrap_model(self.model))
-                return
-            one, two = trials[trials.isfinite().all(dim=1)].float().unbind(dim=1)
-            if len(one) == 0:
-                return  # no label, no loss
-            self._loss_is_mean = torch.allclose(one, two, rtol=1e-3)
-            if self._loss_is_mean:
-                logger.info(
-                    f"The loss of {self._model_name()} ignores num_items_in_batch: each micro-batch is weighted by "
-                    "its number of labels, so that nothing depends on how the global batch is split."
-                )
-        if self._loss_is_mean and not self._counts_tried:
-            self._warn_unless_additive(model, inputs)
+    # -- an evaluation: the mean over all its labels -----------------------------------------------------------------
 
-    def _warn_unless_additive(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Find out what the loss is a mean over, and which terms it adds; warn where it is no such mean.
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's, with the loss weighted by labels."""
+        self.loss_weighting.evaluating()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        return self.loss_weighting.evaluated(output, metric_key_prefix)
 
-        Such a loss of three rows is the mean of that of the first and that of the others, each weighted by its count.
-        """
-        others = [name for name in self.label_names if name != "labels" and isinstance(inputs.get(name), Tensor)]
-        batch = self._three_rows(inputs)
-        able = torch.tensor([batch is not None], device=self.args.device)
-        if self.get_cp_size() > 1 or not self.accelerator.gather(able).all():
-            self._counts_tried = True
-            return
-        assert batch is not None
-        _, outputs = self._try_out(model, batch)
-        terms = {name: key for name in others if (key := logits_of(outputs, batch[name])) is not None}
-        batch = perturbed(batch, ["labels", *others], outputs)
-        tries = []
-        for part in (slice(0, 3), slice(0, 1), slice(1, 3)):
-            rows = take_rows(batch, 3, part)
-            loss, outputs = self._try_out(model, rows)
-            tries.append((rows, loss, {n: _term(outputs[k], rows[n]) for n, k in terms.items() if k in outputs}))
-        guesses = [(count, names) for names in ([others, []] if others else [[]]) for count in COUNTS]
-        fits = self.accelerator.gather(torch.stack([self._fits(tries, *guess) for guess in guesses])[None])
-        told = fits.isfinite().all(dim=1)
-        self._counts_tried = bool(told.any() or fits.isinf().any())  # else there are no labels
-        if fits.isinf().any() or not told.any():
-            return
-        for (count, names), fit in zip(guesses, fits[told].min(dim=0).values.tolist(), strict=True):
-            if fit == 1:
-                self._loss_counts, self._other_terms = count, {name: terms[name] for name in names}
-                return
-        whole, first, rest = (float(loss) for _, loss, _ in tries)
-        logger.warning(
-            f"The loss of {self._model_name()} is {whole:.4f} on three rows of the first batch, {first:.4f} on one of "
-            f"them and {rest:.4f} on the others: it is no mean over labels, so it depends on how the global batch is "
-            "split. Pass a compute_loss_func that divides by num_items_in_batch."
-        )
-
-    def _fits(
-        self, tries: list[tuple[dict[str, Any], Tensor, dict[str, Tensor]]], count: str, names: list[str]
-    ) -> Tensor:
-        """1 if the loss is the mean over what `count` says plus the terms of these labels, else 0.
-
-        NaN if that cannot be told, without labels; infinite if the loss could not be tried.
-        """
-        whole, first, rest = (loss for _, loss, _ in tries)
-        if any(loss.isinf() for _, loss, _ in tries):
-            return whole.new_tensor(math.inf)
-        counts = [self._count_as(count, rows) for rows, _, _ in tries]
-        if min(counts) == 0 or not all(loss.isfinite() for _, loss, _ in tries):
-            return whole.new_tensor(math.nan)
-        if any(name not in terms for name in names for _, _, terms in tries):
-            return whole.new_tensor(0.0)
-        means = [[loss - sum(terms[name] for name in names) for _, loss, terms in tries]]
-        means += [[terms[name] for _, _, terms in tries] for name in names]
-        all_counts = [counts, *([counted_labels(rows[name]) for rows, _, _ in tries] for name in names)]
-        expected = sum(
-            (
-                m * (n / total)
-                for values, (total, *parts) in zip(means, all_counts, strict=True)
-                for m, n in zip(values[1:], parts, strict=True)
-                if n > 0
-            ),
-            torch.zeros_like(whole),
-        )
-        return ((whole - expected).abs() <= 1e-5 * whole.abs() + 5e-3 * (first - rest).abs()).to(whole)
-
-    def _count_as(self, count: str, inputs: dict[str, Any]) -> Tensor:
-        with attributes(self, _loss_counts=count):
-            return self._count_items(inputs)
-
-    def _three_rows(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """Rows with as many labels as any; None where a batch cannot be taken apart."""
-        labels = inputs["labels"]
-        if not isinstance(labels, Tensor) or labels.dim() == 0 or len(labels) == 0:
-            return None
-        most = labels.ne(-100).reshape(len(labels), -1).sum(dim=1).argsort(descending=True, stable=True)
-        try:
-            batch: dict[str, Any] = take_rows(inputs, len(labels), most.repeat(3)[:3])
-        except ValueError:
-            return None
-        return batch
-
-    def _trial_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int) -> Tensor:
-        return self._try_out(model, inputs, num_items_in_batch)[0]
-
-    def _try_out(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None
-    ) -> tuple[Tensor, dict[Any, Tensor]]:
-        """Loss and outputs without gradients, with the random numbers of now; infinite where it cannot be had.
-
-        Leaves no trace, and never raises: a diagnosis must not end a run.
-        """
-        with unchanged(self, model, self.args.device), torch.no_grad():
-            model.train(self._trial_mode)
-            try:
-                batch = take_rows(inputs, 0, None)
-                with attributes(self, model_accepts_loss_kwargs=self._model_takes_items):
-                    loss, outputs = super().compute_loss(model, batch, True, num_items_in_batch)
-                loss = loss.detach().float().mean().to(self.args.device)
-                return torch.where(loss.isinf(), math.nan, loss), tensor_items(outputs)
-            except Exception as error:
-                logger.debug(f"a trial pass failed: {error}")
-        return torch.tensor(math.inf, device=self.args.device), {}
-
-    def _prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On this device, without what a subclass's `_prepare_inputs` adds."""
-        inputs = self._prepare_input(inputs)  # type: ignore[assignment]
-        return inputs
-
-    def _model_name(self) -> str:
-        return type(self.accelerator.unwrap_model(self.model)).__name__
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer's; keeps the sums that `evaluation_loop` divides."""
+        if not self.loss_weighting.active or not isinstance(inputs.get("labels"), Tensor):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return self.loss_weighting.predict(super().prediction_step, model, inputs, prediction_loss_only, ignore_keys)
 
     # -- the model card ----------------------------------------------------------------------------------------------
 
@@ -698,87 +499,6 @@ class LambTrainer(NoiseScaleTrainer):
         if self.is_world_process_zero():
             complete_model_card(self)
 
-    # -- the loss of an evaluation: the mean over all its labels -----------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As Trainer's, with the loss weighted by labels."""
-        self._eval_sums.clear()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = output.metrics or {}
-        none = torch.zeros(2, dtype=torch.float64)
-        sums = torch.stack([self._eval_sums.get(n, none) for n in range(1 + len(self._other_terms))])
-        reduced = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum")
-        losses = [loss / items for loss, items in reduced.tolist() if items > 0]
-        if losses:
-            metrics[f"{metric_key_prefix}_loss"] = sum(losses)
-        return output._replace(metrics=metrics)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """As Trainer's; keeps the sums that `evaluation_loop` divides."""
-        if not self._weighs_loss or not isinstance(inputs.get("labels"), Tensor):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if not self._loss_is_known() and self._loss_is_ours():
-            self._find_out(model, self._prepared(inputs))
-        # What accelerate has repeated to fill the last batch Trainer drops from the predictions, not from the loss.
-        data, own = self._without_padding(inputs)
-        if data is not inputs and not prediction_loss_only:
-            _, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        else:
-            logits = labels = None
-        self._parts, self._asked, self._own_share = [], False, False
-        loss, *found = super().prediction_step(model, data, prediction_loss_only or data is not inputs, ignore_keys)
-        if data is inputs:
-            logits, labels = found
-        items = self._get_num_items_in_batch([data], self.args.device)
-        if loss is None or not isinstance(items, Tensor):
-            return loss, logits, labels
-        count = self._count_items(self._prepared(data))
-        parts = self._parts if self._loss_is_ours() else []
-        if not parts and (self._asked or self._own_share):  # divided by the labels of all processes
-            processes = self.accelerator.num_processes // self.get_tp_size()
-            count = count * (processes if self.args.average_tokens_across_devices else 1)
-            parts = [(loss * self._total(getattr(items, "plain", items)) / count, count)]
-        for n, (mean, part) in enumerate(reversed(parts or [(loss, count)])):
-            sums = torch.where(part > 0, mean * part, 0.0).sum()
-            kept = self._eval_sums.setdefault(n, torch.zeros(2, dtype=torch.float64))
-            kept += (own > 0) * torch.stack((sums, part.sum().to(sums))).cpu()
-        return loss, logits, labels
-
-    def _without_padding(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The batch without what accelerate has repeated to fill it, one row at least, and how many rows are data.
-
-        The same for all processes, which must make as many passes: the batch itself where one cannot take it apart.
-        """
-        labels, state = inputs["labels"], self.accelerator.gradient_state
-        rows, processes = len(labels) if labels.dim() else 1, self.accelerator.num_processes
-        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs, rows
-        own = min(max(int(state.remainder) - self.accelerator.process_index * rows, 0), rows)
-        data = None
-        with suppress(ValueError):
-            data = take_rows(inputs, rows, slice(0, max(own, 1)))
-        able = torch.tensor([data is not None], device=self.args.device)
-        if self.accelerator.gather(able).all():
-            assert data is not None
-            return data, own
-        if not labels.is_floating_point():  # most losses leave out what is labelled so
-            inputs["labels"] = labels.clone()
-            inputs["labels"][own:] = -100
-        return inputs, rows
-
 
 def set_peak(optimizer: Any, rate: float) -> None:
     """Another peak learning rate for an optimizer that exists; groups with rates of their own keep their share."""
@@ -790,60 +510,3 @@ def set_peak(optimizer: Any, rate: float) -> None:
     for group in groups:
         peak = group.get("initial_lr", group["lr"])
         group["lr"] = group["initial_lr"] = rate if peak == before else peak * (rate / before)
-
-
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
-
-
-def _term(logits: Tensor, labels: Tensor) -> Tensor:
-    """A head's mean loss, as transformers' models compute it."""
-    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-
-
-@contextmanager
-def attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Give an object these attributes for a while, whatever its class says."""
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
-    vars(owner).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            vars(owner).pop(name, None)
-        vars(owner).update(before)
-
-
-class Count(Tensor):
-    """num_items_in_batch for a subclass's own `compute_loss`: says when something is computed with it."""
-
-    _MOVED = frozenset(
-        {"to", "float", "long", "cpu", "cuda", "clone", "detach", "expand", "view", "reshape", "unsqueeze"}
-    )
-    _READ = frozenset({"item", "tolist", "numpy", "__int__", "__float__", "__index__"})
-    _COMPARED = frozenset(
-        {"eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-    )
-
-    plain: Tensor
-    said: Callable[[], None]
-
-    @classmethod
-    def of(cls, items: Tensor, said: Callable[[], None]) -> Count:
-        count = items.as_subclass(cls)
-        count.plain, count.said = items, said
-        return count
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        count = next((x for x in (*args, *(kwargs or {}).values()) if isinstance(x, cls)), None)
-        if count is None or not hasattr(count, "said"):
-            return result
-        if name in cls._MOVED and isinstance(result, Tensor):
-            return cls.of(result.as_subclass(Tensor), count.said)
-        if name in cls._READ or (isinstance(result, Tensor) and name != "__get__" and name not in cls._COMPARED):
-            count.said()
-        return result
