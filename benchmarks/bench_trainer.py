@@ -3,15 +3,16 @@
     python -m benchmarks.bench_trainer [--output benchmarks/results/trainer.jsonl] [options of recipes.pretrain_bert]
 
 Extras: weighting the loss by labels, the gradient noise scale, trust ratios and skipped steps in the logs; that is,
-all that runs in their modules of hf_lamb and in what these call, but for Trainer's own methods. Evaluations and
+all that runs in `hf_lamb.trainer` and in what these call, but for Trainer's own methods. Evaluations and
 checkpoints are off; eight accumulation steps of the recipe's own micro-batch. The profiler slows Python code down, not
 tensor operations, so the share is rather too high.
 """
 
 import argparse
+import contextlib
 import cProfile
-import os
 import pstats
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 import transformers.trainer
 from transformers import TrainerCallback
 
-import hf_lamb
+import hf_lamb.scaling
+import hf_lamb.trust_ratios
 from hf_lamb import LambTrainer
 from recipes import pretrain_bert
 from recipes.lib.bert import new_bert
@@ -27,10 +29,8 @@ from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.pretraining import load_data
 from recipes.lib.report import append_json_line, provenance
 
-EXTRAS = {
-    os.path.join(os.path.dirname(hf_lamb.__file__), f"{name}.py")
-    for name in ("trainer", "noise_scale", "callbacks", "trust_ratios", "phases", "checkpoints", "scaling")
-}
+EXTRAS = {module.__file__ for name, module in sys.modules.items() if name.startswith("hf_lamb.trainer.")}
+EXTRAS |= {hf_lamb.scaling.__file__, hf_lamb.trust_ratios.__file__}
 WARM_UP, STEPS = 10, 50
 RECIPE = ["--global_batch_size", "256", "--per_device_train_batch_size", "32", "--max_steps", str(WARM_UP + STEPS)]
 RECIPE += ["--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True"]
@@ -57,7 +57,7 @@ def time_in_extras(profile: cProfile.Profile) -> dict[str, float]:
     for function, (_, _, own, _, callers) in stats.stats.items():
         if function[0] in EXTRAS:
             seconds[name(function)] = seconds.get(name(function), 0.0) + own
-        elif function[0] != transformers.trainer.__file__:
+        elif function[0] not in (transformers.trainer.__file__, contextlib.__file__):  # whose blocks are of the extras
             for caller, (_, _, _, cumulative) in callers.items():
                 if caller[0] in EXTRAS:
                     seconds[name(caller)] = seconds.get(name(caller), 0.0) + cumulative

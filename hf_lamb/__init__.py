@@ -17,12 +17,6 @@ from hf_lamb.sharding import ShardingError
 from hf_lamb.trust_ratios import trust_ratio_warnings
 
 if TYPE_CHECKING:
-    from hf_lamb.callbacks import SkippedStepsCallback, TrustRatioCallback, trust_ratio_history
-    from hf_lamb.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
-    from hf_lamb.fsdp import tied_heads_in_one_group
-    from hf_lamb.model_card import options_in_force
-    from hf_lamb.noise_scale import noise_scale_in_words
-    from hf_lamb.phases import CARRY_OVER
     from hf_lamb.sharpness import (
         SharpnessCallback,
         adaptive_sharpness,
@@ -33,6 +27,12 @@ if TYPE_CHECKING:
         weighted_trace,
     )
     from hf_lamb.trainer import LambTrainer, LambTrainingArguments
+    from hf_lamb.trainer.callbacks import SkippedStepsCallback, TrustRatioCallback, trust_ratio_history
+    from hf_lamb.trainer.checkpoints import CheckpointError, check_checkpoint, newest_complete_checkpoint
+    from hf_lamb.trainer.fsdp import tied_heads_in_one_group
+    from hf_lamb.trainer.model_card import options_in_force
+    from hf_lamb.trainer.noise_scale import noise_scale_in_words
+    from hf_lamb.trainer.phases import CARRY_OVER
 
 __all__ = [
     "CARRY_OVER",
@@ -66,24 +66,24 @@ __all__ = [
 ]
 
 _LAZY = {
-    "CARRY_OVER": "hf_lamb.phases",
-    "CheckpointError": "hf_lamb.checkpoints",
+    "CARRY_OVER": "hf_lamb.trainer.phases",
+    "CheckpointError": "hf_lamb.trainer.checkpoints",
     "LambTrainer": "hf_lamb.trainer",
     "LambTrainingArguments": "hf_lamb.trainer",
     "SharpnessCallback": "hf_lamb.sharpness",
-    "SkippedStepsCallback": "hf_lamb.callbacks",
-    "TrustRatioCallback": "hf_lamb.callbacks",
+    "SkippedStepsCallback": "hf_lamb.trainer.callbacks",
+    "TrustRatioCallback": "hf_lamb.trainer.callbacks",
     "adaptive_sharpness": "hf_lamb.sharpness",
     "alpha_scale": "hf_lamb.sharpness",
-    "check_checkpoint": "hf_lamb.checkpoints",
+    "check_checkpoint": "hf_lamb.trainer.checkpoints",
     "epsilon_flatness": "hf_lamb.sharpness",
     "epsilon_sharpness": "hf_lamb.sharpness",
     "lambda_max": "hf_lamb.sharpness",
-    "newest_complete_checkpoint": "hf_lamb.checkpoints",
-    "noise_scale_in_words": "hf_lamb.noise_scale",
-    "options_in_force": "hf_lamb.model_card",
-    "tied_heads_in_one_group": "hf_lamb.fsdp",
-    "trust_ratio_history": "hf_lamb.callbacks",
+    "newest_complete_checkpoint": "hf_lamb.trainer.checkpoints",
+    "noise_scale_in_words": "hf_lamb.trainer.noise_scale",
+    "options_in_force": "hf_lamb.trainer.model_card",
+    "tied_heads_in_one_group": "hf_lamb.trainer.fsdp",
+    "trust_ratio_history": "hf_lamb.trainer.callbacks",
     "weighted_trace": "hf_lamb.sharpness",
 }
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_lamb import LambTrainer, checkpoints
-from hf_lamb.checkpoints import (
+from hf_lamb import LambTrainer
+from hf_lamb.trainer import checkpoints
+from hf_lamb.trainer.checkpoints import (
     KEPT_FILE,
     REPLACED,
     UNFINISHED,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from hf_lamb.checkpoints import find_fault
+from hf_lamb.trainer.checkpoints import find_fault
 from tests.helpers import SMALL, torchrun
 from tests.scripts import fsdp_runs
 from tests.scripts.split_batch import trained_model

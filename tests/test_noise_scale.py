@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_lamb import LambTrainer
-from hf_lamb.noise_scale import NoiseScale, noise_scale_in_words
+from hf_lamb.trainer.noise_scale import NoiseScale, noise_scale_in_words
 from tests.helpers import torchrun
 from tests.scripts.noise_runs import DIMENSIONS, NOISE_SCALE, noise_trainer
 

@@ -266,7 +266,7 @@ def test_running_metrics_of_a_mixed_in_trainer_hold_the_training_only(tmp_path: 
     model = split_batch.trained_model("mlm", tmp_path / "start")
     run = trainer(model, data, tmp_path, LambRunningMetrics, per_device_train_batch_size=4)
     batch = {"input_ids": data.input_ids, "labels": data.labels}
-    assert run._is_mean(model, batch)
+    assert run.loss_weighting.is_mean(model, batch)
     assert (run.calls, run.metrics, float(run.total), hasattr(run, "seen")) == (0, {"train": []}, 0.0, False)
     run.train()
     assert (run.calls, run.metrics["train"], float(run.total)) == (2, [4, 4], 2.0)
@@ -458,8 +458,8 @@ def test_trial_passes_leave_no_trace(fails: bool, tmp_path: Path, monkeypatch: p
         model.forward = lambda *args, **kwargs: model.seen.add_(1) / torch.rand(3)[4]
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     seeded.clear()
-    run._is_mean(model, {"input_ids": data.input_ids, "labels": data.labels})
-    assert run._loss_is_known()
+    run.loss_weighting.is_mean(model, {"input_ids": data.input_ids, "labels": data.labels})
+    assert run.loss_weighting.is_known()
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert after == before
     assert (model.calls, float(model.seen), model.training, model.frozen.training) == (0, 0.0, True, False)
@@ -500,7 +500,7 @@ def test_finding_out_about_the_loss_leaves_no_trace(tmp_path: Path) -> None:
     run = trainer(model, split_batch.FixedRows("mlm", 8, seed=0), tmp_path)
     before = torch.get_rng_state()
     data = split_batch.FixedRows("mlm", 8, seed=0)
-    assert run._is_mean(model, {"input_ids": data.input_ids, "labels": data.labels})
+    assert run.loss_weighting.is_mean(model, {"input_ids": data.input_ids, "labels": data.labels})
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments
-from hf_lamb.model_card import OF_NOTHING
+from hf_lamb.trainer.model_card import OF_NOTHING
 from tests.scripts import split_batch
 
 DEFAULTS: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": []}

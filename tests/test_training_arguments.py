@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, options_in_force, registration
-from hf_lamb.zero_trainer import ZeroTrainer
+from hf_lamb.trainer import deepspeed
 from tests.scripts import split_batch
 
 SCALED = {"base_learning_rate": 8e-3, "base_batch_size": 64}  # 2e-3 at the batch of 4 below
@@ -208,7 +208,7 @@ def test_adamw_by_default_is_said(
 def test_deepspeeds_optimizer_and_scheduler_do_not_replace_ours_silently(
     config: dict[str, Any], options: dict[str, Any], message: str | None, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(ZeroTrainer, "_deepspeed_config", lambda self: config)
+    monkeypatch.setattr(deepspeed, "configuration_of", lambda trainer: config)
     if message is None:
         trainer(tmp_path, **options)
     else:

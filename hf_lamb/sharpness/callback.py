@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lamb.callbacks import add_to_logs
 from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness
 from hf_lamb.sharpness.objective import LossFn, labels_loss, refuse_sharded
+from hf_lamb.trainer.callbacks import add_to_logs
 
 __all__ = ["SharpnessCallback"]
 

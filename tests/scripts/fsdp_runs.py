@@ -33,8 +33,8 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
-from hf_lamb.checkpoints import CheckpointError
-from hf_lamb.fsdp import tied_heads_in_one_group
+from hf_lamb.trainer.checkpoints import CheckpointError
+from hf_lamb.trainer.fsdp import tied_heads_in_one_group
 from recipes.lib import bert
 from tests.scripts import cpu_fsdp
 from tests.scripts.split_batch import FixedRows, trained_model

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_lamb.checkpoints import UNFINISHED, newest_complete_checkpoint
+from hf_lamb.trainer.checkpoints import UNFINISHED, newest_complete_checkpoint
 from recipes.lib.corpus import load_documents
 
 SAVE_STEPS = 4

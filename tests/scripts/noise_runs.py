@@ -101,7 +101,10 @@ def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) 
         hook = trainer.model.register_forward_pre_hook(
             lambda _, given, kwargs: rows.add(len(kwargs["labels"])), with_kwargs=True
         )
-        found = {"learning_rate": logged(trainer, "learning_rate"), "noise_batch": trainer._global_batch_size()}
+        found = {
+            "learning_rate": logged(trainer, "learning_rate"),
+            "noise_batch": trainer.noise_measurement.global_batch_size(),
+        }
         hook.remove()
         trainer.create_model_card()
         found["rows"] = max(rows)  # the loss was tried on halves too

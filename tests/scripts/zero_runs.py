@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 from transformers import BertForMaskedLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_lamb import CheckpointError, Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups, zero_trainer
+from hf_lamb import CheckpointError, Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
+from hf_lamb.trainer import deepspeed as deepspeed_checkpoints
 from tests.scripts.split_batch import FixedRows
 
 ROWS, STEPS, SAVED_AT = 32, 6, 3  # rows in a global batch
@@ -130,12 +131,12 @@ def record_refusals(root: Path) -> None:
     with (
         launched(2),
         mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"),
-        mock.patch.object(zero_trainer.logger, "warning") as warning,
+        mock.patch.object(deepspeed_checkpoints.logger, "warning") as warning,
     ):
         trainer(root / "refused", LambTrainer)
     said["on the CPU under 2"] = str(warning.call_args.args[0]) if warning.called else ""
     try:
-        zero_trainer.check_deepspeed_checkpoint(root / f"zero3/checkpoint-{SAVED_AT}", 3, processes=4)
+        deepspeed_checkpoints.check_deepspeed_checkpoint(root / f"zero3/checkpoint-{SAVED_AT}", 3, processes=4)
     except CheckpointError as error:
         said["zero3 on 4"] = str(error)
     if dist.get_rank() == 0:

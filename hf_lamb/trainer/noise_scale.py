@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
-from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
-__all__ = ["NoiseScale", "NoiseScaleTrainer", "noise_scale_in_words"]
+if TYPE_CHECKING:
+    from hf_lamb.trainer.trainer import LambTrainer
+
+__all__ = ["NoiseMeasurement", "NoiseScale", "noise_scale_in_words"]
 
 
 class NoiseScale:
@@ -81,8 +85,8 @@ def _look_and_reduce(seen: list[Tensor], bucket: Any) -> Future[Tensor]:
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
-class NoiseScaleTrainer(Trainer):
-    """`transformers.Trainer` with `lamb/noise_scale`, in sequences, in its training log lines.
+class NoiseMeasurement:
+    """Measures `trainer.noise_scale`, in sequences, while it trains.
 
     The small batch is the first of a step's micro-batches on each process, or, without accumulation, the share of each
     DDP process, whose gradient is seen before DDP averages it; the large batch is the global one, whose norm Trainer
@@ -93,141 +97,111 @@ class NoiseScaleTrainer(Trainer):
     with `log_noise_scale=False`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.noise_scale = NoiseScale()
+    def __init__(self, trainer: LambTrainer) -> None:
+        self.trainer = trainer
         self._small: tuple[Tensor, Tensor | float] | None = None  # ‖g_b‖² of this process, and its 1/b
         self._share: Tensor | float | None = None  # of this step's first micro-batch, in the global batch
         self._before_all_reduce: list[Tensor] = []  # sums of squares of what DDP is about to average
         self._rows: int | None = None  # sequences of this step's global batch
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        whole = whole and self.get_tp_size() == self.get_cp_size() == self.get_sp_size() == 1
-        self._measures_noise = whole and getattr(self.args, "log_noise_scale", True)
+        whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        whole = whole and trainer.get_tp_size() == trainer.get_cp_size() == trainer.get_sp_size() == 1
+        self._active = whole and getattr(trainer.args, "log_noise_scale", True)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        model, dataloader = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def attach(self, model: nn.Module) -> None:
+        """Begin a training: see the gradients of this model before DDP averages them."""
         self._share = self._small = None
-        handler = self.accelerator.ddp_handler
+        handler = self.trainer.accelerator.ddp_handler
         hooked = handler is not None and handler.comm_hook.value != "no"
-        if not self._measures_noise or hooked or not isinstance(model, DistributedDataParallel):
-            return model, dataloader
+        if not self._active or hooked or not isinstance(model, DistributedDataParallel):
+            return
         seen = vars(model).setdefault("hf_lamb_seen", [])  # trained before: DDP takes one hook, once
         self._before_all_reduce = seen
         if self._averages_at_once() and not vars(model).get("hf_lamb_hooked"):
             vars(model)["hf_lamb_hooked"] = True
             # Without self: DDP would keep the trainer, and the trainer DDP.
             model.register_comm_hook(None, lambda state, bucket: _look_and_reduce(seen, bucket))
-        return model, dataloader
 
     def _averages_at_once(self) -> bool:
         """Whether the first micro-batch's gradient is averaged over processes before it can be seen."""
-        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        return self.args.world_size > 1 and (each or self.args.gradient_accumulation_steps == 1)
+        trainer = self.trainer
+        each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return trainer.args.world_size > 1 and (each or trainer.args.gradient_accumulation_steps == 1)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; counts the sequences of this step, of which the last of an epoch may have fewer."""
-        samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+    def count_sequences(self, samples: list[Any]) -> None:
+        """Count the sequences of this step, of which the last of an epoch may have fewer."""
+        trainer = self.trainer
         rows = [find_batch_size(batch) for batch in samples]  # type: ignore[no-untyped-call]
-        processes = self.args.world_size // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        processes = trainer.args.world_size // (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size())
         self._rows = sum(rows) * processes if rows and None not in rows else None
-        return samples, num_items_in_batch
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """As Trainer's, with a look at the gradient of the step's first micro-batch."""
-        if not self._measures_noise or self._share is not None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._share = self._share_of(inputs, num_items_in_batch)
+    @contextmanager
+    def measuring(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Iterator[None]:
+        """Look at the gradient of the step's first micro-batch, which this block computes."""
+        if not self._active or self._share is not None:
+            yield
+            return
+        trainer = self.trainer
+        self._share = trainer.loss_weighting.share_of(inputs, num_items_in_batch)
         self._before_all_reduce.clear()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._micro_batches_are_equal():
-            self._share = self._share_of(inputs, None)
+        yield
+        if trainer.loss_weighting.micro_batches_are_equal():
+            self._share = trainer.loss_weighting.share_of(inputs, None)
         square = torch.stack(self._before_all_reduce).sum() if self._before_all_reduce else None
         self._before_all_reduce.clear()
         # More micro-batches follow, and no process has averaged: these are nobody else's gradients.
-        if not self.accelerator.sync_gradients and not self._averages_at_once():
+        if not trainer.accelerator.sync_gradients and not self._averages_at_once():
             grads = [param.grad for param in model.parameters() if param.grad is not None]
             if any(isinstance(grad, DTensor) or grad.is_sparse for grad in grads):
-                self._measures_noise = False
+                self._active = False
             elif grads:
                 square = get_total_norm(grads).float().square()
         if square is not None:
             # The loss was multiplied by the number of processes, over which gradients are averaged, and by the scaler.
-            weight = self._share * self.args.world_size
-            scaler = self.accelerator.scaler
+            weight = self._share * trainer.args.world_size
+            scaler = trainer.accelerator.scaler
             if scaler is not None and scaler._scale is not None:
                 weight = weight * scaler._scale
-            self._small = square / weight**2, 1 / (self._share * self._global_batch_size())
-        return loss
+            self._small = square / weight**2, 1 / (self._share * self.global_batch_size())
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient norm that Trainer logs: that of the global batch before clipping."""
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+    def take(self, norm: Any) -> None:
+        """End a step with the norm of the global batch's gradient before clipping."""
         if self._small is not None and isinstance(norm, Tensor):
             square, inverse_b = self._small
             numbers = torch.stack(
-                [torch.as_tensor(x).to(square) for x in (square, inverse_b, self._global_batch_size())]
+                [torch.as_tensor(x).to(square) for x in (square, inverse_b, self.global_batch_size())]
             )
-            if self.args.world_size > 1:
-                numbers = self.accelerator.reduce(numbers, "mean")
-            self.noise_scale.update(numbers[0], numbers[1], norm.detach().float().square(), 1 / numbers[2])
+            if self.trainer.args.world_size > 1:
+                numbers = self.trainer.accelerator.reduce(numbers, "mean")
+            self.trainer.noise_scale.update(numbers[0], numbers[1], norm.detach().float().square(), 1 / numbers[2])
         self._share = self._small = None
         self._before_all_reduce.clear()
-        return norm
 
-    def _micro_batches_are_equal(self) -> bool:
-        """Whether all count the same in the loss of the step, however many labels each has."""
-        return False
-
-    def _global_batch_size(self) -> float:
+    def global_batch_size(self) -> float:
         """The sequences of this step."""
         if self._rows is not None:
             return self._rows
-        planned = self.args.gradient_accumulation_steps
-        return self.get_total_train_batch_size(self.args) * self.current_gradient_accumulation_steps / planned
+        trainer = self.trainer
+        planned = trainer.args.gradient_accumulation_steps
+        batch = trainer.get_total_train_batch_size(trainer.args)
+        return batch * trainer.current_gradient_accumulation_steps / planned
 
-    def _share_of(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """The part of the global batch that this micro-batch is: by labels where the loss is a mean over labels."""
-        if num_items_in_batch is None or "labels" not in inputs:
-            return float(1 / (self.current_gradient_accumulation_steps * self.args.world_size))
-        processes = 1 if self.args.average_tokens_across_devices else self.args.world_size
-        total = self._total(getattr(num_items_in_batch, "plain", num_items_in_batch))
-        share: Tensor = self._count_items(inputs) / (total * processes)
-        return share
-
-    def _total(self, items_in_batch: Tensor | int) -> Tensor | int:
-        """The items of the global batch as one number, where Trainer has prepared it for DataParallel."""
-        if isinstance(items_in_batch, Tensor) and items_in_batch.dim() > 0:
-            items_in_batch = items_in_batch.flatten()[0]
-        several = self.args.n_gpu > 1 and not self.args.average_tokens_across_devices
-        return items_in_batch * self.args.n_gpu if several else items_in_batch
-
-    def _count_items(self, inputs: dict[str, Any]) -> Tensor:
-        """The labels of this micro-batch, counted as Trainer counts those of the global one."""
-        labels: Tensor = inputs.get("shift_labels", inputs["labels"])
-        if self._loss_shifts_labels and "shift_labels" not in inputs:
-            labels = labels[..., 1:]
-        return labels.ne(-100).sum()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with the noise scale in training log lines once it can be told."""
-        if self._measures_noise and "loss" in logs and (value := self.noise_scale.value()) is not None:
+    def add_to(self, logs: dict[str, float]) -> None:
+        """Add the noise scale to a training log line once it can be told."""
+        if self._active and "loss" in logs and (value := self.trainer.noise_scale.value()) is not None:
             logs["lamb/noise_scale"] = value
-        super().log(logs, start_time)
 
-    # -- a resumed run logs what the uninterrupted one does ----------------------------------------------------------
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        epochs_and_steps = super()._init_training_state(*args, **kwargs)
-        kept: Any = self.state.stateful_callbacks
-        averages = (kept or {}).get("noise_scale", {}).get("attributes", {}).get("averages")
-        self.noise_scale.averages = None if averages is None else torch.tensor(averages, device=self.args.device)
-        return epochs_and_steps
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        kept: Any = self.state.stateful_callbacks
-        averages = self.noise_scale.averages
+    def keep(self) -> None:
+        """Put the averages where the checkpoint keeps them: a resumed run logs what the uninterrupted one does."""
+        kept: Any = self.trainer.state.stateful_callbacks
+        averages = self.trainer.noise_scale.averages
         if kept is not None and averages is not None:
             kept["noise_scale"] = {"attributes": {"averages": averages.tolist()}}
-        super()._save_checkpoint(model, trial)
+
+    def restore(self) -> None:
+        """Take the averages of the checkpoint that the run resumes from, or begin anew."""
+        kept: Any = self.trainer.state.stateful_callbacks
+        averages = (kept or {}).get("noise_scale", {}).get("attributes", {}).get("averages")
+        device = self.trainer.args.device
+        self.trainer.noise_scale.averages = None if averages is None else torch.tensor(averages, device=device)

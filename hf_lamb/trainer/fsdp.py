@@ -13,7 +13,6 @@ import torch.distributed.fsdp as fsdp
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import default_planner
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,10 +25,9 @@ from torch.distributed.fsdp import StateDictType
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from hf_lamb.checkpoints import CheckpointError
 from hf_lamb.sharding.fsdp1 import clean_name, unwrapped
 
-__all__ = ["ShardedTrainer", "tied_heads_in_one_group"]
+__all__ = ["tied_heads_in_one_group"]
 
 
 @contextmanager
@@ -78,86 +76,48 @@ def no_older_checkpoints() -> Iterator[None]:
         default_planner.DefaultLoadPlanner.create_local_plan = stock  # type: ignore[method-assign]
 
 
-class ShardedTrainer(Trainer):
-    """`transformers.Trainer`, and what FSDP1 and FSDP2 need.
+def refuse_local_checkpoints(trainer: Trainer) -> None:
+    """Raise ValueError, before the training, where its checkpoints could never be loaded."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin and plugin.state_dict_type == StateDictType.LOCAL_STATE_DICT and trainer.args.save_strategy != "no":
+        raise ValueError(
+            "fsdp_state_dict_type LOCAL_STATE_DICT: accelerate 1.15 writes such checkpoints but cannot load them, "
+            "so use SHARDED_STATE_DICT"
+        )
 
-    * Masked LMs with tied heads train, see `tied_heads_in_one_group`.
-    * A run goes on from a checkpoint of another layout: DDP or one process, FSDP2 with SHARDED_STATE_DICT or with
-      FULL_STATE_DICT. Trainer's only know their own.
-    * `save_model` saves the whole model also where checkpoints are sharded, when Trainer's does nothing.
-    * Sharded checkpoints of FSDP1 load on any number of processes; local ones, which never load, are refused before
-      the training (ValueError).
-    """
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin and plugin.state_dict_type == StateDictType.LOCAL_STATE_DICT and self.args.save_strategy != "no":
-            raise ValueError(
-                "fsdp_state_dict_type LOCAL_STATE_DICT: accelerate 1.15 writes such checkpoints but cannot load them, "
-                "so use SHARDED_STATE_DICT"
-            )
-        with tied_heads_in_one_group(self.model):
-            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+@contextmanager
+def whole_state_dict(trainer: Trainer) -> Iterator[None]:
+    """Let `save_model` save the whole model also where checkpoints are sharded, when Trainer's does nothing."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    of_checkpoints, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = of_checkpoints
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call or not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        of_checkpoints, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            plugin.state_dict_type = of_checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Gathered or copied one by one: tied parameters would be written twice.
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and state_dict:
-            assert self.model is not None
-            first: dict[int, str] = {}
-            for name, param in self.model.named_parameters(remove_duplicate=False):
-                name = clean_name(name)
-                if name in state_dict:
-                    state_dict[name] = state_dict[first.setdefault(id(param), name)]
-            for name, source in getattr(unwrapped(self.model), "all_tied_weights_keys", {}).items():
-                if name in state_dict:  # FSDP1's flat tensors, which hide the others
-                    state_dict[name] = state_dict[source]
-        super()._save(output_dir, state_dict)
+def tie(state_dict: dict[str, Any], model: nn.Module) -> None:
+    """Let tied parameters, gathered or copied one by one, be one tensor again, which is written once."""
+    first: dict[int, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        name = clean_name(name)
+        if name in state_dict:
+            state_dict[name] = state_dict[first.setdefault(id(param), name)]
+    for name, source in getattr(unwrapped(model), "all_tied_weights_keys", {}).items():
+        if name in state_dict:  # FSDP1's flat tensors, which hide the others
+            state_dict[name] = state_dict[source]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
-            if self._is_of_another_layout(resume_from_checkpoint):
-                model = model or self.model
-                assert model is not None
-                load_model(model, Path(resume_from_checkpoint))
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except CheckpointException as error:  # which is no Exception
-            fault, _ = next(iter(error.failures.values()))
-            raise CheckpointError(
-                f"{resume_from_checkpoint} is of another model: {fault}; resume with the options it was saved with"
-            ) from None
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._is_of_another_layout(checkpoint):
-            assert self.model is not None
-            assert self.optimizer is not None
-            assert self.lr_scheduler is not None
-            load_optimizer(self.model, self.optimizer, Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
-        else:
-            with no_older_checkpoints():
-                super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _is_of_another_layout(self, checkpoint: str) -> bool:
-        own = None
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            if plugin.fsdp_version != 2:
-                return False
-            own = plugin.state_dict_type
-        return own != layout_of(Path(checkpoint))
+def is_of_another_layout(checkpoint: str, trainer: Trainer) -> bool:
+    """Whether one of the two is DDP or one process and the other FSDP2, or they are FSDP2's two layouts."""
+    own = None
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            return False
+        own = plugin.state_dict_type
+    return own != layout_of(Path(checkpoint))
 
 
 def layout_of(checkpoint: Path) -> StateDictType | None:

@@ -8,20 +8,22 @@ import logging
 import os
 import shutil
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.nn.parameter import is_lazy
-from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, sort_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import sort_checkpoints
 
-__all__ = ["CheckpointError", "WholeCheckpointTrainer", "check_checkpoint", "newest_complete_checkpoint"]
+__all__ = ["CheckpointError", "Checkpoints", "check_checkpoint", "newest_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,186 +68,167 @@ class CheckpointError(ValueError):
     """A checkpoint that a run cannot go on from, or cannot write. The message says which one, why, and what to do."""
 
 
-class WholeCheckpointTrainer(Trainer):
-    """`transformers.Trainer` whose checkpoints are whole or not there, whenever it is killed.
+class Checkpoints:
+    """A trainer's checkpoints, and the model that it saves: whole or not there, whenever the run is killed.
 
     * A checkpoint is written into `_unfinished_checkpoints/` and gets its name, in one rename, when every process has
       written its part and all of it is on the disk. One that had the name before stays whole until then. Checkpoints
       that `save_total_limit` makes superfluous lose their name before they are deleted. What a killed run left in
       `_unfinished_checkpoints/` is deleted at the next start or save.
-    * `train(resume_from_checkpoint=True)` takes the newest complete checkpoint, also among those of a stock Trainer,
-      whose last one may be torn; `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
-      damaged, or of another model or optimizer. Checkpoints of `save_only_model` cannot be resumed.
     * The files of `save_model` are renamed into their place when all of them are written.
-    * A run resumed from its last checkpoint takes no step more; Trainer's takes one, where the last epoch is not over.
 
     The disk must be one that all processes share, or `save_on_each_node` be set.
     """
 
-    _staging = False  # whether a checkpoint is being written
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.staging = False  # whether a checkpoint is being written
 
-    # -- saving ------------------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, UNFINISHED) if self._staging else run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = self._get_output_dir(trial)
-        name = f"checkpoint-{self.state.global_step}"
+    @contextmanager
+    def saving(self, run_dir: str) -> Iterator[None]:
+        """What this block writes into `_unfinished_checkpoints` of `run_dir` gets its name when all of it is there."""
+        trainer, name = self.trainer, f"checkpoint-{self.trainer.state.global_step}"
         os.makedirs(run_dir, exist_ok=True)
-        if self.args.should_save:
+        if trainer.args.should_save:
             tidy(Path(run_dir))
-        self.accelerator.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
 
-        self._staging = True
+        self.staging = True
         try:
-            kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-            own = {key: kept.pop(key) for key in KEPT if key in kept}
-            try:
-                super()._save_checkpoint(model, trial)
+            with kept_apart(trainer.state) as kept:
+                yield
                 self._record_best(run_dir, name)
-            finally:
-                kept.update(own)
-            if own and self.args.should_save:
-                Path(run_dir, UNFINISHED, name, KEPT_FILE).write_text(json.dumps(own), encoding="utf-8")
-            self.accelerator.wait_for_everyone()  # until every process has written its part
-            if self.args.should_save:
+            if kept and trainer.args.should_save:
+                Path(run_dir, UNFINISHED, name, KEPT_FILE).write_text(json.dumps(kept), encoding="utf-8")
+            trainer.accelerator.wait_for_everyone()  # until every process has written its part
+            if trainer.args.should_save:
                 publish(Path(run_dir, UNFINISHED, name), Path(run_dir, name))
         except Exception as error:  # a full disk is an OSError, a RuntimeError of torch's, a SafetensorError
             shutil.rmtree(os.path.join(run_dir, UNFINISHED), ignore_errors=True)
             raise CheckpointError(f"{name} was not saved {_why(error, run_dir)}; those before it are whole") from error
         finally:
-            self._staging = False
+            self.staging = False
 
-        if self.args.should_save:
-            new, best = os.path.join(run_dir, name), self.state.best_model_checkpoint
-            rotate(Path(run_dir), self.args.save_total_limit, {Path(new), Path(best or new)})
-        self.accelerator.wait_for_everyone()  # until it can be read under its name
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, name))
+        if trainer.args.should_save:
+            new, best = os.path.join(run_dir, name), trainer.state.best_model_checkpoint
+            rotate(Path(run_dir), trainer.args.save_total_limit, {Path(new), Path(best or new)})
+        trainer.accelerator.wait_for_everyone()  # until it can be read under its name
 
     def _record_best(self, run_dir: str, name: str) -> None:
         """Trainer has looked for the best checkpoint among the unfinished ones."""
-        best = f"checkpoint-{self.state.best_global_step}"
+        state = self.trainer.state
+        best = f"checkpoint-{state.best_global_step}"
         if best == name or os.path.isdir(os.path.join(run_dir, best)):
-            self.state.best_model_checkpoint = os.path.join(run_dir, best)
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(run_dir, UNFINISHED, name, "trainer_state.json"))
+            state.best_model_checkpoint = os.path.join(run_dir, best)
+            if self.trainer.args.should_save:
+                state.save_to_json(os.path.join(run_dir, UNFINISHED, name, "trainer_state.json"))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:  # the upload goes on in the background: not from a folder about to be renamed
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._staging:
-            super()._save(output_dir, state_dict)
+    @contextmanager
+    def saving_model(self, output_dir: str | None) -> Iterator[str | None]:
+        """Where to write the model; its files are renamed into their place at the end of the block."""
+        if self.staging:
+            yield output_dir
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        if self.args.should_save:
+        args = self.trainer.args
+        folder = Path(output_dir or str(args.output_dir))
+        if args.should_save:
             tidy(folder)
         try:
-            super()._save(str(folder / UNFINISHED), state_dict)
-            if self.args.should_save:
+            yield str(folder / UNFINISHED)
+            if args.should_save:
                 move_files(folder / UNFINISHED, folder)
         except Exception as error:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             raise CheckpointError(f"the model was not saved {_why(error, folder)}; make room and resume") from error
 
-    # -- resuming ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's, from a complete checkpoint or not at all."""
-        output_dir = str(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete_checkpoint(output_dir)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(f"there is no complete checkpoint in {output_dir}: start without one")
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            self.check_fit(Path(resume_from_checkpoint))
-        if self.args.should_save:
-            tidy(Path(output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+def checkpoint_to_resume(resume_from_checkpoint: str | Literal[True], output_dir: str) -> str:
+    """A complete checkpoint: this one, or for True the newest in `output_dir`, also among those of a stock Trainer.
 
-    def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
-        """Raise for another model or optimizer while nothing is loaded, as far as the heads of the files tell."""
-        lamb = self._trains_lamb()
-        holds_lamb = is_of_lamb(checkpoint / "optimizer.pt") if optimizer and lamb is not None else None
-        if lamb and holds_lamb is False:
-            raise CheckpointError(
-                f"{checkpoint} does not fit this run: it holds the state of another optimizer than LAMB: resume with "
-                "that one, or see hf_lamb.convert_state_dict"
-            )
-        if lamb is False and holds_lamb:
-            raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model_init is not None:
-            return  # the shapes here are not those of the files, or not yet those of the run
-        own = {} if self.model is None else self.model.state_dict()
-        for file in sorted(checkpoint.glob("model*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118, which it has in place of iteration
-                    if name not in own or not isinstance(own[name], Tensor) or is_lazy(own[name]):
-                        continue
-                    theirs, mine = torch.Size(weights.get_slice(name).get_shape()), own[name].shape
-                    if theirs != mine:
-                        raise CheckpointError(
-                            f"{checkpoint} is of another model: size mismatch for {name}: {theirs} in the "
-                            f"checkpoint, {mine} in this model; {RESUME_AS_SAVED}"
-                        )
+    Raises:
+        CheckpointError: there is none, or this one is torn or damaged, or of `save_only_model`.
+    """
+    if isinstance(resume_from_checkpoint, bool):
+        newest = newest_complete_checkpoint(output_dir)
+        if newest is None:
+            raise CheckpointError(f"there is no complete checkpoint in {output_dir}: start without one")
+        return newest
+    check_checkpoint(resume_from_checkpoint)
+    return resume_from_checkpoint
 
-    def _trains_lamb(self) -> bool | None:
-        """Whether this run's optimizer will be a Lamb; None where that is not known before it is made."""
-        return None if self.optimizer is None else has_lamb_options(self.optimizer)
 
-    # -- what LambTrainer's parts keep -------------------------------------------------------------------------------
+def check_optimizer(checkpoint: Path, lamb: bool | None) -> None:
+    """Raise for the state of another optimizer than this run's; `lamb`: whether that is a Lamb, None if not known."""
+    holds_lamb = None if lamb is None else is_of_lamb(checkpoint / "optimizer.pt")
+    if lamb and holds_lamb is False:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this run: it holds the state of another optimizer than LAMB: resume with "
+            "that one, or see hf_lamb.convert_state_dict"
+        )
+    if lamb is False and holds_lamb:
+        raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        epochs_and_steps = super()._init_training_state(*args, **kwargs)
-        resume_from_checkpoint = args[3]
-        file = Path(resume_from_checkpoint or "", KEPT_FILE)
-        if resume_from_checkpoint and file.is_file():
-            self.state.stateful_callbacks.update(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[union-attr]
-        return epochs_and_steps
 
-    def _load_callback_state(self) -> None:
-        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-        own = {key: kept.pop(key) for key in KEPT if key in kept}  # of a stock Trainer with a TrustRatioCallback
-        super()._load_callback_state()
-        kept.update(own)
+def check_shapes(checkpoint: Path, model: nn.Module) -> None:
+    """Raise for the weights of another model, by the heads of the files."""
+    own = model.state_dict()
+    for file in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, which it has in place of iteration
+                if name not in own or not isinstance(own[name], Tensor) or is_lazy(own[name]):
+                    continue
+                theirs, mine = torch.Size(weights.get_slice(name).get_shape()), own[name].shape
+                if theirs != mine:
+                    raise CheckpointError(
+                        f"{checkpoint} is of another model: size mismatch for {name}: {theirs} in the "
+                        f"checkpoint, {mine} in this model; {RESUME_AS_SAVED}"
+                    )
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-            raise CheckpointError(
-                f"{resume_from_checkpoint} is of another model: {first.rstrip('.')}; {RESUME_AS_SAVED}"
-            ) from None
+@contextmanager
+def refusing_another_model(checkpoint: str) -> Iterator[None]:
+    """Say in one line that the weights do not fit, where only loading them tells."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        fault = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line).rstrip(".")
+    except CheckpointException as error:  # which is no Exception
+        fault = str(next(iter(error.failures.values()))[0])
+    else:
+        return
+    raise CheckpointError(f"{checkpoint} is of another model: {fault}; {RESUME_AS_SAVED}") from None
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As Trainer's, but for weights that are tied to one that was loaded: those are not missing."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        missing = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        before = has_lamb_options(self.optimizer)
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
-            raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
-        if has_lamb_options(self.optimizer) and not before:  # torch's own optimizers take what they are given
-            raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
+@contextmanager
+def refusing_another_optimizer(checkpoint: str | None, optimizer: Any) -> Iterator[None]:
+    """The same for the state of the optimizer."""
+    before = has_lamb_options(optimizer)
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
+    if has_lamb_options(optimizer) and not before:  # torch's own optimizers take what they are given
+        raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
+
+
+@contextmanager
+def kept_apart(state: TrainerState) -> Iterator[dict[str, Any]]:
+    """Take what LambTrainer's parts keep out of the state for a while: Trainer does not see it."""
+    callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+    kept = {key: callbacks.pop(key) for key in KEPT if key in callbacks}
+    try:
+        yield kept
+    finally:
+        callbacks.update(kept)
+
+
+def load_kept(state: TrainerState, checkpoint: str | None) -> None:
+    """Put what LambTrainer's parts kept in a checkpoint back into the state."""
+    file = Path(checkpoint or "", KEPT_FILE)
+    if checkpoint and file.is_file():
+        state.stateful_callbacks.update(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[union-attr]
 
 
 def _why(error: Exception, folder: str | os.PathLike[str]) -> str:

@@ -1,0 +1,512 @@
+"""LambTrainer: the stock Trainer, with a loss that does not depend on how a global batch is split."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from hf_lamb.registration import loss_is_weighted
+from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
+from hf_lamb.trainer.arguments import LambTrainingArguments, default_of
+from hf_lamb.trainer.callbacks import SkippedStepsCallback, TrustRatioCallback
+from hf_lamb.trainer.checkpoints import (
+    UNFINISHED,
+    Checkpoints,
+    check_optimizer,
+    check_shapes,
+    checkpoint_to_resume,
+    has_lamb_options,
+    kept_apart,
+    load_kept,
+    refusing_another_model,
+    refusing_another_optimizer,
+    tidy,
+)
+from hf_lamb.trainer.deepspeed import (
+    check_configuration,
+    check_deepspeed_checkpoint,
+    check_state_was_loaded,
+    stage_of,
+)
+from hf_lamb.trainer.fsdp import (
+    is_of_another_layout,
+    load_model,
+    load_optimizer,
+    no_older_checkpoints,
+    refuse_local_checkpoints,
+    tie,
+    tied_heads_in_one_group,
+    whole_state_dict,
+)
+from hf_lamb.trainer.loss import Count, LossWeighting, attributes
+from hf_lamb.trainer.model_card import args_in_force, complete_model_card, options_of_groups
+from hf_lamb.trainer.noise_scale import NoiseMeasurement, NoiseScale
+from hf_lamb.trainer.phases import PreviousPhase
+
+__all__ = ["LambTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class LambTrainer(Trainer):
+    """`transformers.Trainer`, and what training with large batches needs.
+
+    * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
+    * A loss, logged and differentiated, that is the mean over all labels of the global batch, however that batch is
+      split into micro-batches, accumulation steps and processes. Stock transformers 5 multiplies loss and gradient
+      by accumulation steps and processes for every head that accepts `num_items_in_batch` but ignores it, which
+      most `ForMaskedLM`, sequence and token classification heads do
+      (https://github.com/huggingface/transformers/issues/47688); for heads that do not accept it, it takes the mean
+      of the micro-batches' means. Which kind a model or a `compute_loss_func` is, is found out by trying, on the
+      first batch: what divides by `num_items_in_batch` itself is left alone, and so are batches without `labels`.
+      Also exact: heads whose loss is a mean over what `attention_mask` lets through (ELECTRA's) or over rows, and
+      sums of such a loss and of cross-entropies that have labels of their own (BERT's next sentence). A warning says
+      that a loss is none of these.
+    * A subclass's own `compute_loss` is divided by the accumulation steps, so that it gives the mean of the
+      micro-batches' means. Not if it computes with `num_items_in_batch`, or says `loss_is_scaled_for_ga = True`.
+      What `super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)` returns has its weight
+      already; it may be scaled, and batch means added to it.
+    * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
+    * With `LambTrainingArguments`: the learning rate of this run's global batch from one found at another, polynomial
+      decay, and a warning before the run where the rate lets the weights' norms grow too far, see `hf_lamb.scaling`.
+    * The gradient noise scale, about the critical batch size, in every training log line, see
+      `hf_lamb.trainer.noise_scale.NoiseMeasurement`.
+    * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
+    * Checkpoints that are whole whenever the run is killed, see `hf_lamb.trainer.checkpoints.Checkpoints`.
+      `train(resume_from_checkpoint=True)` takes the newest complete one, also among those of a stock Trainer, whose
+      last one may be torn; `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
+      damaged, or of another model or optimizer. Checkpoints of `save_only_model` cannot be resumed. A run resumed from
+      its last checkpoint takes no step more; Trainer's takes one, where the last epoch is not over.
+    * A second phase that begins with the weights and moments of the first, see `start_from`.
+    * A model card, also that of `push_to_hub`, that names optimizer, batch, rate and plan.
+    * FSDP2 with masked LMs whose head is tied, and checkpoints that go from DDP to FSDP2 and back: Trainer's load only
+      their own layout. Sharded checkpoints of FSDP1 load on any number of processes. See `hf_lamb.trainer.fsdp`.
+    * DeepSpeed's checkpoints resumed as they were written, or refused, see `hf_lamb.trainer.deepspeed`.
+
+    Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer. Mixes with
+    other Trainers: `class LambSeq2SeqTrainer(LambTrainer, Seq2SeqTrainer)`.
+
+    Attributes:
+        plan: a plan's name and phase, for the model card. Default none.
+        dataset_name: what it trains on, for the card, where `create_model_card` is not told. Default none.
+        card_sections: what the card's sections say, by their headings, such as "Intended uses & limitations".
+            Default: what the trainer knows; of a section that nobody knows anything about Trainer's "More information
+            needed".
+        learning_rate_why: how the learning rate follows from another batch's; None where it does not.
+    """
+
+    plan: str | None = None
+    dataset_name: str | None = None
+    card_sections: Mapping[str, str] = MappingProxyType({})
+    learning_rate_why: str | None = None
+
+    _previous: PreviousPhase | None = None  # what to begin with
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.checkpoints = Checkpoints(self)
+        super().__init__(*args, **kwargs)
+        check_configuration(self)
+        per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
+        # Before the reporters, which then see what these add.
+        self.callback_handler.callbacks[:0] = [TrustRatioCallback(per_layer), SkippedStepsCallback()]
+
+        self.noise_scale = NoiseScale()
+        self.noise_measurement = NoiseMeasurement(self)
+        self.loss_weighting = LossWeighting(self)
+
+    # -- resuming, and beginning with another run's end --------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's, from a complete checkpoint that fits this run, or not at all."""
+        output_dir = str(self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir)
+            self.check_fit(Path(resume_from_checkpoint))
+            check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage_of(self), self.args.world_size)
+        if self.args.should_save:
+            tidy(Path(output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
+        """Raise for another model or optimizer while nothing is loaded, as far as the heads of the files tell."""
+        if optimizer:
+            check_optimizer(checkpoint, self._trains_lamb())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model_init is not None or self.model is None:
+            return  # the shapes here are not those of the files, or not yet those of the run
+        check_shapes(checkpoint, self.model)
+
+    def _trains_lamb(self) -> bool | None:
+        """Whether this run's optimizer will be a Lamb; None where that is not known before it is made."""
+        if self.optimizer is not None:
+            return has_lamb_options(self.optimizer)
+        own = type(self).create_optimizer is LambTrainer.create_optimizer and self.optimizer_cls_and_kwargs is None
+        return self.args.optim == "lamb" if own else None
+
+    def start_from(self, checkpoint: str, carry_over: str = "moments") -> None:
+        """Let `train()` begin with the weights, and with the optimizer's state, of a checkpoint of another run.
+
+        BERT's second phase, with longer sequences, is such a run. Steps, learning rate and its schedule, warm-up,
+        weight decay, data order and random numbers are this run's own. A run that resumes from a checkpoint of its own
+        takes that one instead.
+
+        Args:
+            checkpoint: of the same architecture, and of the same optimizer unless only weights are taken; written by
+                one process or DDP or FSDP2, on any number of processes.
+            carry_over: "moments": the moments, with their step count set to 0, so that the bias correction starts
+                anew, as in NVIDIA's recipe; "optimizer": the step count too; "weights": no state of the optimizer.
+                Default "moments".
+
+        Raises:
+            ValueError: an unknown carry_over; DeepSpeed, whose checkpoints cannot be taken over in part.
+            CheckpointError: no complete checkpoint there; when training starts, one of another model or optimizer.
+
+        Source: https://github.com/NVIDIA/DeepLearningExamples/blob/master/PyTorch/LanguageModeling/BERT/run_pretraining.py
+        """
+        previous = PreviousPhase(checkpoint, carry_over)
+        previous.check(self)
+        self._previous = previous
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with refusing_another_model(resume_from_checkpoint):
+            if is_of_another_layout(resume_from_checkpoint, self):
+                model = model or self.model
+                assert model is not None
+                load_model(model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but for weights that are tied to one that was loaded: those are not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with refusing_another_optimizer(checkpoint, self.optimizer):
+            if checkpoint is not None and is_of_another_layout(checkpoint, self):
+                assert self.model is not None
+                assert self.optimizer is not None
+                assert self.lr_scheduler is not None
+                load_optimizer(self.model, self.optimizer, Path(checkpoint))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+            else:
+                with no_older_checkpoints():
+                    super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        epochs_and_steps = super()._init_training_state(*args, **kwargs)
+        load_kept(self.state, args[3])
+        self.noise_measurement.restore()
+        return epochs_and_steps
+
+    def _load_callback_state(self) -> None:
+        with kept_apart(self.state):  # of a stock Trainer with a TrustRatioCallback
+            super()._load_callback_state()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self.checkpoints.staging else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        self.noise_measurement.keep()
+        with self.checkpoints.saving(run_dir):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, f"checkpoint-{self.state.global_step}"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload goes on in the background: not from a folder that is about to be renamed.
+        if not self.checkpoints.staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with whole_state_dict(self) if self.is_fsdp_enabled and not _internal_call else nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self.checkpoints.saving_model(output_dir) as folder:
+            if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and state_dict:
+                assert self.model is not None
+                tie(state_dict, self.model)
+            super()._save(folder, state_dict)
+
+    # -- the learning rate of this run's global batch ----------------------------------------------------------------
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The global batch, in sequences: as Trainer counts, but with `split_batches`, where it counts each twice.
+
+        accelerate then deals each of the loader's batches out to the processes, so that they do not multiply it.
+        """
+        if self.accelerator.split_batches:
+            return int(self._train_batch_size * args.gradient_accumulation_steps)
+        return int(super().get_total_train_batch_size(args))
+
+    def scale_learning_rate(self) -> float:
+        """This run's peak learning rate: `args.learning_rate`, or what follows from `base_learning_rate`, and says so.
+
+        Another one where `auto_find_batch_size` halves the batch.
+        """
+        args = self.args
+        if not isinstance(args, LambTrainingArguments):
+            return args.learning_rate
+        args.check_scaling()
+        if args.base_learning_rate is None or args.base_batch_size is None:
+            self.learning_rate_why = None
+            return args.learning_rate
+        batch = self.get_total_train_batch_size(args)
+        rate, why = scaled_learning_rate(
+            args.base_learning_rate, args.base_batch_size, batch, args.learning_rate_scaling
+        )
+        if why != self.learning_rate_why and args.should_log:
+            logger.info(f"{why} (base_learning_rate, learning_rate_scaling {args.learning_rate_scaling})")
+        self.learning_rate_why = why
+        return rate
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        previous = self._previous if resume_from_checkpoint is None else None
+        rate = self.scale_learning_rate()
+        if self._made_optimizer and self.learning_rate_why and self.optimizer is not None:
+            set_peak(self.optimizer, rate)
+        warning = norm_growth_warning(rate, max_steps) if self.args.optim == "lamb" else None
+        if warning and self.args.should_log:
+            logger.warning(warning)
+        self._asked_for = ()
+        if previous is not None:
+            previous.check_fit(self)
+        refuse_local_checkpoints(self)
+        assert self.model is not None
+        with tied_heads_in_one_group(self.model):
+            prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs
+            )
+        if resume_from_checkpoint is not None:
+            check_state_was_loaded(self, resume_from_checkpoint)
+        self.noise_measurement.attach(prepared[0])
+        if previous is not None:
+            previous.take_over(self)
+        self._look_at_what_is_in_force(rate, max_steps, resume_from_checkpoint)
+        return prepared
+
+    _asked_for: Sequence[dict[str, Any]] = ()  # the options of the optimizer's groups before a checkpoint was loaded
+
+    def _look_at_what_is_in_force(self, rate: float, max_steps: int, checkpoint: str | None) -> None:
+        """Warn where the optimizer goes on with other options than this run's, and let the schedule end as asked."""
+        if self.optimizer is None or not hasattr(self.lr_scheduler, "base_lrs"):
+            return
+        in_force = options_of_groups(self.optimizer)
+        peaks = sorted({float(group["learning_rate"]) for group in in_force})
+        if not checkpoint and self.learning_rate_why and any(not math.isclose(peak, rate) for peak in peaks):
+            if self.args.should_log:
+                logger.warning(
+                    f"the peak learning rate in force is {', '.join(f'{peak:.4g}' for peak in peaks)}, that of the "
+                    f"optimizer that was passed, not {rate:.4g} of base_learning_rate: give one of them"
+                )
+            return
+        differ = {
+            f"{name} {in_force_value}, not {asked[name]}": name
+            for group, asked in zip(in_force, self._asked_for, strict=False)
+            for name, in_force_value in group.items()
+            if name in asked and in_force_value != asked[name]
+        }
+        if differ and self.args.should_log:
+            logger.warning(
+                f"a resumed run goes on with the options of its checkpoint: {'; '.join(differ)}. To train with this "
+                "run's options, begin anew from the checkpoint: trainer.start_from(checkpoint, 'optimizer')"
+            )
+        if (
+            "learning_rate" in differ.values()
+            and self._created_lr_scheduler
+            and isinstance(self.lr_scheduler, LambdaLR)
+        ):
+            # transformers' schedules know the rate they end with as a share of the peak that was asked for.
+            mine, self.lr_scheduler = self.lr_scheduler, None
+            like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1])
+            schedule = cast(LambdaLR, self.create_scheduler(max_steps, like_mine))
+            mine.lr_lambdas = schedule.lr_lambdas * len(mine.base_lrs)
+            self.lr_scheduler = mine
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As Trainer's, and the polynomial of `decay_power`."""
+        args = self.args
+        if isinstance(args, LambTrainingArguments):
+            warmup = args.get_warmup_steps(num_training_steps)
+            check_warmup(warmup, num_training_steps)
+            if self.lr_scheduler is None and args.decay_power is not None:
+                factor = partial(
+                    decay_factor,
+                    total_steps=num_training_steps,
+                    warmup_steps=warmup,
+                    power=args.decay_power,
+                    from_first_step=args.decay_from_first_step,
+                )
+                optimizer = optimizer or self.optimizer
+                assert optimizer is not None
+                self.lr_scheduler = LambdaLR(optimizer, factor)
+                self._created_lr_scheduler = True
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed has stand-ins at first
+            self._asked_for = options_of_groups(self.optimizer)
+        return scheduler
+
+    _made_optimizer = False  # or the caller has, with rates of its own
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's, at this run's rate, without the warning about the loss that this trainer puts right."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        self._made_optimizer = self.optimizer_cls_and_kwargs is None
+        args, rate = self.args, self.scale_learning_rate()
+        if self._made_optimizer:
+            self._warn_of_default_optimizer()
+        token = loss_is_weighted.set(self.loss_weighting.active)
+        try:
+            if rate != args.learning_rate:  # Trainer's handlers read it from the arguments
+                self.args = copy.copy(args)
+                self.args.learning_rate = rate
+            return super().create_optimizer(model)
+        finally:
+            self.args = args
+            loss_is_weighted.reset(token)
+
+    def _warn_of_default_optimizer(self) -> None:
+        args = self.args
+        if args.optim != "lamb" and args.optim == default_of(args, "optim") and args.should_log:
+            name = getattr(args.optim, "value", args.optim)
+            logger.warning(
+                f"LambTrainer trains with {name}, the default of {type(args).__name__}, at learning rate "
+                f"{args.learning_rate:g}: for LAMB use LambTrainingArguments, or optim='lamb' and a rate of about "
+                f"1e-3; for {name} without this line LambTrainingArguments(optim='{name}', learning_rate=...)"
+            )
+
+    # -- a step: the loss of its micro-batches, and their gradients ---------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; looks at the batch before it is trained on."""
+        samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self.noise_measurement.count_sequences(samples)
+        return samples, self.loss_weighting.items_of(samples, num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        return self.loss_weighting.count(batch_samples, device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As Trainer's, with the loss divided by the accumulation steps where it is not yet."""
+        with (
+            self.loss_weighting.training(num_items_in_batch),
+            self.noise_measurement.measuring(model, inputs, num_items_in_batch),
+        ):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The micro-batch's share of the global batch's mean loss, see `LossWeighting.compute`."""
+        items_in_batch = num_items_in_batch.plain if isinstance(num_items_in_batch, Count) else num_items_in_batch
+        if items_in_batch is None or not self.loss_weighting.active:
+            return super().compute_loss(model, inputs, return_outputs, items_in_batch)
+        loss, outputs = self.loss_weighting.compute(model, inputs, items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def unweighted_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """What `compute_loss` of Trainer, or of a mix-in, gives."""
+        return super().compute_loss(*args, **kwargs)
+
+    def count_labels(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The labels of a global batch as Trainer, or a mix-in, counts them."""
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def loss_is_ours(self) -> bool:
+        """Whether no subclass has a `compute_loss` of its own."""
+        return getattr(self.compute_loss, "__func__", None) is LambTrainer.compute_loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self.noise_measurement.take(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the noise scale in training log lines once it can be told."""
+        self.noise_measurement.add_to(logs)
+        super().log(logs, start_time)
+
+    # -- an evaluation: the mean over all its labels -----------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's, with the loss weighted by labels."""
+        self.loss_weighting.evaluating()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        return self.loss_weighting.evaluated(output, metric_key_prefix)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer's; keeps the sums that `evaluation_loop` divides."""
+        if not self.loss_weighting.active or not isinstance(inputs.get("labels"), Tensor):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return self.loss_weighting.predict(super().prediction_step, model, inputs, prediction_loss_only, ignore_keys)
+
+    # -- the model card ----------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, from what is in force, with the section "Large batch" where the optimizer is LAMB."""
+        if len(args) < 8 and kwargs.get("dataset") is None and self.dataset_name is not None:
+            kwargs["dataset"] = self.dataset_name
+        with attributes(self, args=args_in_force(self)):
+            super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_model_card(self)
+
+
+def set_peak(optimizer: Any, rate: float) -> None:
+    """Another peak learning rate for an optimizer that exists; groups with rates of their own keep their share."""
+    before, groups = optimizer.defaults["lr"], optimizer.param_groups
+    while optimizer is not None:  # what wraps it may have defaults of its own, and transformers' schedules look there
+        if hasattr(optimizer, "defaults"):
+            optimizer.defaults["lr"] = rate
+        optimizer = getattr(optimizer, "optimizer", None)
+    for group in groups:
+        peak = group.get("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] = rate if peak == before else peak * (rate / before)
