@@ -20,10 +20,11 @@ __all__ = ["Backend", "Backends", "Bucket"]
 
 
 class Backends:
-    """The backends of one optimizer, each made when the first bucket needs it."""
+    """The backends of one optimizer; the fused one is made when the first bucket needs it."""
 
     def __init__(self) -> None:
-        self._made: dict[type[Backend], Backend] = {}
+        # These two here, because torch.compile does not trace the making of a Protocol's object.
+        self._made: dict[type[Backend], Backend] = {Eager: Eager(), Foreach: Foreach()}
 
     def choose(self, bucket: Bucket) -> Backend:
         """The backend of a bucket, by its group's `fused` and `foreach`, its device, and what the kernels take."""
