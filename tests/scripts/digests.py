@@ -32,7 +32,10 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
     "ddp": ([*LAUNCH, "--config_file", f"{CONFIGS}/ddp.yaml", "-m", RECIPE], SMALL),
     "fsdp2": ([*LAUNCH, "--config_file", f"{CONFIGS}/fsdp2.yaml", "-m", "tests.scripts.cpu_fsdp", RECIPE], SMALL),
     "fsdp1": ([*LAUNCH, "--config_file", f"{CONFIGS}/fsdp1.yaml", "-m", "tests.scripts.cpu_fsdp", RECIPE], SMALL),
-    "zero2": ([*LAUNCH, "--config_file", f"{CONFIGS}/deepspeed_zero2.yaml", "-m", RECIPE], SMALL),
+    "zero2": (
+        [*LAUNCH, "--mixed_precision", "no", "--config_file", f"{CONFIGS}/deepspeed_zero2.yaml", "-m", RECIPE],
+        SMALL,
+    ),
 }
 
 
