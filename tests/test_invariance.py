@@ -32,6 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("key", ["learning_rate", "loss"])
 def test_rate_and_loss_do_not_depend_on_the_split(key: str, runs: dict[tuple[int, int], dict[str, Any]]) -> None:
     """Twenty steps: the scaled rate to the bit, the loss to 1e-5."""
@@ -45,6 +46,7 @@ def test_rate_and_loss_do_not_depend_on_the_split(key: str, runs: dict[tuple[int
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 def test_the_noise_scale_agrees_within_its_own_error(runs: dict[tuple[int, int], dict[str, Any]]) -> None:
     """Means over the seeds differ by less than four standard errors, from each other and from the closed form."""
     assert runs[1, 1]["noise_scale"] == []  # one micro-batch tells nothing
