@@ -58,9 +58,11 @@ test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
 
 # On a CPU DeepSpeed compiles an extension at its first start: a C++ compiler, and the environment's ninja in the path.
+# In a folder of this environment: a process that was killed while it compiled leaves a lock that all later ones wait for.
 test-deepspeed: setup  ## run the tests with DeepSpeed ZeRO on two and four processes (minutes); installs [deepspeed]
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) pytest -m deepspeed $(ARGS)
+	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(VENV)/torch_extensions" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+		$(RUN) pytest -m deepspeed $(ARGS)
 
 sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
 	$(RUN) tests.scripts.sharding_report
