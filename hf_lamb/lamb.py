@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from hf_lamb.backends import Backend, Backends, Bucket
-from hf_lamb.layer_stats import BucketStats, LayerStats, SkippedSteps, bucket_stats, count_skipped, layer_stats
+from hf_lamb.layer_stats import BucketStats, LayerStats, SkippedSteps, count_skipped, layer_stats
 from hf_lamb.norms import math_dtype
 from hf_lamb.options import check_iterable, check_options, check_params, name_in_group, python_numbers
+from hf_lamb.packing import Packing
 from hf_lamb.sharding import Sharding, device_of
 from hf_lamb.state import check_loadable, check_state_dict, restore_precision
 
@@ -124,6 +125,7 @@ class Lamb(Optimizer):
         self._stats: list[BucketStats] = []
         self._skipped: list[Tensor] = []  # [in all, in a row], int64, made at the first step that may skip
         self._backends = Backends()
+        self._packing = Packing()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
@@ -242,53 +244,31 @@ class Lamb(Optimizer):
         begins = self._sharding.begin_step(self)
         if begins is None:
             return loss
-        buckets = self._buckets()
+        buckets = self._packing.buckets(
+            self.param_groups, self.state, self._sharding, self.parameter_name, self._state_of
+        )
         if not buckets and not self._sharding.takes_part:
             return loss
-        self._clip_and_detect_nonfinite(buckets, begins)
+        work = [(bucket, self._backends.choose(bucket)) for bucket in buckets]
+        self._clip_and_detect_nonfinite(work, begins)
 
         if begins:
             self._stats.clear()
-        for unit in self._units(buckets):
-            # m and v move; u = m̂/(√v̂ + ε) + λw; the sums of each layer's piece, then of the layer
-            visits = [backend.direction(bucket) for bucket, backend in unit]
-            sums = self._sharding.add_up([bucket for bucket, _ in unit], [sums for sums, _ in visits])
-            for (bucket, backend), (_, held), of_layers in zip(unit, visits, sums, strict=True):
-                # r = ‖w‖/‖u‖, then w = w - ηru
-                stats = bucket_stats(bucket, of_layers)
-                backend.apply(bucket, held, bucket.step_sizes(stats.trust_ratio))
-                self._stats.append(stats)
-        return loss
-
-    def _buckets(self) -> list[Bucket]:
-        """The pieces that have a gradient, packed by group, device, dtypes and how their layers are cut."""
-        buckets: dict[Any, Bucket] = {}
-        for index, piece in self._sharding.pieces(self.param_groups, self.parameter_name, self._state_of):
-            name, w, g, m, v, step, cut, place, decays, adapts = piece
-            contiguous = all(tensor.is_contiguous() for tensor in (w, g, m, v))
-            key = (index, decays, adapts, w.device, w.dtype, g.dtype, cut, contiguous)
-            bucket = buckets.get(key)
-            if bucket is None:
-                options = self.param_groups[index]
-                options = {**options, **python_numbers(options)}  # schedules of other people's write there
-                options |= {} if decays else {"weight_decay": 0.0}
-                options |= {} if adapts else {"layer_adaptation": False}
-                bucket = buckets[key] = Bucket(options, key, cut, contiguous)
-            bucket.add(name, place, w, g, m, v, step)
-        return list(buckets.values())
-
-    def _units(self, buckets: list[Bucket]) -> Iterator[list[tuple[Bucket, Backend]]]:
-        """What is updated together: a part of a bucket; or all buckets whose layers are cut, for one sum."""
-        cut = []
-        for bucket in buckets:
-            backend = self._backends.choose(bucket)
-            for part in backend.prepare(bucket):
-                if bucket.cut is None:
-                    yield [(part, backend)]
-                else:
-                    cut.append((part, backend))
+        whole = [(bucket, backend) for bucket, backend in work if bucket.cut is None]
+        cut = [(bucket, backend) for bucket, backend in work if bucket.cut is not None]
+        for bucket, backend in whole:
+            # u = m̂/(√v̂ + ε) + λw; r = ‖w‖/‖u‖; w = w - ηru
+            self._stats.append(BucketStats(bucket.names, bucket.group, backend.update(bucket)))
         if self._sharding.cuts:
-            yield cut
+            # The same in two visits. In between, the processes add up the sums of their pieces.
+            visits = [backend.direction(bucket) for bucket, backend in cut]
+            sums = self._sharding.add_up([bucket for bucket, _ in cut], [sums for sums, _ in visits])
+            for (bucket, backend), (_, held), of_layers in zip(cut, visits, sums, strict=True):
+                backend.apply(bucket, held, bucket.step_sizes(of_layers))
+                self._stats.append(BucketStats(bucket.names, bucket.group, of_layers))
+        for bucket in buckets:
+            bucket.grads.clear()  # zero_grad(set_to_none=True) is to free them
+        return loss
 
     def layer_stats(self, adapted_only: bool = False) -> dict[str, LayerStats]:
         """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
@@ -309,13 +289,16 @@ class Lamb(Optimizer):
         """
         return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
-    def _clip_and_detect_nonfinite(self, buckets: list[Bucket], begins: bool) -> None:
+    def _clip_and_detect_nonfinite(self, work: list[tuple[Bucket, Backend]], begins: bool) -> None:
         """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
         skips = any(group["skip_nonfinite"] for group in self.param_groups)
         if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
+        buckets = [bucket for bucket, _ in work]
         params = buckets[0].params if buckets else [param for group in self.param_groups for param in group["params"]]
-        norm_sq = self._sharding.gradient_norm_sq(buckets, device_of(params))
+        norm_sq = self._sharding.gradient_norm_sq(
+            buckets, lambda n: work[n][1].squared_gradients(work[n][0]), device_of(params)
+        )
         finite = norm_sq.isfinite()
         if skips and begins:
             count_skipped(self._skipped, finite)

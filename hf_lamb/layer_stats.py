@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lamb.backends import Bucket
-from hf_lamb.norms import Sum, trust_ratio
+from hf_lamb.norms import Sum, layer_ratio
 
 
 class LayerStats(NamedTuple):
@@ -28,37 +27,24 @@ class SkippedSteps(NamedTuple):
 
 
 class BucketStats(NamedTuple):
-    """The norms and ratios of a bucket's layers, as tensors of shape [n] on its device."""
+    """What is left of a bucket after a step: the layers' names, the group's options, the sums `[k, n]`."""
 
     names: list[str]
-    adapted: bool
-    weight_norm: Tensor
-    adam_norm: Tensor
-    trust_ratio: Tensor
-    moved: Tensor  # 0 where the layer kept its weights, for there was neither a gradient nor a first moment, else 1
-
-
-def bucket_stats(bucket: Bucket, sums: Tensor) -> BucketStats:
-    """From the sums of whole layers; r is 1 without adaptation, and 0 where a layer keeps its weights."""
-    group = bucket.group
-    weight_norm, adam_norm = sums[Sum.WEIGHT_SQ].sqrt(), sums[Sum.UPDATE_SQ].sqrt()
-    if group["layer_adaptation"]:
-        moved = sums[Sum.NONZERO] > 0
-        ratio = trust_ratio(weight_norm, adam_norm, group["min_trust_ratio"], group["max_trust_ratio"])
-        ratio = torch.where(moved, ratio, 0.0)
-    else:
-        moved, ratio = sums[Sum.UPDATE_SQ] != 0, torch.ones_like(weight_norm)
-    return BucketStats(bucket.names, group["layer_adaptation"], weight_norm, adam_norm, ratio, moved.to(ratio))
+    options: dict[str, Any]
+    sums: Tensor
 
 
 def layer_stats(stats: Iterable[BucketStats], adapted_only: bool) -> dict[str, LayerStats]:
     """By the layers' names, without the layers that kept their weights; synchronises with the device."""
     by_name: dict[str, LayerStats] = {}
-    for bucket in stats:
-        if bucket.adapted or not adapted_only:
-            columns = (bucket.weight_norm, bucket.adam_norm, bucket.trust_ratio, bucket.moved)
-            rows = zip(bucket.names, torch.stack(columns, dim=1).tolist(), strict=True)
-            by_name.update((name, LayerStats(*row)) for name, (*row, moved) in rows if moved)
+    for names, options, sums in stats:
+        adapted = options["layer_adaptation"]
+        if adapted or not adapted_only:
+            moved = sums[Sum.NONZERO] > 0 if adapted else sums[Sum.UPDATE_SQ] != 0
+            ratio = layer_ratio(sums, options)
+            columns = (sums[Sum.WEIGHT_SQ].sqrt(), sums[Sum.UPDATE_SQ].sqrt(), ratio, moved.to(ratio))
+            rows = zip(names, torch.stack(columns, dim=1).tolist(), strict=True)
+            by_name.update((name, LayerStats(*row)) for name, (*row, did_move) in rows if did_move)
     return by_name
 
 

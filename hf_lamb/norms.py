@@ -6,6 +6,7 @@ Everything here is a tensor operation: nothing is read back to the host.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,19 @@ def any_nonzero(tensors: list[Tensor]) -> Tensor:
     largest = iter(torch._foreach_norm(full, torch.inf) if full else ())
     found: Tensor = torch.stack([next(largest) if x.numel() else nothing for x in tensors]) != 0
     return found
+
+
+def layer_ratio(sums: Tensor, options: dict[str, Any]) -> Tensor:
+    """The trust ratio of each layer by its group's options, shape [n], from the sums `[k, n]`.
+
+    1 without `layer_adaptation`. 0 where an adapted layer keeps its weights, for its gradient and its first moment
+    are all zero: the trust ratio would make a step of full size of weight decay alone.
+    """
+    if not options["layer_adaptation"]:
+        return torch.ones_like(sums[Sum.WEIGHT_SQ])
+    weight_norm, adam_norm = sums[Sum.WEIGHT_SQ].sqrt(), sums[Sum.UPDATE_SQ].sqrt()
+    ratio = trust_ratio(weight_norm, adam_norm, options["min_trust_ratio"], options["max_trust_ratio"])
+    return torch.where(sums[Sum.NONZERO] > 0, ratio, 0.0)
 
 
 def trust_ratio(

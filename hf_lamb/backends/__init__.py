@@ -12,6 +12,7 @@ import torch
 
 from hf_lamb.backends.backend import Backend
 from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.compiled import Compiled
 from hf_lamb.backends.cpu import CPU
 from hf_lamb.backends.eager import Eager
 from hf_lamb.backends.foreach import Foreach
@@ -31,9 +32,9 @@ class Backends:
         use_foreach, use_fused = bucket.group["foreach"], bucket.group["fused"]
         if use_fused or (use_fused is None and use_foreach is None):
             # torch.compile makes its own kernels, from operations that it can see into.
-            kind = None if torch.compiler.is_compiling() else fused_kind(bucket.device)
-            if kind is not None and (fused := self._backend(kind)).takes(bucket):
-                return fused
+            for kind in () if torch.compiler.is_compiling() else fused_kinds(bucket.device):
+                if (fused := self._backend(kind)).takes(bucket):
+                    return fused
             return self._backend(Foreach)
         if use_foreach is None:
             use_foreach = bucket.device.type != "cpu"
@@ -45,11 +46,12 @@ class Backends:
         return self._made[kind]
 
 
-def fused_kind(device: torch.device) -> type[Backend] | None:
-    """The fused backend for a kind of device, if there is one."""
+def fused_kinds(device: torch.device) -> tuple[type[Backend], ...]:
+    """The fused backends for a kind of device, the fastest first."""
     if device.type == "cpu":
-        return CPU
-    return triton_kind(device) if device.type == "cuda" and torch.version.hip is None else None
+        return (Compiled, CPU)
+    kind = triton_kind(device) if device.type == "cuda" and torch.version.hip is None else None
+    return () if kind is None else (kind,)
 
 
 @functools.cache

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from hf_lamb.backends.bucket import Bucket
+from hf_lamb.norms import squared_norms
 
 
 class Backend(Protocol):
     """One way to update a bucket, in two visits; one object for each optimizer, with what it keeps between steps.
 
-    Between the visits lies the only thing that needs other processes: adding up the sums of layers that are cut.
+    `step` calls `update` for layers that are whole. For layers that are cut over processes it calls `direction`, adds
+    up the sums over all processes, and calls `apply`.
     """
 
     def takes(self, bucket: Bucket) -> bool:
         """Whether it can update these tensors; the dtypes, the device and `contiguous` decide."""
         return True
 
-    def prepare(self, bucket: Bucket) -> Iterable[Bucket]:
-        """Get ready for this step; return the bucket in the parts that the visits are made with.
-
-        Each part gets both visits before the next one gets its first. A bucket whose layers are cut is one part.
-        """
-        return [bucket]
+    def squared_gradients(self, bucket: Bucket) -> Tensor:
+        """The squared norm of each gradient, shape [n]."""
+        return squared_norms(bucket.grads)
 
     def direction(self, bucket: Bucket) -> tuple[Tensor, Any]:
         """The first visit: t += 1, move m and v.
@@ -39,3 +37,9 @@ class Backend(Protocol):
     def apply(self, bucket: Bucket, held: Any, step_sizes: Tensor) -> None:
         """The second visit: w -= step_sizes[i] * u, and nothing where a step size is zero. `step_sizes`: `[n]`."""
         ...
+
+    def update(self, bucket: Bucket) -> Tensor:
+        """Both visits; return the sums of the first."""
+        sums, held = self.direction(bucket)
+        self.apply(bucket, held, bucket.step_sizes(sums))
+        return sums

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lamb.norms import any_nonzero, math_dtype
+from hf_lamb.norms import any_nonzero, layer_ratio, math_dtype
 
 
 @dataclass(slots=True)
@@ -118,9 +118,9 @@ class Bucket:
         """u, or zero where the step size is zero: without eps u may be 0 / 0 there, which times zero is no zero."""
         return u if self.group["eps"] > 0 else torch.where(step_size == 0, 0.0, u)
 
-    def step_sizes(self, ratio: Tensor) -> Tensor:
-        """lr * r of each parameter, shape [n]; zero where this step is skipped."""
-        lr = self.group["lr"]
+    def step_sizes(self, sums: Tensor) -> Tensor:
+        """lr * r of each layer, shape [n], from its sums; zero where this step is skipped."""
+        lr, ratio = self.group["lr"], layer_ratio(sums, self.group)
         if isinstance(lr, Tensor):
             lr = lr.reshape(())  # a one-element tensor would broadcast as well, but a 0-dim one may live on the CPU
             if lr.device.type != "cpu":

@@ -1,13 +1,13 @@
-"""The fused backend for CPUs: blocks that fit in the cache, on the kernel behind `torch.optim.AdamW(fused=True)`.
+"""The fused backend for CPUs without a C compiler, and for float64: blocks that fit in the cache.
 
-That kernel, given -λw in the place of the parameter and a rate of 1, moves m and v and leaves -u there. The norms find
-it in the cache, and so does the second visit, unless the tensor is too large or waits for other processes: then u is
-computed again.
+It uses the kernel behind `torch.optim.AdamW(fused=True)`. That kernel, given -λw in the place of the parameter and a
+rate of 1, moves m and v and leaves -u there. The norms find it in the cache, and so does the second visit, unless the
+tensor is too large or waits for other processes: then u is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,15 +44,20 @@ class CPU(Backend):
         """Whether torch has the kernel, and the tensors lie in memory one element after another, as it wants them."""
         return bucket.contiguous and hasattr(torch, "_fused_adam_")
 
-    def prepare(self, bucket: Bucket) -> Iterable[Bucket]:
-        """Have scratch for the largest tensor, at least for a part; make parts that stay in the cache."""
+    def update(self, bucket: Bucket) -> Tensor:
+        """Both visits, part by part: the second one finds w and u in the cache."""
+        self._have_scratch(bucket)
+        return torch.cat([super(CPU, self).update(part) for part in bucket.parts(PART)], dim=1)
+
+    def _have_scratch(self, bucket: Bucket) -> None:
+        """For the largest tensor, at least for a part."""
         scratch = self._scratch.get(bucket.math_dtype)
         if scratch is None or scratch.numel() < scratch_size(bucket):
             self._scratch[bucket.math_dtype] = torch.empty(scratch_size(bucket), dtype=bucket.math_dtype)
-        return bucket.parts(PART) if bucket.cut is None else [bucket]
 
     def direction(self, bucket: Bucket) -> tuple[Tensor, Held | None]:
         """t += 1, move m and v; return the sums and, where there is scratch for all of them, the -u."""
+        self._have_scratch(bucket)
         bucket.advance()
         beta1, beta2 = bucket.group["betas"]
         bias_correction, weight_decay = bucket.group["bias_correction"], bucket.group["weight_decay"]

@@ -8,7 +8,6 @@ wait for other processes. There are no atomics: sums are taken in one order, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -46,7 +45,6 @@ def check(device: torch.device) -> None:
         ours, theirs = _small_bucket(dtype, device), _small_bucket(dtype, device)
         pairs: tuple[tuple[Bucket, Backend], ...] = ((ours, Triton()), (theirs, Foreach()))
         for bucket, backend in pairs:
-            backend.prepare(bucket)
             sums, held = backend.direction(bucket)
             ratio = (sums[Sum.WEIGHT_SQ] / sums[Sum.UPDATE_SQ]).sqrt()
             backend.apply(bucket, held, torch.where(sums[Sum.NONZERO] > 0, ratio / 10, 0.0))
@@ -155,17 +153,16 @@ class Triton(Backend):
             and (bucket.device.type != "cuda" or torch.cuda.get_device_capability(bucket.device) >= (8, 0))
         )
 
-    def prepare(self, bucket: Bucket) -> Iterable[Bucket]:
-        """Bring the table up to date; parts of which the second visit finds w, m and v in the L2 cache."""
+    def _up_to_date(self, bucket: Bucket) -> None:
         table = self._now[bucket.key] = table_of(bucket, self._tables.get(bucket.key))
         if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._in_graphs.append(table)
         else:
             self._tables[bucket.key] = table
-        return bucket.parts(PART) if bucket.cut is None else [bucket]
 
     def direction(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """t += 1, move m and v; return the sums and the bias corrections, with which `apply` computes u again."""
+        self._up_to_date(bucket)
         group, n = bucket.group, len(bucket.params)
         beta1, beta2 = group["betas"]
         table, first_chunk, chunks = self._place(bucket)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from hf_lamb.norms import Sum, math_dtype, squared_norms
+from hf_lamb.norms import Sum, math_dtype
 from hf_lamb.sharding import deepspeed
 from hf_lamb.sharding.collectives import Reduction, Reductions, ShardingError, reduction_of, sum_over_processes
 from hf_lamb.sharding.deepspeed import DeepSpeed
@@ -68,7 +68,6 @@ class CutBucket(Protocol):
 
     cut: int | None
     places: list[int]
-    grads: list[Tensor]
 
 
 class Sharding:
@@ -218,8 +217,6 @@ class Sharding:
 
         A layer without a gradient on this process adds nothing to it.
         """
-        if buckets and buckets[0].cut is None:
-            return sums
         device = sums[0].device if sums else None
         whole = {
             cut.reductions: torch.zeros(len(Sum), cut.layers, dtype=cut.dtype, device=device) for cut in self.cuts
@@ -243,16 +240,24 @@ class Sharding:
             known = self._indices[number] = Places(places, torch.tensor(places, device=device))
         return known.tensor
 
-    def gradient_norm_sq(self, buckets: Sequence[CutBucket], device: torch.device) -> Tensor:
-        """Squared norm of all gradients of all processes, 0-dim, on `device`."""
+    def gradient_norm_sq(
+        self, buckets: Sequence[CutBucket], squares: Callable[[int], Tensor], device: torch.device
+    ) -> Tensor:
+        """Squared norm of all gradients of all processes, 0-dim, on `device`.
+
+        Args:
+            buckets: the pieces that are here.
+            squares: of the n-th bucket, the squared norm of each gradient. Not called where the runtime has the norm.
+            device: where the result is wanted.
+        """
         known = self.runtime.gradient_norm_sq(device) if self.runtime is not None else None
         if known is not None:
             return known
         parts = {cut.reductions: torch.zeros(1, dtype=cut.dtype, device=device) for cut in self.cuts}
         parts[()] = torch.zeros(1, device=device)
-        for bucket in buckets:
+        for number, bucket in enumerate(buckets):
             reductions = self._reductions(bucket)
-            squared = squared_norms(bucket.grads).sum().to(device)
+            squared = squares(number).sum().to(device)
             parts[reductions] = parts[reductions] + squared.reshape(1)  # 0-dim, it would not promote
         norm_sq = torch.cat(list(sum_over_processes(parts).values())).sum()
         if self.peer_group is not None:

@@ -1,0 +1,164 @@
+"""The fused backend for CPUs with a C compiler: `lamb.c`, in as many threads as torch uses."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lamb.backends.backend import Backend
+from hf_lamb.backends.bucket import Bucket
+from hf_lamb.backends.compiler import library
+from hf_lamb.norms import Sum
+
+# As in lamb.c.
+CHUNK = 1 << 14
+SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE = range(4)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Elements. The second visit of a part should find its w, m and v, 12 bytes an element, in the last cache.
+PART = 1 << 21
+# A thread more is waked for so many chunks.
+CHUNKS_PER_THREAD = 4
+
+_POINTERS = (
+    "table", "first_tensor", "progress", "of_chunks", "sums", "inverses", "step_sizes", "finite", "clip_factor", "lr",
+)  # fmt: skip
+_NUMBERS = ("beta1", "beta2", "eps", "weight_decay", "min_ratio", "max_ratio")
+_FLAGS = ("task", "w_type", "g_type", "maximize", "bias_correction", "adapts")
+
+
+class _Bucket(ctypes.Structure):
+    """`Bucket` of lamb.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tensors", "parts")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_double) for name in _NUMBERS),
+        *((name, ctypes.c_int32) for name in _FLAGS),
+    ]
+
+
+@dataclass
+class Table:
+    """Where the tensors of a bucket are, and room for what the visits leave."""
+
+    bucket: Bucket  # it was made for this one
+    rows: Tensor  # [n, 7], int64: where w, g, m, v and step are, elements, and the first chunk
+    first_tensor: Tensor  # [parts + 1], int64, of each part
+    chunks: int
+    of_chunks: Tensor  # [chunks, k]
+    inverses: Tensor  # [2, n]: 1 / (1 - beta**t)
+    step_sizes: Tensor  # [n]
+
+
+class Compiled(Backend):
+    """One call of the library a visit, and one for both where layers are whole; keeps a table for each bucket."""
+
+    def __init__(self) -> None:
+        self._tables: dict[Any, Table] = {}
+
+    def takes(self, bucket: Bucket) -> bool:
+        """Whether the library could be compiled, and is made for these dtypes; the tensors must be contiguous."""
+        w, g = bucket.params[0].dtype, bucket.grads[0].dtype
+        return bucket.contiguous and w in TYPES and g in TYPES and library() is not None
+
+    def squared_gradients(self, bucket: Bucket) -> Tensor:
+        """The squared norm of each gradient, shape [n]."""
+        return self._run(bucket, SQUARE_GRADIENTS)[0]
+
+    def direction(self, bucket: Bucket) -> tuple[Tensor, None]:
+        """t += 1, move m and v; return the sums."""
+        return self._run(bucket, FIRST_VISIT), None
+
+    def apply(self, bucket: Bucket, held: None, step_sizes: Tensor) -> None:
+        """w -= step_size * u, which is computed again."""
+        self._tables[bucket.key].step_sizes.copy_(step_sizes)
+        self._run(bucket, SECOND_VISIT)
+
+    def update(self, bucket: Bucket) -> Tensor:
+        """Both visits, part by part: the second one finds w, m and v in the cache."""
+        return self._run(bucket, UPDATE)
+
+    def _run(self, bucket: Bucket, task: int) -> Tensor:
+        """Do one task of lamb.c with all threads; the sums, zero where the task makes none."""
+        table, group = self._table(bucket), bucket.group
+        sums = torch.zeros(len(Sum), len(bucket.params))
+        progress = torch.zeros(table.first_tensor.numel() - 1, 4, dtype=torch.int64)
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu")
+        lowest, highest = group["min_trust_ratio"], group["max_trust_ratio"]
+        finite, clip_factor = bucket.finite, bucket.clip_factor
+        arguments = _Bucket(
+            tensors=len(bucket.params),
+            parts=len(progress),
+            table=table.rows.data_ptr(),
+            first_tensor=table.first_tensor.data_ptr(),
+            progress=progress.data_ptr(),
+            of_chunks=table.of_chunks.data_ptr(),
+            sums=sums.data_ptr(),
+            inverses=table.inverses.data_ptr(),
+            step_sizes=table.step_sizes.data_ptr(),
+            finite=None if finite is None else finite.data_ptr(),
+            clip_factor=None if clip_factor is None else clip_factor.data_ptr(),
+            lr=lr.data_ptr(),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            min_ratio=0.0 if lowest is None else lowest,
+            max_ratio=math.inf if highest is None else highest,
+            task=task,
+            w_type=TYPES[bucket.params[0].dtype],
+            g_type=TYPES[bucket.grads[0].dtype],
+            maximize=group["maximize"],
+            bias_correction=group["bias_correction"],
+            adapts=group["layer_adaptation"],
+        )
+        kernel: Any = library()
+        here = ctypes.byref(arguments)
+        if task in (FIRST_VISIT, UPDATE):
+            kernel.lamb_begin(here)
+        others = max(min(torch.get_num_threads(), table.chunks // CHUNKS_PER_THREAD) - 1, 0)
+        running = [_pool(os.getpid()).submit(kernel.lamb_run, here) for _ in range(others)]
+        try:
+            kernel.lamb_run(here)
+        finally:
+            wait(running)
+        return sums
+
+    def _table(self, bucket: Bucket) -> Table:
+        """The bucket's table; of a bucket that has been kept since the last step only the gradients are elsewhere."""
+        known = self._tables.get(bucket.key)
+        if known is not None and known.bucket is bucket:
+            known.rows[:, 1] = torch.tensor([grad.data_ptr() for grad in bucket.grads])
+            return known
+        lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.steps)
+        sizes = torch.tensor([param.numel() for param in bucket.params])
+        chunks = (sizes + CHUNK - 1) // CHUNK
+        pointers = [torch.tensor([tensor.data_ptr() for tensor in tensors]) for tensors in lists]
+        starts = [part.start for part in bucket.parts(PART)] if bucket.cut is None else [0]
+        n, total = len(sizes), int(chunks.sum())
+        table = Table(
+            bucket,
+            rows=torch.stack((*pointers, sizes, chunks.cumsum(0) - chunks), dim=1),
+            first_tensor=torch.tensor([*starts, n]),
+            chunks=total,
+            of_chunks=torch.empty(total, len(Sum)),
+            inverses=torch.empty(2, n),
+            step_sizes=torch.zeros(n),
+        )
+        self._tables[bucket.key] = table
+        return table
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="hf_lamb")

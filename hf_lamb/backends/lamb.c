@@ -1,0 +1,271 @@
+/* LAMB on the CPU, one bucket of tensors at a time: what a thread does of it.
+ *
+ * Every thread that takes part calls lamb_run with the same struct and takes chunks until none is left. The first visit
+ * of a chunk moves m and v and leaves the sums of the chunk; the second one computes u again from w, m and v, which are
+ * still in the cache where a part of the bucket is small enough, and moves w. Sums are added up in one order, so that
+ * the number of threads changes no bit. A thread never waits for one that has not come yet.
+ *
+ * Compiled without -ffast-math: NaN and infinity must stay what they are.
+ */
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { CHUNK = 16384, BLOCK = 1024, LANES = 16 };
+enum { W, G, M, V, STEP, NUMEL, FIRST, COLUMNS };             /* a row of the table: pointers, elements, first chunk */
+enum { WEIGHT_SQ, UPDATE_SQ, NONZERO, SUMS };                 /* rows of the sums, as hf_lamb.norms.Sum */
+enum { FLOAT32, BFLOAT16, FLOAT16 };                          /* dtypes of weights and gradients; m and v are float32 */
+enum { SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE }; /* tasks; UPDATE is both visits, part by part */
+
+typedef struct {
+    atomic_long next_first, done_first, ready, next_second; /* chunks taken and done in each visit */
+} Progress;
+
+typedef struct {
+    int64_t tensors, parts;
+    const int64_t *table;        /* [tensors, COLUMNS] */
+    const int64_t *first_tensor; /* [parts + 1], of each part */
+    Progress *progress;          /* [parts], zeros */
+    float *of_chunks;            /* [chunks, SUMS] */
+    float *sums;                 /* [SUMS, tensors] */
+    float *inverses;             /* [2, tensors], made by lamb_begin: 1 / (1 - beta**t) */
+    float *step_sizes;           /* [tensors]: read by SECOND_VISIT, made by UPDATE */
+    const uint8_t *finite;       /* 0 skips the step; NULL: it is not skipped */
+    const float *clip_factor;    /* NULL: 1 */
+    const double *lr;
+    double beta1, beta2, eps, weight_decay, min_ratio, max_ratio;
+    int32_t task, w_type, g_type, maximize, bias_correction, adapts;
+} Bucket;
+
+/* -- tensors as float32, a block at a time -- */
+
+static float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static uint32_t to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* A block in float32: where it lies, or a copy in `room`. */
+static const float *load(const void *tensor, int type, int64_t start, int n, float *room) {
+    if (type == FLOAT32) return (const float *)tensor + start;
+    if (type == BFLOAT16) {
+        const uint16_t *x = (const uint16_t *)tensor + start;
+        for (int i = 0; i < n; i++) room[i] = from_bits((uint32_t)x[i] << 16);
+    } else {
+        const _Float16 *x = (const _Float16 *)tensor + start;
+        for (int i = 0; i < n; i++) room[i] = (float)x[i];
+    }
+    return room;
+}
+
+static void store(void *tensor, int type, int64_t start, int n, const float *x) {
+    if (type == BFLOAT16) {
+        uint16_t *to = (uint16_t *)tensor + start;
+        for (int i = 0; i < n; i++) { /* to nearest, ties to even; NaN stays NaN */
+            uint32_t bits = to_bits(x[i]);
+            uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            to[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+        }
+    } else if (type == FLOAT16) {
+        _Float16 *to = (_Float16 *)tensor + start;
+        for (int i = 0; i < n; i++) to[i] = (_Float16)x[i];
+    }
+}
+
+static float add_lanes(const float *lanes) {
+    float sum = 0;
+    for (int j = 0; j < LANES; j++) sum += lanes[j];
+    return sum;
+}
+
+/* -- the arithmetic of a block: float32 -- */
+
+typedef struct {
+    float beta1, rest1, beta2, rest2, eps, weight_decay, factor, inverse1, inverse2;
+} Numbers;
+
+static inline float direction(const Numbers *c, float w, float m, float v) {
+    return m * c->inverse1 / (sqrtf(v * c->inverse2) + c->eps) + c->weight_decay * w;
+}
+
+/* Move m and v, unless the step is skipped; add to w_sq, u_sq [LANES] and to the bits of g and m. */
+static inline void first_of_block(const Numbers *c, int n, const float *restrict w, const float *restrict g,
+                                  float *restrict m, float *restrict v, int skip, float *restrict w_sq,
+                                  float *restrict u_sq, uint32_t *restrict nonzero) {
+    if (!skip)
+        for (int i = 0; i < n; i++) {
+            float scaled = c->factor * g[i];
+            m[i] = c->beta1 * m[i] + c->rest1 * scaled;
+            v[i] = c->beta2 * v[i] + c->rest2 * scaled * scaled;
+        }
+    int whole = n - n % LANES;
+    for (int i = 0; i < whole; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            float u = direction(c, w[i + j], m[i + j], v[i + j]);
+            w_sq[j] += w[i + j] * w[i + j];
+            u_sq[j] += u * u;
+            nonzero[j] |= to_bits(g[i + j]) << 1 | to_bits(m[i + j]) << 1;
+        }
+    for (int i = whole; i < n; i++) {
+        float u = direction(c, w[i], m[i], v[i]);
+        w_sq[i - whole] += w[i] * w[i];
+        u_sq[i - whole] += u * u;
+        nonzero[i - whole] |= to_bits(g[i]) << 1 | to_bits(m[i]) << 1;
+    }
+}
+
+/* -- chunks -- */
+
+static const void *pointer(const int64_t *row, int column) { return (const void *)(intptr_t)row[column]; }
+
+static int skipped(const Bucket *b) { return b->finite && !*b->finite; }
+
+static Numbers numbers(const Bucket *b, int64_t tensor) {
+    Numbers c = {b->beta1, 1 - b->beta1, b->beta2, 1 - b->beta2, b->eps, b->weight_decay, 1,
+                 b->inverses[tensor], b->inverses[b->tensors + tensor]};
+    if (b->clip_factor) c.factor = *b->clip_factor;
+    if (b->maximize) c.factor = -c.factor;
+    return c;
+}
+
+static void square_gradients(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *sums) {
+    const int64_t *row = b->table + tensor * COLUMNS;
+    float room[BLOCK], lanes[LANES] = {0};
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = stop - at < BLOCK ? stop - at : BLOCK, whole = n - n % LANES;
+        const float *g = load(pointer(row, G), b->g_type, at, n, room);
+        for (int i = 0; i < whole; i += LANES)
+            for (int j = 0; j < LANES; j++) lanes[j] += g[i + j] * g[i + j];
+        for (int i = whole; i < n; i++) lanes[i - whole] += g[i] * g[i];
+    }
+    sums[0] = add_lanes(lanes);
+}
+
+static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *sums) {
+    const int64_t *row = b->table + tensor * COLUMNS;
+    float w_room[BLOCK], g_room[BLOCK], w_sq[LANES] = {0}, u_sq[LANES] = {0};
+    uint32_t nonzero[LANES] = {0}, any = 0;
+    Numbers c = numbers(b, tensor);
+    int skip = skipped(b);
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = stop - at < BLOCK ? stop - at : BLOCK;
+        const float *w = load(pointer(row, W), b->w_type, at, n, w_room);
+        const float *g = load(pointer(row, G), b->g_type, at, n, g_room);
+        first_of_block(&c, n, w, g, (float *)pointer(row, M) + at, (float *)pointer(row, V) + at, skip, w_sq, u_sq,
+                       nonzero);
+    }
+    for (int j = 0; j < LANES; j++) any |= nonzero[j];
+    sums[WEIGHT_SQ] = add_lanes(w_sq);
+    sums[UPDATE_SQ] = add_lanes(u_sq);
+    sums[NONZERO] = any != 0;
+}
+
+static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop) {
+    float room[BLOCK], step_size = b->step_sizes[tensor];
+    if (step_size == 0) return; /* eps may be 0, and u no number */
+    const int64_t *row = b->table + tensor * COLUMNS;
+    Numbers c = numbers(b, tensor);
+    for (int64_t at = start; at < stop; at += BLOCK) {
+        int n = stop - at < BLOCK ? stop - at : BLOCK;
+        const float *restrict m = (const float *)pointer(row, M) + at, *restrict v = (const float *)pointer(row, V) + at;
+        float *restrict w = (float *)load(pointer(row, W), b->w_type, at, n, room);
+        for (int i = 0; i < n; i++) w[i] -= step_size * direction(&c, w[i], m[i], v[i]);
+        store((void *)pointer(row, W), b->w_type, at, n, w);
+    }
+}
+
+/* -- tensors -- */
+
+/* The sums of a tensor from those of its chunks, and with UPDATE its step size lr * r. */
+static void finish(const Bucket *b, int64_t tensor, int64_t chunks) {
+    const float *of_chunks = b->of_chunks + b->table[tensor * COLUMNS + FIRST] * SUMS;
+    int kinds = b->task == SQUARE_GRADIENTS ? 1 : SUMS;
+    float sums[SUMS];
+    for (int kind = 0; kind < kinds; kind++) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) sum += of_chunks[chunk * SUMS + kind];
+        sums[kind] = b->sums[kind * b->tensors + tensor] = sum;
+    }
+    if (b->task != UPDATE) return;
+    double ratio = 1;
+    if (b->adapts) {
+        float w_norm = sqrtf(sums[WEIGHT_SQ]), u_norm = sqrtf(sums[UPDATE_SQ]);
+        if (w_norm > 0 && u_norm > 0) ratio = w_norm / u_norm;
+        if (ratio < b->min_ratio) ratio = b->min_ratio;
+        if (ratio > b->max_ratio) ratio = b->max_ratio;
+        if (!(sums[NONZERO] > 0)) ratio = 0;
+    }
+    b->step_sizes[tensor] = skipped(b) ? 0 : *b->lr * ratio;
+}
+
+static int64_t chunks_of(const int64_t *row) { return (row[NUMEL] + CHUNK - 1) / CHUNK; }
+
+/* The tensor of a part that a chunk belongs to: the last that begins no later and has chunks. */
+static int64_t owner(const Bucket *b, int64_t low, int64_t high, int64_t chunk) {
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (b->table[middle * COLUMNS + FIRST] <= chunk) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+typedef struct {
+    int64_t tensor, start, stop; /* elements of a tensor */
+} Chunk;
+
+static Chunk chunk_of(const Bucket *b, int64_t part, int64_t chunk) {
+    int64_t tensor = owner(b, b->first_tensor[part], b->first_tensor[part + 1], chunk);
+    const int64_t *row = b->table + tensor * COLUMNS;
+    int64_t start = (chunk - row[FIRST]) * CHUNK;
+    return (Chunk){tensor, start, row[NUMEL] - start < CHUNK ? row[NUMEL] : start + CHUNK};
+}
+
+static void run_part(const Bucket *b, int64_t part) {
+    int64_t from = b->first_tensor[part], to = b->first_tensor[part + 1], i;
+    const int64_t *last = b->table + (to - 1) * COLUMNS;
+    int64_t first = b->table[from * COLUMNS + FIRST], chunks = last[FIRST] + chunks_of(last) - first;
+    Progress *p = b->progress + part;
+
+    while (b->task != SECOND_VISIT && (i = atomic_fetch_add(&p->next_first, 1)) < chunks) {
+        Chunk c = chunk_of(b, part, first + i);
+        float *sums = b->of_chunks + (first + i) * SUMS;
+        if (b->task == SQUARE_GRADIENTS) square_gradients(b, c.tensor, c.start, c.stop, sums);
+        else first_visit(b, c.tensor, c.start, c.stop, sums);
+        if (atomic_fetch_add(&p->done_first, 1) == chunks - 1) { /* the last of all threads */
+            for (int64_t tensor = from; tensor < to; tensor++)
+                finish(b, tensor, chunks_of(b->table + tensor * COLUMNS));
+            atomic_store(&p->ready, 1);
+        }
+    }
+    if (b->task < SECOND_VISIT || !chunks) return;
+    while (b->task == UPDATE && !atomic_load(&p->ready)) sched_yield();
+    while ((i = atomic_fetch_add(&p->next_second, 1)) < chunks) {
+        Chunk c = chunk_of(b, part, first + chunks - 1 - i); /* the last one is still in the cache */
+        second_visit(b, c.tensor, c.start, c.stop);
+    }
+}
+
+/* t += 1, except where the step is skipped, and the bias corrections; by one thread, before a first visit. */
+void lamb_begin(const Bucket *b) {
+    for (int64_t tensor = 0; tensor < b->tensors; tensor++) {
+        float *step = (float *)pointer(b->table + tensor * COLUMNS, STEP);
+        if (!skipped(b)) *step += 1;
+        double t = *step > 1 ? *step : 1; /* a tensor whose first step is skipped still has t = 0 */
+        b->inverses[tensor] = b->bias_correction ? 1 / (1 - pow(b->beta1, t)) : 1;
+        b->inverses[b->tensors + tensor] = b->bias_correction ? 1 / (1 - pow(b->beta2, t)) : 1;
+    }
+}
+
+/* What one thread does of the task; it is done when all threads have returned. */
+void lamb_run(const Bucket *b) {
+    for (int64_t part = 0; part < b->parts; part++) run_part(b, part);
+}

@@ -1,0 +1,111 @@
+"""Packs an optimizer's parameters into buckets, and keeps the buckets while nothing but the gradients changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lamb.backends import Bucket
+from hf_lamb.options import python_numbers
+from hf_lamb.sharding import Sharding
+
+__all__ = ["Packing"]
+
+ParamGroups = list[dict[str, Any]]
+# What lies in one piece where it is seen. Subclasses such as DTensor have another local tensor in every step.
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+class Packing:
+    """The buckets of the last step, and what they were made from."""
+
+    def __init__(self) -> None:
+        self._buckets: list[Bucket] = []
+        self._places: list[list[int]] = []  # of each bucket's gradients among those of all parameters
+        self._signature: list[Any] | None = None  # None: the buckets cannot be used again
+
+    def buckets(
+        self,
+        param_groups: ParamGroups,
+        state: Mapping[Tensor, dict[str, Tensor]],
+        sharding: Sharding,
+        name_of: Callable[[int, int], str],
+        state_of: Callable[[Tensor], dict[str, Tensor]],
+    ) -> list[Bucket]:
+        """The pieces that have a gradient, packed by group, device, dtypes and how their layers are cut."""
+        if torch.compiler.is_compiling():  # it does not trace addresses
+            return _pack(param_groups, sharding, name_of, state_of)
+        params = [param for group in param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        plain = not sharding.layouts and {*map(type, params), *map(type, grads)} <= PLAIN
+        if plain and self._signature is not None and self._signature == _signature(param_groups, params, grads, state):
+            for bucket, places in zip(self._buckets, self._places, strict=True):
+                bucket.group = _options(param_groups, *bucket.key[:3])
+                bucket.grads = [grads[place] for place in places]
+                bucket.finite = bucket.clip_factor = None
+            return self._buckets
+        self._signature = None  # what follows may raise
+        self._buckets = _pack(param_groups, sharding, name_of, state_of)
+        if plain:
+            place_of = {id(param): place for place, param in enumerate(params)}
+            self._places = [[place_of[id(param)] for param in bucket.params] for bucket in self._buckets]
+            self._signature = _signature(param_groups, params, grads, state)
+        return self._buckets
+
+
+def _pack(
+    param_groups: ParamGroups,
+    sharding: Sharding,
+    name_of: Callable[[int, int], str],
+    state_of: Callable[[Tensor], dict[str, Tensor]],
+) -> list[Bucket]:
+    buckets: dict[Any, Bucket] = {}
+    for index, piece in sharding.pieces(param_groups, name_of, state_of):
+        name, w, g, m, v, step, cut, place, decays, adapts = piece
+        contiguous = all(tensor.is_contiguous() for tensor in (w, g, m, v))
+        key = (index, decays, adapts, w.device, w.dtype, g.dtype, cut, contiguous)
+        bucket = buckets.get(key)
+        if bucket is None:
+            bucket = buckets[key] = Bucket(_options(param_groups, index, decays, adapts), key, cut, contiguous)
+        bucket.add(name, place, w, g, m, v, step)
+    return list(buckets.values())
+
+
+def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool) -> dict[str, Any]:
+    """A group's options of this step: schedules of other people's write there, and not only floats."""
+    options = {**param_groups[index], **python_numbers(param_groups[index])}
+    options |= {} if decays else {"weight_decay": 0.0}
+    options |= {} if adapts else {"layer_adaptation": False}
+    return options
+
+
+def _signature(
+    param_groups: ParamGroups,
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    state: Mapping[Tensor, dict[str, Tensor]],
+) -> list[Any] | None:
+    """Everything that decides which buckets there are and where their tensors lie; None where state is missing.
+
+    Tensors by identity and address: `.data = ...` changes the one, a replaced parameter or moment the other. The
+    buckets keep the tensors alive, so that no other one gets their identity.
+    """
+    present = [grad for grad in grads if grad is not None]
+    states = [state.get(param) for param, grad in zip(params, grads, strict=True) if grad is not None]
+    try:
+        of_state = [[entry[name] for entry in states if entry] for name in ("exp_avg", "exp_avg_sq", "step")]
+    except KeyError:
+        return None
+    signature: list[Any] = [(len(group["params"]), [*(group.get("param_names") or ())]) for group in param_groups]
+    signature += [[grad is None for grad in grads], [param.numel() for param in params]]
+    for tensors in (params, present):
+        strided = [x.layout == torch.strided for x in tensors]
+        if not all(strided):
+            return None
+        signature += [[x.dtype for x in tensors], [x.is_contiguous() for x in tensors]]
+    for tensors in (params, *of_state):
+        signature += [[id(x) for x in tensors], [x.data_ptr() for x in tensors]]
+    return signature
