@@ -52,6 +52,7 @@ def count_skipped(counts: list[Tensor], finite: Tensor) -> None:
     """Count this step in `[in all, in a row]`, which is put into the empty list at first; reads nothing back."""
     if not counts:
         counts.append(torch.zeros(2, dtype=torch.int64, device=finite.device))
-    total, in_a_row = counts[0]
-    skipped = finite.logical_not().long()
-    counts[0].copy_(torch.stack((total + skipped, (in_a_row + 1) * skipped)))
+    total, in_a_row = counts[0].unbind()
+    skipped = finite.logical_not()
+    total.add_(skipped)
+    in_a_row.add_(1).mul_(skipped)

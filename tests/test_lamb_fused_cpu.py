@@ -1,4 +1,4 @@
-"""Protects the fused backend for CPUs: where it runs and where it does not, its blocks, its memory, its arithmetic."""
+"""Protects the fused backend for CPUs without a compiler: where it runs, its blocks, its memory, its arithmetic."""
 
 from typing import Any
 
@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 
 from benchmarks.bench_step import scratch_bytes
 from hf_lamb import Lamb
-from hf_lamb.backends import cpu
+from hf_lamb.backends import compiled, cpu
 from tests.reference import ReferenceLamb
 from tests.test_lamb_reference import TOLERANCE, heterogeneous, worst_difference
 
 KERNEL = torch._fused_adam_
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "library", lambda: None)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ class Backend(Protocol):
         return True
 
     def squared_gradients(self, bucket: Bucket) -> Tensor:
-        """The squared norm of each gradient, shape [n]."""
+        """Squared norms of the gradients or of their parts, 1-D: all together add up to the bucket's."""
         return squared_norms(bucket.grads)
 
     def direction(self, bucket: Bucket) -> tuple[Tensor, Any]:

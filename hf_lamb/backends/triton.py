@@ -1,8 +1,8 @@
 """The fused backend for CUDA, in Triton: one launch a visit, however many tensors there are.
 
-The first visit moves m and v and leaves the sums of every chunk; the second computes u again
-from w, m and v, and moves w. A part is small enough for the second visit to find it in the L2 cache where it need not
-wait for other processes. There are no atomics: sums are taken in one order, so that every run gives the same bits.
+The first visit moves m and v and leaves the sums of every chunk. One more launch adds them up and makes the step
+sizes. The second visit computes u again from w, m and v, and moves w. There are no atomics: sums are taken in one
+order, so that every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from hf_lamb.backends.bucket import Bucket
 from hf_lamb.backends.foreach import Foreach
 from hf_lamb.norms import Sum
 
-# Elements. A chunk is what a program works on, 8 in each of its 256 threads. w, m and v of a part, 12 bytes an element
-# in float32, are half of the 50 MB of L2 of an H100: arithmetic, not a measurement.
-CHUNK = 1 << 11
-PART = 1 << 21
+CHUNK = 1 << 11  # elements that a program works on, 8 in each of its 256 threads
 _WARPS = 8
 _AT_ONCE = 1 << 10  # partial sums that a program adds up at once, tensors whose step it advances
 
@@ -75,11 +72,11 @@ def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
 
 @dataclass
 class Table:
-    """Where the tensors of a bucket are, on its device. Its parts share it."""
+    """Where the tensors of a bucket are, on its device."""
 
     pointers: list[int]
     sizes: list[int]
-    first_chunks: list[int]  # of each tensor, and the number of all
+    chunks: int
     owners: Tensor  # the tensor that each chunk is of, int32
     rows: Tensor  # the columns above, int64
     spare: Tensor | None  # pinned memory like that of `rows`, for one capture
@@ -107,9 +104,9 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
             known.spare = torch.empty(known.rows.shape, dtype=torch.int64, pin_memory=True)
         return known
 
-    first_chunks = list(accumulate((-(-size // CHUNK) for size in sizes), initial=0))
-    n = len(sizes)
-    columns = [*(pointers[i * n : (i + 1) * n] for i in range(5)), sizes, first_chunks[:-1]]
+    first_chunks = [*accumulate((-(-size // CHUNK) for size in sizes), initial=0)]
+    chunks, n = first_chunks.pop(), len(sizes)
+    columns = [*(pointers[i * n : (i + 1) * n] for i in range(5)), sizes, first_chunks]
     rows = torch.tensor(columns, dtype=torch.int64).t().contiguous()
     aligned = all(pointer % 16 == 0 for pointer in pointers[: 4 * n])
     if capturing:
@@ -120,16 +117,16 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
             )
         known.spare.copy_(rows)
         on_device = known.spare.to(bucket.device, non_blocking=True)
-        captured = Table(pointers, sizes, first_chunks, known.owners, on_device, known.spare, aligned)
+        captured = Table(pointers, sizes, chunks, known.owners, on_device, known.spare, aligned)
         known.spare = None
         return captured
     if known is not None and same_sizes:
         owners = known.owners
     else:
-        chunks = torch.tensor(first_chunks).diff()
-        owners = _to(torch.repeat_interleave(torch.arange(n, dtype=torch.int32), chunks), bucket.device)
+        of_tensors = torch.tensor([-(-size // CHUNK) for size in sizes])
+        owners = _to(torch.repeat_interleave(torch.arange(n, dtype=torch.int32), of_tensors), bucket.device)
     spare = torch.empty(rows.shape, dtype=torch.int64, pin_memory=True) if on_gpu else None
-    return Table(pointers, sizes, first_chunks, owners, _to(rows, bucket.device), spare, aligned)
+    return Table(pointers, sizes, chunks, owners, _to(rows, bucket.device), spare, aligned)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
@@ -153,37 +150,75 @@ class Triton(Backend):
             and (bucket.device.type != "cuda" or torch.cuda.get_device_capability(bucket.device) >= (8, 0))
         )
 
-    def _up_to_date(self, bucket: Bucket) -> None:
+    def squared_gradients(self, bucket: Bucket) -> Tensor:
+        """The squared norm of each chunk of a gradient, shape [chunks]."""
+        table = self._table(bucket)
+        of_chunks = torch.empty(table.chunks, dtype=torch.float32, device=bucket.device)
+        if table.chunks:
+            types = {"G": _DTYPES[bucket.grads[0].dtype], "ALIGNED": table.aligned, "CHUNK": CHUNK}
+            _launch(_square_gradients, table.chunks, bucket, table.rows, table.owners, of_chunks, **types)
+        return of_chunks
+
+    def direction(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """t += 1, move m and v; return the sums and the bias corrections, with which `apply` computes u again."""
+        sums, corrections, _ = self._first(bucket)
+        return sums, corrections
+
+    def apply(self, bucket: Bucket, held: Tensor, step_sizes: Tensor) -> None:
+        """w -= step_size * u, from the last chunk, which may still be in the cache, to the first."""
+        table = self._now[bucket.key]
+        if table.chunks:
+            _launch(
+                _second_visit,
+                table.chunks,
+                bucket,
+                table.rows,
+                table.owners,
+                len(bucket.params),
+                bucket.finite,
+                held,
+                step_sizes,
+                float(bucket.group["eps"]),
+                float(bucket.group["weight_decay"]),
+                W=_DTYPES[bucket.params[0].dtype],
+                ALIGNED=table.aligned,
+                CHUNK=CHUNK,
+            )
+
+    def update(self, bucket: Bucket) -> Tensor:
+        """Both visits, with the step sizes from a kernel."""
+        sums, corrections, step_sizes = self._first(bucket)
+        self.apply(bucket, corrections, step_sizes)
+        return sums
+
+    def _table(self, bucket: Bucket) -> Table:
         table = self._now[bucket.key] = table_of(bucket, self._tables.get(bucket.key))
         if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._in_graphs.append(table)
         else:
             self._tables[bucket.key] = table
+        return table
 
-    def direction(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        """t += 1, move m and v; return the sums and the bias corrections, with which `apply` computes u again."""
-        self._up_to_date(bucket)
-        group, n = bucket.group, len(bucket.params)
+    def _first(self, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+        """The first visit; the sums [k, n], the bias corrections [2, n], the step sizes [n] if layers are whole."""
+        table, group, n = self._table(bucket), bucket.group, len(bucket.params)
         beta1, beta2 = group["betas"]
-        table, first_chunk, chunks = self._place(bucket)
         corrections = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
         sums = torch.empty(len(Sum), n, dtype=torch.float32, device=bucket.device)
-        of_chunks = torch.empty(len(Sum), chunks, dtype=torch.float32, device=bucket.device)
+        step_sizes = torch.empty(n, dtype=torch.float32, device=bucket.device)
+        of_chunks = torch.empty(len(Sum), table.chunks, dtype=torch.float32, device=bucket.device)
 
         log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-        grid = -(-n // _AT_ONCE)
         constants: dict[str, Any] = {"BIAS_CORRECTION": bool(group["bias_correction"]), "BLOCK": _AT_ONCE}
-        _launch(_advance, grid, bucket, table.rows, bucket.start, n, bucket.finite, corrections, log_beta1, log_beta2,
+        _launch(_advance, -(-n // _AT_ONCE), bucket, table.rows, n, bucket.finite, corrections, log_beta1, log_beta2,
                 **constants)  # fmt: skip
-        if chunks:
+        if table.chunks:
             _launch(
                 _first_visit,
-                chunks,
+                table.chunks,
                 bucket,
                 table.rows,
                 table.owners,
-                bucket.start,
-                first_chunk,
                 n,
                 bucket.finite,
                 bucket.clip_factor,
@@ -201,40 +236,30 @@ class Triton(Backend):
                 ALIGNED=table.aligned,
                 CHUNK=CHUNK,
             )
-        _launch(
-            _sum, n, bucket, table.rows, bucket.start, first_chunk, n, chunks, of_chunks, sums, CHUNK, BLOCK=_AT_ONCE
+        lr, lowest, highest = group["lr"], group["min_trust_ratio"], group["max_trust_ratio"]
+        lr_on_device = (
+            lr.to(bucket.device, torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
         )
-        return sums, corrections
-
-    def apply(self, bucket: Bucket, held: Tensor, step_sizes: Tensor) -> None:
-        """w -= step_size * u, from the last chunk, which is still in the cache, to the first."""
-        table, first_chunk, chunks = self._place(bucket)
-        if chunks:
-            _launch(
-                _second_visit,
-                chunks,
-                bucket,
-                table.rows,
-                table.owners,
-                bucket.start,
-                first_chunk,
-                len(bucket.params),
-                chunks,
-                bucket.finite,
-                held,
-                step_sizes,
-                float(bucket.group["eps"]),
-                float(bucket.group["weight_decay"]),
-                W=_DTYPES[bucket.params[0].dtype],
-                ALIGNED=table.aligned,
-                CHUNK=CHUNK,
-            )
-
-    def _place(self, bucket: Bucket) -> tuple[Table, int, int]:
-        """The table; and of all chunks in it, the first of this part, and how many the part has."""
-        table = self._now[bucket.key]
-        first = table.first_chunks[bucket.start]
-        return table, first, table.first_chunks[bucket.start + len(bucket.params)] - first
+        _launch(
+            _finish,
+            n,
+            bucket,
+            table.rows,
+            n,
+            table.chunks,
+            of_chunks,
+            sums,
+            step_sizes,
+            bucket.finite,
+            float(lr) if lr_on_device is None else 0.0,
+            lr_on_device,
+            0.0 if lowest is None else float(lowest),
+            math.inf if highest is None else float(highest),
+            CHUNK,
+            ADAPTS=bool(group["layer_adaptation"]),
+            BLOCK=_AT_ONCE,
+        )
+        return sums, corrections, step_sizes
 
 
 def _launch(kernel: Any, programs: int, bucket: Bucket, *arguments: Any, **constants: Any) -> None:
@@ -243,16 +268,14 @@ def _launch(kernel: Any, programs: int, bucket: Bucket, *arguments: Any, **const
 
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
-# Numbers that differ between parts and steps are not specialised on: that would compile a kernel for each.
+# Numbers that differ between buckets and steps are not specialised on: that would compile a kernel for each.
 
 
-@triton.jit(do_not_specialize=["rows", "start", "n", "finite", "corrections"])
-def _advance(
-    rows, start, n, finite, corrections, log_beta1, log_beta2, BIAS_CORRECTION: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["rows", "n", "finite", "corrections"])
+def _advance(rows, n, finite, corrections, log_beta1, log_beta2, BIAS_CORRECTION: tl.constexpr, BLOCK: tl.constexpr):
     """t += 1 except where this step is skipped; 1 / (1 - beta1**t), 1 / (1 - beta2**t)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    steps = tl.load(rows + (start + i) * _COLUMNS + _T, mask=i < n, other=0).to(tl.pointer_type(tl.float32))
+    steps = tl.load(rows + i * _COLUMNS + _T, mask=i < n, other=0).to(tl.pointer_type(tl.float32))
     t = tl.load(steps, mask=i < n, other=1.0)
     if finite is None:
         t += 1.0
@@ -305,9 +328,9 @@ def _u(w, m, v, inverse1, inverse2, eps, weight_decay):
 
 
 @triton.jit
-def _move(
-    w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1, beta2, rest2, eps, weight_decay,
-    CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+def _update_moments(
+    w_at, g_at, m_at, v_at, size, skip, factor, inverse1, inverse2, beta1, one_minus_beta1, beta2, one_minus_beta2,
+    eps, weight_decay, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Move m and v of a chunk; its sums of squares of w and u, and 1 if g or m holds anything but zeros, else 0."""
     offsets = tl.arange(0, CHUNK)
@@ -316,11 +339,11 @@ def _move(
     g = given * factor
     m = _load(m_at, offsets, size, WHOLE)
     v = _load(v_at, offsets, size, WHOLE)
-    if keep:  # this step is skipped
+    if skip:
         g = tl.zeros_like(g)
     else:
-        m = beta1 * m + rest1 * g
-        v = beta2 * v + rest2 * g * g
+        m = beta1 * m + one_minus_beta1 * g
+        v = beta2 * v + one_minus_beta2 * g * g
         _store(m_at, offsets, size, m, WHOLE)
         _store(v_at, offsets, size, v, WHOLE)
     u = _u(w, m, v, inverse1, inverse2, eps, weight_decay)
@@ -330,68 +353,105 @@ def _move(
     return tl.sum(w * w), tl.sum(u * u), nonzero
 
 
-@triton.jit(
-    do_not_specialize=["rows", "owners", "start", "first", "n", "finite", "clip_factor", "corrections", "of_chunks"]
-)
+@triton.jit(do_not_specialize=["rows", "owners", "of_chunks"])
+def _square_gradients(rows, owners, of_chunks, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    program = tl.program_id(0)
+    row = rows + tl.load(owners + program).to(tl.int64) * _COLUMNS
+    begin = (program - tl.load(row + _FIRST)) * CHUNK
+    size = tl.load(row + _NUMEL) - begin
+    g_at = _where(row, _G, begin, G, ALIGNED)
+    offsets = tl.arange(0, CHUNK)
+    if size >= CHUNK:  # noqa: SIM108
+        g = _load(g_at, offsets, size, True)
+    else:
+        g = _load(g_at, offsets, size, False)
+    tl.store(of_chunks + program, tl.sum(g * g))
+
+
+@triton.jit(do_not_specialize=["rows", "owners", "n", "finite", "clip_factor", "corrections", "of_chunks"])
 def _first_visit(
-    rows, owners, start, first, n, finite, clip_factor, corrections, of_chunks,
-    beta1, rest1, beta2, rest2, eps, weight_decay,
+    rows, owners, n, finite, clip_factor, corrections, of_chunks,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
     MAXIMIZE: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    owner = tl.load(owners + first + program)
+    owner = tl.load(owners + program)
     row = rows + owner.to(tl.int64) * _COLUMNS
-    begin = (first + program - tl.load(row + _FIRST)) * CHUNK
+    begin = (program - tl.load(row + _FIRST)) * CHUNK
     size = tl.load(row + _NUMEL) - begin
     w_at = _where(row, _W, begin, W, ALIGNED)
     g_at = _where(row, _G, begin, G, ALIGNED)
     m_at = _where(row, _M, begin, tl.float32, ALIGNED)
     v_at = _where(row, _V, begin, tl.float32, ALIGNED)
-    inverse1 = tl.load(corrections + owner - start)
-    inverse2 = tl.load(corrections + n + owner - start)
-    keep = False
+    inverse1 = tl.load(corrections + owner)
+    inverse2 = tl.load(corrections + n + owner)
+    skip = False
     if finite is not None:
-        keep = tl.load(finite) == 0
+        skip = tl.load(finite) == 0
     factor = 1.0
     if clip_factor is not None:
         factor = tl.load(clip_factor)
     if MAXIMIZE:
         factor = -factor
     if size >= CHUNK:
-        w_sq, u_sq, nonzero = _move(w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1,
-                                    beta2, rest2, eps, weight_decay, CHUNK, True)  # fmt: skip
+        w_sq, u_sq, nonzero = _update_moments(
+            w_at, g_at, m_at, v_at, size, skip, factor, inverse1, inverse2, beta1, one_minus_beta1, beta2,
+            one_minus_beta2, eps, weight_decay, CHUNK, True)  # fmt: skip
     else:
-        w_sq, u_sq, nonzero = _move(w_at, g_at, m_at, v_at, size, keep, factor, inverse1, inverse2, beta1, rest1,
-                                    beta2, rest2, eps, weight_decay, CHUNK, False)  # fmt: skip
+        w_sq, u_sq, nonzero = _update_moments(
+            w_at, g_at, m_at, v_at, size, skip, factor, inverse1, inverse2, beta1, one_minus_beta1, beta2,
+            one_minus_beta2, eps, weight_decay, CHUNK, False)  # fmt: skip
     at = of_chunks + program
     tl.store(at, w_sq)
     tl.store(at + tl.num_programs(0), u_sq)
     tl.store(at + 2 * tl.num_programs(0), nonzero)
 
 
-@triton.jit(do_not_specialize=["rows", "start", "first", "n", "chunks", "of_chunks", "sums", "size_of_chunk"])
-def _sum(rows, start, first, n, chunks, of_chunks, sums, size_of_chunk, BLOCK: tl.constexpr):
-    """The sums of a tensor from those of its chunks."""
+@triton.jit(
+    do_not_specialize=["rows", "n", "chunks", "of_chunks", "sums", "step_sizes", "finite", "lr", "lr_at", "lowest",
+                       "highest", "size_of_chunk"]
+)  # fmt: skip
+def _finish(
+    rows, n, chunks, of_chunks, sums, step_sizes, finite, lr, lr_at, lowest, highest, size_of_chunk,
+    ADAPTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tensor from those of its chunks; its trust ratio r, and the step size lr * r."""
     i = tl.program_id(0)
-    row = rows + (start + i).to(tl.int64) * _COLUMNS
-    begin = (tl.load(row + _FIRST) - first).to(tl.int32)
+    row = rows + i.to(tl.int64) * _COLUMNS
+    begin = tl.load(row + _FIRST).to(tl.int32)
     many = ((tl.load(row + _NUMEL) + size_of_chunk - 1) // size_of_chunk).to(tl.int32)
-    w_sq = tl.zeros((BLOCK,), tl.float32)
-    u_sq = tl.zeros((BLOCK,), tl.float32)
-    nonzero = tl.zeros((BLOCK,), tl.float32)
+    w_sqs = tl.zeros((BLOCK,), tl.float32)
+    u_sqs = tl.zeros((BLOCK,), tl.float32)
+    nonzeros = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, many, BLOCK):
         chunk = done + tl.arange(0, BLOCK)
         at = of_chunks + begin + chunk
-        w_sq += tl.load(at, mask=chunk < many, other=0.0)
-        u_sq += tl.load(at + chunks, mask=chunk < many, other=0.0)
-        nonzero += tl.load(at + 2 * chunks, mask=chunk < many, other=0.0)
-    tl.store(sums + i, tl.sum(w_sq))
-    tl.store(sums + n + i, tl.sum(u_sq))
-    tl.store(sums + 2 * n + i, tl.sum(nonzero))
+        w_sqs += tl.load(at, mask=chunk < many, other=0.0)
+        u_sqs += tl.load(at + chunks, mask=chunk < many, other=0.0)
+        nonzeros += tl.load(at + 2 * chunks, mask=chunk < many, other=0.0)
+    w_sq = tl.sum(w_sqs)
+    u_sq = tl.sum(u_sqs)
+    nonzero = tl.sum(nonzeros)
+    tl.store(sums + i, w_sq)
+    tl.store(sums + n + i, u_sq)
+    tl.store(sums + 2 * n + i, nonzero)
+    ratio = 1.0
+    if ADAPTS:
+        if (w_sq > 0) & (u_sq > 0):
+            ratio = tl.sqrt_rn(w_sq) / tl.sqrt_rn(u_sq)
+        ratio = tl.minimum(tl.maximum(ratio, lowest), highest)
+        if nonzero == 0:
+            ratio = 0.0
+    if lr_at is not None:
+        lr = tl.load(lr_at)
+    step_size = lr * ratio
+    if finite is not None and tl.load(finite) == 0:
+        step_size = 0.0
+    tl.store(step_sizes + i, step_size)
 
 
 @triton.jit
-def _descend(
+def _apply_update(
     w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK: tl.constexpr, WHOLE: tl.constexpr
 ):
     offsets = tl.arange(0, CHUNK)
@@ -402,16 +462,14 @@ def _descend(
     _store(w_at, offsets, size, w.to(w_at.dtype.element_ty), WHOLE)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "owners", "start", "first", "n", "chunks", "finite", "corrections", "step_sizes"]
-)
+@triton.jit(do_not_specialize=["rows", "owners", "n", "finite", "corrections", "step_sizes"])
 def _second_visit(
-    rows, owners, start, first, n, chunks, finite, corrections, step_sizes, eps, weight_decay,
+    rows, owners, n, finite, corrections, step_sizes, eps, weight_decay,
     W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     if finite is not None and tl.load(finite) == 0:
         return
-    chunk = first + chunks - 1 - tl.program_id(0)
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     owner = tl.load(owners + chunk)
     row = rows + owner.to(tl.int64) * _COLUMNS
     begin = (chunk - tl.load(row + _FIRST)) * CHUNK
@@ -419,12 +477,12 @@ def _second_visit(
     w_at = _where(row, _W, begin, W, ALIGNED)
     m_at = _where(row, _M, begin, tl.float32, ALIGNED)
     v_at = _where(row, _V, begin, tl.float32, ALIGNED)
-    inverse1 = tl.load(corrections + owner - start)
-    inverse2 = tl.load(corrections + n + owner - start)
-    step_size = tl.load(step_sizes + owner - start)
+    inverse1 = tl.load(corrections + owner)
+    inverse2 = tl.load(corrections + n + owner)
+    step_size = tl.load(step_sizes + owner)
     if step_size == 0:  # eps may be 0, and u no number
         return
     if size >= CHUNK:
-        _descend(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, True)
+        _apply_update(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, True)
     else:
-        _descend(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, False)
+        _apply_update(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, False)

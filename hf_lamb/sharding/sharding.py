@@ -247,19 +247,23 @@ class Sharding:
 
         Args:
             buckets: the pieces that are here.
-            squares: of the n-th bucket, the squared norm of each gradient. Not called where the runtime has the norm.
+            squares: of the n-th bucket, the squared norms of its gradients or of their parts. Not called where the
+                runtime has the norm.
             device: where the result is wanted.
         """
         known = self.runtime.gradient_norm_sq(device) if self.runtime is not None else None
         if known is not None:
             return known
         parts = {cut.reductions: torch.zeros(1, dtype=cut.dtype, device=device) for cut in self.cuts}
-        parts[()] = torch.zeros(1, device=device)
+        of_whole = [torch.zeros(1, device=device)] if not buckets or self.cuts else []
         for number, bucket in enumerate(buckets):
-            reductions = self._reductions(bucket)
-            squared = squares(number).sum().to(device)
-            parts[reductions] = parts[reductions] + squared.reshape(1)  # 0-dim, it would not promote
-        norm_sq = torch.cat(list(sum_over_processes(parts).values())).sum()
+            squared = squares(number).to(device)
+            if bucket.cut is None:
+                of_whole.append(squared)
+            else:
+                reductions = self._reductions(bucket)
+                parts[reductions] = parts[reductions] + squared.sum().reshape(1)  # 0-dim, it would not promote
+        norm_sq = torch.cat([*of_whole, *sum_over_processes(parts).values()]).sum()
         if self.peer_group is not None:
             # In one dtype whatever this process has: others have other parameters.
             norm_sq = sum_over_processes({(self.peer_group,): norm_sq.double()})[(self.peer_group,)]
