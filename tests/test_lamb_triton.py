@@ -40,13 +40,12 @@ SHAPES = [(), (1,), (0,), (2, 0, 3), (7,), (64, 8), (3, 411), (1, 513)]
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The backend, for CPU tensors too: several parts, of them several of several chunks, and sums of several."""
+    """The backend, for CPU tensors too: tensors of several chunks, and sums of several."""
     from hf_lamb.backends import triton
 
     monkeypatch.setattr(triton, "CHUNK", 512)
-    monkeypatch.setattr(triton, "PART", 1024)
     monkeypatch.setattr(triton, "_AT_ONCE", 2)
-    monkeypatch.setattr(backends, "fused_kind", lambda device: triton.Triton)
+    monkeypatch.setattr(backends, "fused_kinds", lambda device: (triton.Triton,))
     monkeypatch.setattr("triton.runtime.interpreter._convert_float", _rounded)
     return triton
 
@@ -200,7 +199,6 @@ def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType
     ]
     for key, bucket in enumerate((of_whole, *shards)):
         bucket.key = key
-        backend.prepare(bucket)
     for _ in range(3):
         whole_sums, held = backend.direction(of_whole)
         step_sizes = 0.1 * (whole_sums[Sum.WEIGHT_SQ] / whole_sums[Sum.UPDATE_SQ]).sqrt()
@@ -213,40 +211,26 @@ def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType
             assert torch.equal(w, torch.cat(parts))  # elementwise the same arithmetic
 
 
-def test_launches_grow_with_the_elements_and_not_with_the_tensors(launches: list, kernels: ModuleType) -> None:
-    def kernels_launched(shapes: list[int]) -> list[str]:
+def test_launches_do_not_grow_with_the_elements_or_the_tensors(launches: list, kernels: ModuleType) -> None:
+    def kernels_launched(shapes: list[int], **options: Any) -> list[str]:
         params = [torch.ones(shape) for shape in shapes]
         for param in params:
             param.grad = torch.ones_like(param)
         launches.clear()
-        Lamb(params, fused=True).step()
+        Lamb(params, fused=True, **options).step()
         return [kernel for kernel, _ in launches]
 
-    part = ["_advance", "_first_visit", "_sum", "_second_visit"]
-    assert kernels_launched([kernels.PART]) == part
-    assert kernels_launched([kernels.PART // 32] * 32) == part
-    assert kernels_launched([kernels.PART] * 3) == 3 * part
-    assert kernels_launched([0, 0]) == ["_advance", "_sum"]  # t moves without elements
-
-
-def test_bits_do_not_depend_on_the_parts(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks and the order of their sums are each tensor's own."""
-    results = []
-    for part in (1024, 1 << 20):
-        monkeypatch.setattr(kernels, "PART", part)
-        rng = np.random.default_rng(6)
-        params = float32_params(rng, SHAPES)
-        optimizer = Lamb(params, fused=True)
-        for _ in range(2):
-            give_gradients(params, rng)
-            optimizer.step()
-        results.append(params)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    step = ["_square_gradients", "_advance", "_first_visit", "_finish", "_second_visit"]
+    assert kernels_launched([1000]) == step
+    assert kernels_launched([30] * 32) == step
+    assert kernels_launched([4000] * 3, max_grad_norm=1.0) == step
+    assert kernels_launched([4000] * 3, skip_nonfinite=False) == step[1:]
+    assert kernels_launched([0, 0], skip_nonfinite=False) == ["_advance", "_finish"]  # t moves without elements
 
 
 def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last chunk of a tensor of 2**31 + 600 elements, of which only that chunk is there."""
-    monkeypatch.setattr(kernels, "_sum", None)
+    monkeypatch.setattr(kernels, "_finish", None)
     launch = kernels._launch
     monkeypatch.setattr(kernels, "_launch", lambda kernel, *a, **k: kernel and launch(kernel, *a, **k))
     begin, size = 2**31 + 512, 88
@@ -255,15 +239,12 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
     # As if each tensor had begun that much earlier.
     table = kernels.table_of(here, None)
     table.rows[0, :4] -= 4 * begin
-    table.rows[0, 5] = begin + size
-    table.owners = torch.zeros(chunk + 1, dtype=torch.int32)
-    table.first_chunks = [chunk, chunk + 1]  # of which one is launched
+    table.rows[0, 5:] = torch.tensor([begin + size, -chunk])  # the one chunk that is launched is the last
     for bucket, table_of in ((here, lambda bucket, known: table), (alone, kernels.table_of)):
         backend = kernels.Triton()
         with monkeypatch.context() as patched:
             patched.setattr(kernels, "table_of", table_of)
-            backend.prepare(bucket)
-        _, held = backend.direction(bucket)
+            _, held = backend.direction(bucket)
         backend.apply(bucket, held, torch.tensor([0.1]))
     for tensors in ("params", "exp_avgs", "exp_avg_sqs"):
         assert torch.equal(getattr(here, tensors)[0], getattr(alone, tensors)[0])
@@ -287,10 +268,10 @@ def test_a_table_is_made_anew_only_when_a_tensor_moved(kernels: ModuleType) -> N
 
 @pytest.fixture
 def fused(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`fused_kind` itself again."""
+    """`fused_kinds` itself again."""
     monkeypatch.undo()
     backends.triton_kind.cache_clear()
-    yield backends.fused_kind
+    yield backends.fused_kinds
     backends.triton_kind.cache_clear()
 
 
@@ -329,7 +310,7 @@ def test_without_triton_it_is_foreach(fused: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(hf_lamb.backends, "triton")
     monkeypatch.delitem(sys.modules, "hf_lamb.backends.triton")
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert fused(torch.device("cuda")) is None
+    assert fused(torch.device("cuda")) == ()
 
 
 def test_where_triton_does_not_run_it_is_foreach_with_the_reason(
@@ -342,8 +323,8 @@ def test_where_triton_does_not_run_it_is_foreach_with_the_reason(
 
     monkeypatch.setattr(kernels, "check", no_compiler)
     with pytest.warns(UserWarning, match="no fused kernels on cuda, but foreach: Failed to find C compiler"):
-        assert fused(torch.device("cuda")) is None
-    assert fused(torch.device("cuda")) is None  # says so once
+        assert fused(torch.device("cuda")) == ()
+    assert fused(torch.device("cuda")) == ()  # says so once
 
 
 def test_kernels_that_compute_something_else_are_not_used(

@@ -17,9 +17,10 @@ from recipes.lib.report import no_options
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
-    **dict.fromkeys(["start", "first", "n", "chunks", "size_of_chunk"], "i32"),
-    **dict.fromkeys(["log_beta1", "log_beta2", "beta1", "rest1", "beta2", "rest2", "eps", "weight_decay"], "fp32"),
-    **dict.fromkeys(["clip_factor", "corrections", "of_chunks", "sums", "step_sizes"], "*fp32"),
+    **dict.fromkeys(["n", "chunks", "size_of_chunk"], "i32"),
+    **dict.fromkeys(["log_beta1", "log_beta2", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2"], "fp32"),
+    **dict.fromkeys(["eps", "weight_decay", "lr", "lowest", "highest"], "fp32"),
+    **dict.fromkeys(["clip_factor", "corrections", "of_chunks", "sums", "step_sizes", "lr_at"], "*fp32"),
     **{"rows": "*i64", "owners": "*i32", "finite": "*u1"},
 }
 
@@ -35,8 +36,12 @@ def compiled(kernel: Any, **constants: Any) -> str:
 def main() -> None:
     ptx = {
         "_advance": compiled(kernels._advance, BIAS_CORRECTION=True, BLOCK=kernels._AT_ONCE),
-        "_sum": compiled(kernels._sum, BLOCK=kernels._AT_ONCE),
+        "_finish": compiled(kernels._finish, ADAPTS=True, BLOCK=kernels._AT_ONCE),
+        "_finish bare": compiled(kernels._finish, ADAPTS=False, BLOCK=kernels._AT_ONCE, finite=None, lr_at=None),
     }
+    for g in (tl.float32, tl.bfloat16, tl.float16):
+        square = {"G": g, "ALIGNED": True, "CHUNK": kernels.CHUNK}
+        ptx[f"_square_gradients {g}"] = compiled(kernels._square_gradients, **square)
     for w, g in [(tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float16, tl.float16)]:
         visit = {"W": w, "ALIGNED": True, "CHUNK": kernels.CHUNK}
         ptx[f"_first_visit {w} {g}"] = compiled(kernels._first_visit, G=g, MAXIMIZE=False, **visit)
