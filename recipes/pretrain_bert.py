@@ -14,9 +14,8 @@ import math
 import os
 import sys
 import time
-from argparse import ArgumentParser
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,11 +43,11 @@ from hf_lamb import (
     trust_ratio_history,
     trust_ratio_warnings,
 )
+from hf_lamb.plan import PLANS, Plan, read_plan
 from hf_lamb.registration import options_of
 from recipes.lib.bert import new_bert
 from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback
-from recipes.lib.options import parse_options
-from recipes.lib.plans import read_plan
+from recipes.lib.options import checked_options, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -63,8 +62,8 @@ from recipes.lib.processes import (
 from recipes.lib.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
-# ALBERT's published LAMB settings; large: the paper's 32k row, whose epochs but the last tenth have 128 tokens. Both
-# want a corpus of their own. The small ones were tried on the embedded corpus; smoke learns next to nothing.
+# ALBERT's published LAMB settings, whose rate and length are not those of the plan paper-4k. base and large want a
+# corpus of their own. The small ones were tried on the embedded corpus; smoke learns next to nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smoke": dict(max_seq_length=32, global_batch_size=32, max_steps=30, warmup_steps=3, learning_rate=2e-2),
     "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=2400, warmup_steps=240, learning_rate=1e-2),
@@ -72,9 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "base": dict(
         max_seq_length=512, global_batch_size=4096, max_steps=125_000, warmup_steps=3125, learning_rate=1.76e-3
     ),
-    "large": dict(
-        max_seq_length=128, global_batch_size=32_768, max_steps=15_625, warmup_steps=3125, learning_rate=5e-3
-    ),
+    "large": PLANS["paper-32k"].phases[0].options,
 }
 # A LAMB step is lr times the weights' norm, so at BERT's initial standard deviation of 0.02 to 0.05 AdamW's
 # corresponding rate is that much smaller.
@@ -145,8 +142,8 @@ class RunFacts(TrainerCallback, ExportableState):
 
 
 @dataclass
-class Phase:
-    """A run with one sequence length, batch and schedule; most runs have one."""
+class PhaseRun:
+    """The training of one phase of a plan; most runs have one."""
 
     recipe: RecipeArguments
     args: LambTrainingArguments
@@ -163,7 +160,7 @@ def main() -> None:
 
     A plan of several phases has a folder for each: `phase-1`, `phase-2`.
     """
-    phases: list[Phase] = []
+    phases: list[PhaseRun] = []
     with ExitStack() as until_the_end:
         try:
             phases = parse_phases()
@@ -191,7 +188,7 @@ def main() -> None:
             interrupted(phases)
 
 
-def interrupted(phases: list[Phase]) -> NoReturn:
+def interrupted(phases: list[PhaseRun]) -> NoReturn:
     """End after Ctrl-C with one line that says how to go on."""
     newest = [newest_complete_checkpoint(phase.args.output_dir) for phase in phases]
     line = "interrupted before the first checkpoint: start it again"
@@ -203,7 +200,7 @@ def interrupted(phases: list[Phase]) -> NoReturn:
     sys.exit(130)
 
 
-def in_words_finished(phases: list[Phase]) -> str:
+def in_words_finished(phases: list[PhaseRun]) -> str:
     """Where nothing is left to do."""
     folder = phases[0].args.output_dir
     if len(phases) > 1:
@@ -214,7 +211,7 @@ def in_words_finished(phases: list[Phase]) -> str:
     )
 
 
-def pretrain(phase: Phase) -> LambTrainer:
+def pretrain(phase: PhaseRun) -> LambTrainer:
     """One phase: its line of results is the last thing that it writes."""
     recipe, args, data = phase.recipe, phase.args, phase.data
     assert data is not None
@@ -280,18 +277,20 @@ def card_of(corpus: list[str]) -> dict[str, Any]:
     return {"dataset": [item if not os.path.exists(item) else Path(item).name for item in corpus]}
 
 
-def parse_phases(argv: list[str] | None = None) -> list[Phase]:
+def parse_phases(argv: list[str] | None = None) -> list[PhaseRun]:
     """The command line; with --plan a phase for each of the plan's, in folders of their own.
 
-    Raises ValueError for what `parse` and `read_plan` refuse, and for phases that cannot follow each other.
+    Raises ValueError for what `read_plan`, `checked_options` and `parse` refuse, and for phases that cannot follow one
+    another.
     """
     argv = sys.argv[1:] if argv is None else argv
-    known = {f.name for cls in (RecipeArguments, LambTrainingArguments) for f in fields(cls) if f.init} - NOT_IN_PLANS
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--plan")
-    path = early.parse_known_args(argv)[0].plan
-    lines = [[]] if path is None else read_plan(path, known)
-    phases = [Phase(*parse([*words, *argv]), number, len(lines)) for number, words in enumerate(lines, 1)]
+    path = parser_of(add_help=False).parse_known_args(argv)[0].plan
+    plan = Plan() if path is None else read_plan(path)
+    try:
+        planned = [checked_options(parser_of(), plan.options_of(phase), NOT_IN_PLANS) for phase in plan.phases]
+    except ValueError as error:
+        raise ValueError(f"--plan {path}: {error}") from None
+    phases = [PhaseRun(*parse(argv, options), number, len(planned)) for number, options in enumerate(planned, 1)]
     first, *later = phases
     for phase in later:
         for name in SAME_IN_ALL_PHASES:
@@ -302,7 +301,7 @@ def parse_phases(argv: list[str] | None = None) -> list[Phase]:
                 )
     if later and any(phase.args.save_strategy == "no" for phase in phases):
         raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before")
-    check_size(path, lines[0], first.recipe.size)
+    check_size(path, planned[0], first.recipe.size)
     folder = first.args.output_dir
     for phase in phases:
         phase.longest_sequence = max(phase.recipe.max_seq_length for phase in phases)
@@ -314,16 +313,16 @@ def parse_phases(argv: list[str] | None = None) -> list[Phase]:
     return phases
 
 
-def check_size(path: str | None, words: list[str], size: str) -> None:
+def check_size(path: str | None, options: dict[str, Any], size: str) -> None:
     """Raise for a plan for another model: its rates and batches say nothing about this one."""
-    if "--size" in words and (planned := words[words.index("--size") + 1]) != size:
+    if (planned := options.get("size", size)) != size:
         raise ValueError(
             f"--plan {path} is for --size {planned}, not {size}: leave --size out, or write size: {size} there "
             "if its batches and rates are meant for that"
         )
 
 
-def unfinished(phases: list[Phase]) -> list[Phase]:
+def unfinished(phases: list[PhaseRun]) -> list[PhaseRun]:
     """The phases that are still to do; the first of them goes on from a checkpoint where it has one.
 
     Raises ValueError for what `checkpoint_to_resume` refuses.
@@ -349,7 +348,7 @@ def unfinished(phases: list[Phase]) -> list[Phase]:
     return todo
 
 
-def is_finished(phase: Phase) -> bool:
+def is_finished(phase: PhaseRun) -> bool:
     """Whether the checkpoint is the last one of this run, and its results are written."""
     results = Path(phase.args.output_dir, "results.jsonl")
     if phase.checkpoint is None or not results.exists():
@@ -362,12 +361,12 @@ def is_finished(phase: Phase) -> bool:
     return state["global_step"] >= steps and any(line.get("steps") == state["global_step"] for line in written)
 
 
-def newest_of_the_phase_before(phase: Phase) -> str | None:
+def newest_of_the_phase_before(phase: PhaseRun) -> str | None:
     """Whose tokenizer is this phase's, too."""
     return newest_complete_checkpoint(phase.previous_dir) if phase.previous_dir is not None else None
 
 
-def last_checkpoint(phase: Phase) -> str:
+def last_checkpoint(phase: PhaseRun) -> str:
     """The checkpoint that the phase before has ended with."""
     assert phase.previous_dir is not None
     newest = newest_complete_checkpoint(phase.previous_dir)
@@ -382,12 +381,18 @@ def last_checkpoint(phase: Phase) -> str:
     return newest
 
 
-def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:
-    """The command line, with defaults that follow the size, the optimizer and this machine.
+def parse(
+    argv: list[str] | None = None, planned: dict[str, Any] | None = None
+) -> tuple[RecipeArguments, LambTrainingArguments]:
+    """The command line, with defaults that a plan gives, or that follow the size, the optimizer and this machine.
+
+    planned: the options of a plan, as `checked_options` returns them.
 
     Raises ValueError for a global batch that the processes and micro-batches cannot make up.
     """
-    early, _ = parser_of(add_help=False).parse_known_args(argv)
+    early_parser = parser_of(add_help=False)
+    early_parser.set_defaults(**planned or {})
+    early, _ = early_parser.parse_known_args(argv)
     defaults = dict(DEFAULTS[early.size])
     defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
     if early.base_learning_rate is not None:
@@ -412,6 +417,7 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
         use_cpu=not torch.accelerator.is_available(),
     )
+    parser.set_defaults(**planned or {})
     recipe, args = parse_options(parser, argv)
     check_numbers(recipe, args)
     check_connected(args.world_size)
@@ -509,7 +515,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(phase: Phase, trainer: LambTrainer, data: Data) -> str:
+def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
     """Before the run: what is about to happen."""
     recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
@@ -534,7 +540,7 @@ def describe(phase: Phase, trainer: LambTrainer, data: Data) -> str:
 
 
 def result(
-    phase: Phase,
+    phase: PhaseRun,
     trainer: LambTrainer,
     data: Data,
     metrics: dict[str, float],
