@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
     from transformers.trainer_optimizer import OptimizerContext
 
-__all__ = ["parse_optim_args", "register"]
+__all__ = ["options_of", "parse_optim_args", "register"]
 
 logger = logging.getLogger(__name__)
 _warn_once = cache(logger.warning)

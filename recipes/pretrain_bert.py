@@ -40,11 +40,11 @@ from hf_lamb import (
     newest_complete_checkpoint,
     noise_scale_in_words,
     options_in_force,
+    options_of,
     trust_ratio_history,
     trust_ratio_warnings,
 )
 from hf_lamb.plan import PLANS, Plan, read_plan
-from hf_lamb.registration import options_of
 from recipes.lib.bert import new_bert
 from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback
 from recipes.lib.options import checked_options, parse_options

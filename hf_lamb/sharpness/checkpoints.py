@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModel
 
 from hf_lamb.sharpness.objective import fixed_batches
 
+__all__ = ["check_one_tokenizer", "has_tokenizer", "load_batches", "load_model", "one_tokenizer"]
+
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
     """The model of a checkpoint that `save_pretrained` or Trainer wrote, in float32 and eval mode.

@@ -11,6 +11,17 @@ from hf_lamb.sharpness.paths import Point
 if TYPE_CHECKING:
     from hf_lamb.sharpness.compare import Comparison
 
+__all__ = [
+    "BLUE",
+    "ORANGE",
+    "draw_against_loss",
+    "draw_path",
+    "plot_comparison_against_loss",
+    "plot_layers",
+    "plot_path",
+    "require_matplotlib",
+]
+
 BLUE, ORANGE = "#2066a8", "#d1661f"
 
 

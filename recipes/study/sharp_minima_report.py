@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from hf_lamb.sharpness.paths import Point
+from hf_lamb.sharpness import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
 from recipes.lib.report import replacing
 from recipes.study import html_report
