@@ -24,7 +24,7 @@ from recipes.lib.images import Images, Split, load_images
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
 from recipes.lib.options import parse_options
 from recipes.study.lstm_report import FIRST_RATES, search_of, write_report
-from recipes.study.sweep import Record, Study, Trial, shuffled
+from recipes.study.sweep import Record, Study, Trial, check_over_batch_sizes, shuffled
 from recipes.study.workers import complete
 
 
@@ -81,16 +81,8 @@ def main() -> None:
 
 def check(arguments: LstmArguments, data: Split) -> None:
     """Raise ValueError for options that would fail later, or compare nothing."""
-    if unknown := [o for o in arguments.optimizers if o not in FIRST_RATES]:
-        raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(FIRST_RATES)}")
-    for option in ("epochs", "hidden_size", "micro_batch_size", "evaluations"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
-    if arguments.seeds < 2:
-        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
+    check_over_batch_sizes(arguments, FIRST_RATES, ("epochs", "hidden_size", "micro_batch_size", "evaluations"))
     sizes = arguments.batch_sizes or []
-    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
-        raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
     if max(sizes) > len(data.train):
         raise ValueError(f"--batch_sizes {max(sizes)} is more than the {len(data.train)} training images: lower it")
     if (steps := arguments.epochs * len(data.train) // max(sizes)) < arguments.evaluations:

@@ -158,6 +158,24 @@ def over_batch_sizes(
     )
 
 
+def check_over_batch_sizes(arguments: Any, optimizers: Iterable[str], at_least_one: Iterable[str]) -> None:
+    """Raise ValueError for options of such a study that would fail later, or compare nothing.
+
+    optimizers: those that there are. at_least_one: the options whose numbers must be that.
+    """
+    known = list(optimizers)
+    if unknown := [o for o in arguments.optimizers if o not in known]:
+        raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(known)}")
+    for option in at_least_one:
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
+    if arguments.seeds < 2:
+        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
+    sizes = arguments.batch_sizes or []
+    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
+        raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
+
+
 def search_behind(records: Sequence[Record], search_of: Callable[..., Search]) -> Search:
     """The search that led to these records. search_of: takes optimizers, settings and the number of seeds."""
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
@@ -239,6 +257,11 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.sd:.3f}" if math.isfinite(self.mean) else "diverged"
+
+    @property
+    def per_cent(self) -> str:
+        """Where the values are in per cent."""
+        return f"{self.mean:.1f} ± {self.sd:.1f} %" if math.isfinite(self.mean) else "diverged"
 
 
 def spread(values: Sequence[float | None]) -> Spread:
