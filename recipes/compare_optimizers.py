@@ -68,8 +68,8 @@ class CompareArguments:
         default=TARGET_MARGIN,
         metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."},
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; report those that are there."})
 
 
 class Data(NamedTuple):
@@ -159,7 +159,7 @@ def load_data(arguments: CompareArguments, device: torch.device) -> Data:
 
 
 def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) -> Record:
-    """Train a BERT; what came out of it.
+    """Train a BERT and return the record of it.
 
     The seed decides the initial weights, the order of the data and the masks: the same for all optimizers, rates and
     batch sizes. Gradients are clipped to a global norm of 1.

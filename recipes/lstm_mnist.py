@@ -48,8 +48,8 @@ class LstmArguments:
     evaluations: int = field(default=10, metadata={"help": "Points of every learning curve."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights, except with Adam, which has none."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate, and of the untuned one."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; report those that are there."})
 
 
 def main() -> None:
@@ -118,7 +118,10 @@ class RowReader(nn.Module):
 
 
 def train_lstm(trial: Trial, say: Callable[[str], None], arguments: LstmArguments, data: Split) -> Record:
-    """Train an LSTM; its curves. The seed decides weights and order; gradients are clipped to a norm of 1."""
+    """Train an LSTM and return its curves.
+
+    The seed decides weights and order; gradients are clipped to a norm of 1.
+    """
     set_seed(trial.seed)
     device = data.train.labels.device
     model = RowReader(data.train.pixels.shape[2], arguments.hidden_size).to(device)

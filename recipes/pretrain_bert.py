@@ -85,7 +85,7 @@ SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus",
 
 @dataclass
 class RecipeArguments(PretrainingArguments):
-    """What is pretrained on what, and in which batches and phases; the rest is in `LambTrainingArguments`."""
+    """The recipe's own options: model, data, batches and phases. `LambTrainingArguments` has all others."""
 
     _argument_group_name = "this recipe's options"
 
@@ -106,15 +106,15 @@ class RecipeArguments(PretrainingArguments):
     carry_over: str = field(
         default="moments",
         metadata={
-            "help": "What a phase takes over from the one before: weights and moments, whose step count starts anew, "
-            "as NVIDIA does; the whole optimizer; weights only.",
+            "help": "What a phase takes over from the one before. moments: weights and moments, and the step count "
+            "starts anew, as NVIDIA does; optimizer: its step count too; weights: nothing else.",
             "choices": list(CARRY_OVER),
         },
     )
 
 
 class RunFacts(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint on what data, and for how many seconds, training has led there."""
+    """Records in every checkpoint which data the run has used, and for how many seconds it has trained."""
 
     def __init__(self, data: dict[str, Any] | None = None, seconds: float | None = 0.0) -> None:
         self.data, self.seconds, self._start = data, seconds, time.perf_counter()
@@ -122,11 +122,11 @@ class RunFacts(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # transformers expects it there, and a checkpoint of a stock Trainer has none.
+        # transformers expects an entry of this callback; a checkpoint of a plain Trainer has none.
         state.stateful_callbacks.setdefault("RunFacts", self.state())
 
     def elapsed(self) -> float | None:
-        """Seconds of training up to now, also before the run was resumed; None if the checkpoint did not say."""
+        """Seconds of training up to now, those before a resume included; None if the checkpoint does not say."""
         return None if self.seconds is None else self.seconds + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def interrupted(phases: list[PhaseRun]) -> NoReturn:
-    """End after Ctrl-C with one line that says how to go on."""
+    """End after Ctrl-C with one line that says how to continue."""
     newest = [newest_complete_checkpoint(phase.args.output_dir) for phase in phases]
     line = "interrupted before the first checkpoint: start it again"
     if any(newest):
@@ -201,7 +201,7 @@ def interrupted(phases: list[PhaseRun]) -> NoReturn:
 
 
 def in_words_finished(phases: list[PhaseRun]) -> str:
-    """Where nothing is left to do."""
+    """The message of a run that has nothing left to do."""
     folder = phases[0].args.output_dir
     if len(phases) > 1:
         return f"all {len(phases)} phases are finished, see {Path(folder).parent}"
@@ -212,7 +212,7 @@ def in_words_finished(phases: list[PhaseRun]) -> str:
 
 
 def pretrain(phase: PhaseRun) -> LambTrainer:
-    """One phase: its line of results is the last thing that it writes."""
+    """Train one phase. It writes its line of results last, so that the line means that the phase is complete."""
     recipe, args, data = phase.recipe, phase.args, phase.data
     assert data is not None
     before = RunFacts.of(phase.checkpoint)
@@ -300,7 +300,7 @@ def parse_phases(argv: list[str] | None = None) -> list[PhaseRun]:
                     f"--plan {path}: {name} is {other} in phase {phase.number} and {one} in phase 1: give it once"
                 )
     if later and any(phase.args.save_strategy == "no" for phase in phases):
-        raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before")
+        raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before: leave it out")
     check_size(path, planned[0], first.recipe.size)
     folder = first.args.output_dir
     for phase in phases:
@@ -362,21 +362,25 @@ def is_finished(phase: PhaseRun) -> bool:
 
 
 def newest_of_the_phase_before(phase: PhaseRun) -> str | None:
-    """Whose tokenizer is this phase's, too."""
+    """The newest checkpoint of the phase before, whose tokenizer is used in this phase too."""
     return newest_complete_checkpoint(phase.previous_dir) if phase.previous_dir is not None else None
 
 
 def last_checkpoint(phase: PhaseRun) -> str:
-    """The checkpoint that the phase before has ended with."""
+    """The checkpoint that the phase before ended with. Raises ValueError where it is not there."""
     assert phase.previous_dir is not None
     newest = newest_complete_checkpoint(phase.previous_dir)
     if newest is None:
-        raise ValueError(f"{phase.previous_dir} has no checkpoint for phase {phase.number} to begin with")
+        raise ValueError(
+            f"{phase.previous_dir} has no checkpoint for phase {phase.number} to begin with: restore the last one, or "
+            "delete the folder to train that phase again"
+        )
     state = json.loads(Path(newest, "trainer_state.json").read_text())
     if state["global_step"] < state["max_steps"]:
         raise ValueError(
-            f"{newest} is not the end of its phase ({state['global_step']} of {state['max_steps']} steps), from which "
-            f"phase {phase.number} begins"
+            f"{newest} is not the end of its phase ({state['global_step']} of {state['max_steps']} steps), with which "
+            f"phase {phase.number} begins: restore the last checkpoint, or delete results.jsonl beside it to train "
+            "the rest of that phase"
         )
     return newest
 
@@ -438,7 +442,11 @@ def parse(
 
 
 def parser_of(add_help: bool = True) -> HfArgumentParser:
-    """The options of the recipe first; without `add_help` for a first look, where None is what was not given."""
+    """The parser, whose help has the recipe's options first.
+
+    Without `add_help`, for a first look at the command line: numbers that other defaults follow from are None unless
+    they are given.
+    """
     parser = HfArgumentParser(
         (RecipeArguments, LambTrainingArguments),
         description=__doc__.splitlines()[0],
@@ -476,7 +484,7 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:
-    """Raise where a step would quietly get fewer sequences than asked for: Trainer ends a step with the epoch."""
+    """Raise where a step would get fewer sequences than asked for: Trainer ends a step at the end of an epoch."""
     if isinstance(data.train, MaskedBlocks) and len(data.train) < recipe.global_batch_size:
         raise ValueError(
             f"--global_batch_size {recipe.global_batch_size} is more than the corpus' {len(data.train)} training "
@@ -510,13 +518,13 @@ def checkpoint_to_resume(args: LambTrainingArguments) -> str | None:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the masked positions whose token was the first guess."""
+    """Share of the masked positions where the likeliest token is the right one."""
     masked = prediction.label_ids != IGNORED
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
 def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
-    """Before the run: what is about to happen."""
+    """What is printed before the training: model, data, batch, hardware, learning rate."""
     recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
     of_several = f"phase {phase.number} of {phase.of}: " if phase.of > 1 else ""
@@ -592,7 +600,7 @@ def result(
 
 
 def plain(value: Any) -> Any:
-    """In JSON's types: DeepSpeed and others keep objects of their own in an optimizer's groups."""
+    """The value in types that JSON has: DeepSpeed and others keep objects of their own in an optimizer's groups."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
@@ -611,7 +619,7 @@ def as_given(args: LambTrainingArguments, options: dict[str, Any]) -> bool:
 
 
 def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabulary: int) -> str:
-    """After the run: what came out, for people."""
+    """What is printed after the training: loss, accuracy, time, noise scale, files."""
     loss, unigram_loss, steps = record["held_out_loss"], record["unigram_loss"], record["steps"]
     verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
     if loss >= unigram_loss and steps < FEW_STEPS:

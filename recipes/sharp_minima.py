@@ -31,9 +31,9 @@ OUTPUT = Path("runs/sharp_minima")
 
 
 def main() -> None:
-    """Everything, and the report."""
+    """Run all parts and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="records, pictures and report")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs of part 1 at a time")
     options = parser.parse_args()
     try:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def everything(options: argparse.Namespace) -> None:
-    """All three parts."""
+    """The three parts, the records, the report."""
     start, keep = time.perf_counter(), partial(kept, options.output_dir / "parts")
 
     runs = digits.digits_runs(keep, options.processes)
@@ -67,7 +67,7 @@ def everything(options: argparse.Namespace) -> None:
 
 
 def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives, kept in a file, so that a recipe that was stopped goes on from there."""
+    """What `make` returned, kept in a file: a recipe that was stopped does not make it again."""
     path = folder / f"{name}.pt"
     if not path.exists():
         made = make()

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a line of results.jsonl, a picture, and a summary for people."""
+"""What a run writes: a line of results.jsonl, and pictures."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf
 
 
 def provenance() -> dict[str, Any]:
-    """When, with which command, on what hardware and with which versions; no path of this machine."""
+    """Time, command, hardware and versions of this run. The script is named by its module, not by its path."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
@@ -34,7 +34,7 @@ def hardware() -> str:
 
 
 def no_options(description: str) -> None:
-    """For programs that take none: `--help` says what they do, and does not do it."""
+    """The command line of a program without options: `--help` describes the program and does not run it."""
     argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 

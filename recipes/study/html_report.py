@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nobody for anything: styles and pictures are inside."""
+"""A report as one HTML file that loads nothing else: styles and pictures are inside."""
 
 import base64
 from collections.abc import Sequence
@@ -47,7 +47,8 @@ def write_study(
 ) -> str:
     """report.html of a study; returns the report for the terminal.
 
-    what: was run. outcome: header and rows of the table. notes: what to know of it. more: parts of the page only.
+    what: says what was run. outcome: header and rows of the table. notes: paragraphs below it. more: further parts of
+    the page.
     """
     commands = "; ".join(sorted({record["command"] for record in records}))
     parts = [paragraph(what), table(*outcome), *map(paragraph, notes), *more, paragraph(f"Commands: {commands}.")]

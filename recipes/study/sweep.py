@@ -2,7 +2,7 @@
 
 A study is a folder. Every finished trial is one line of its `trials.jsonl`, and what to run next is a function of
 these lines alone, so that a study goes on where it stopped. Any number of processes may work on a folder (accelerate
-gives each a device): each claims a trial with a file lock, which ends with the process that held it, however it ended.
+gives each a device): each claims a trial with a file lock, which ends with the process, also when that is killed.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ class Trial(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """What the search found for one optimizer in one setting."""
+    """The result of the search for one optimizer in one setting."""
 
     learning_rate: float
     objective: float  # of the tuning seed; inf where everything diverged
@@ -213,7 +213,7 @@ def shuffled(rows: int, wanted: int, seed: int) -> Tensor:
     return torch.cat(epochs)[:wanted]
 
 
-# -- what came out ----------------------------------------------------------------------------------------------------
+# -- the results ------------------------------------------------------------------------------------------------------
 
 
 def tuned(search: Search, records: Sequence[Record], optimizer: str, setting: Any) -> Tuned:
@@ -333,7 +333,7 @@ class Study:
                 bar.total, bar.n = self.search.expected(records), len(records)
                 bar.refresh()
                 if not self._run_one(trials, train, bar):
-                    time.sleep(0.2)  # others are at work on all that can be run now
+                    time.sleep(0.2)  # other processes are running all that can be run now
                 records = self.records()
             bar.total = bar.n = len(records)
         return records
@@ -361,7 +361,7 @@ class Study:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of this name, which the system takes back from a process that dies."""
+    """Hold the lock of this name, which the system releases when the process dies; yields whether it is held."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
