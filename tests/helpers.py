@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from recipes import pretrain_bert
-
 # Every backend, as the options of `Lamb` that choose it.
 BACKENDS = pytest.mark.parametrize(
     "backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["eager", "foreach", "fused"]
@@ -19,6 +17,8 @@ SMALL = ["--size", "smoke", "--use_cpu", "--max_steps", "8", "--global_batch_siz
 
 def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """The pretraining recipe in this process, as its command line would run it."""
+    from recipes import pretrain_bert  # here, so that tests of the optimizer alone need no transformers
+
     monkeypatch.setattr(sys, "argv", ["pretrain_bert", *arguments])
     pretrain_bert.main()
 
