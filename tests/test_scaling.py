@@ -173,7 +173,7 @@ def test_a_halved_micro_batch_gets_its_own_rate(schedule: dict[str, Any], tmp_pa
 
     run.training_step = training_step  # type: ignore[method-assign]
     run.train()
-    batch = run._train_batch_size
+    batch = run.state.train_batch_size
     assert batch < 64
     first = next(entry["learning_rate"] for entry in run.state.log_history if "loss" in entry)
     assert first == pytest.approx(4e-3 * math.sqrt(batch / 64))
