@@ -4,7 +4,6 @@ Run by tests/test_trainer.py on one process and, through torchrun, on several:
 python -m tests.scripts.split_batch {mlm,classification} PER_DEVICE_BATCH ACCUMULATION OUTPUT_DIR
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel, set_seed
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.lib.processes import leave_process_group
+from tests.scripts.scaffold import QUIET, write_and_leave
 
 VOCAB, LENGTH, ROWS, STEPS = 211, 24, 640, 50
 MODELS = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification}
@@ -81,10 +80,8 @@ def main(task: str, per_device_batch: int, accumulation: int, output: Path) -> N
         eval_strategy="steps",
         eval_steps=25,
         save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
         seed=7,
+        **QUIET,
     )
     trainer = LambTrainer(
         model=trained_model(task, output.parent / f"{task}-start"),
@@ -96,8 +93,7 @@ def main(task: str, per_device_batch: int, accumulation: int, output: Path) -> N
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         torch.save({n: p.detach() for n, p in trainer.model.named_parameters()}, output / "weights.pt")
-        (output / "log.json").write_text(json.dumps(trainer.state.log_history))
-    leave_process_group(trainer)
+    write_and_leave(trainer, output / "log.json", trainer.state.log_history)
 
 
 if __name__ == "__main__":
