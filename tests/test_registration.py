@@ -26,6 +26,7 @@ from transformers.training_args import OptimizerNames
 import hf_lamb
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups, registration
 from hf_lamb.registration import parse_optim_args, register
+from tests.helpers import one_line, says
 
 
 def python(program: str, *args: object) -> str:
@@ -208,10 +209,7 @@ def test_a_transformers_that_cannot_be_served_is_left_alone_with_one_warning(
     register()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == (
-        f'transformers 7.7 {reason}: optim="lamb" will not select hf_lamb\'s. Give it to the Trainer yourself: '
-        "Trainer(..., optimizer_cls_and_kwargs=(hf_lamb.Lamb, {'lr': ...}))"
-    )
+    says(record.getMessage(), f"{re.escape(f'transformers 7.7 {reason}')}.*optimizer_cls_and_kwargs=.*hf_lamb.Lamb")
     ours = [m for m in getattr(names, "OptimizerNames", ()) if "__reduce_ex__" in vars(m)]
     assert not ours
 
@@ -381,7 +379,7 @@ ALL = (
     ],
 )
 def test_bad_optim_args_are_refused_by_name_with_a_way_out(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(f'optim_args: {message}')}$"):
+    with one_line(ValueError, re.escape(f"optim_args: {message}")):
         parse_optim_args(text)
 
 
@@ -400,13 +398,13 @@ MALFORMED = [
 def test_the_stock_trainer_names_what_it_cannot_read(tmp_path: Path, model, optim: str, text, message: str) -> None:
     """It splits the text itself, before it looks for LAMB, with "not enough values to unpack" or an AttributeError."""
     trainer = Trainer(model, arguments(tmp_path, optim_args=text, optim=optim))
-    with pytest.raises(ValueError, match=f"^{re.escape(f'optim_args: {message}')}"):
+    with one_line(ValueError, re.escape(f"optim_args: {message}")):
         trainer.create_optimizer()
 
 
 @pytest.mark.parametrize(("text", "message"), MALFORMED)
 def test_lamb_training_arguments_name_it_before_anything_is_loaded(tmp_path: Path, text, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(f'optim_args: {message}')}"):
+    with one_line(ValueError, re.escape(f"optim_args: {message}")):
         LambTrainingArguments(str(tmp_path), optim_args=text)
 
 
