@@ -4,7 +4,9 @@ Run by tests/test_trainer.py on one process and, through torchrun, on several:
 python -m tests.scripts.split_batch {mlm,classification} PER_DEVICE_BATCH ACCUMULATION OUTPUT_DIR
 """
 
+import copy
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,9 +39,18 @@ class FixedRows(Dataset):
 
 
 def trained_model(task: str, checkpoint: Path) -> PreTrainedModel:
-    """The common starting point: a few steps of AdamW from weights that are zero nowhere (biases start at zero)."""
+    """The common starting point, read from `checkpoint`, or made and written there."""
     if checkpoint.exists():
         return MODELS[task].from_pretrained(checkpoint)
+    model = copy.deepcopy(_trained(task))
+    set_seed(0)  # the random numbers that follow do not depend on who has trained it
+    model.save_pretrained(checkpoint)
+    return model
+
+
+@cache
+def _trained(task: str) -> PreTrainedModel:
+    """A few steps of AdamW from weights that are zero nowhere (biases start at zero)."""
     set_seed(0)
     config = BertConfig(
         vocab_size=VOCAB,
@@ -63,7 +74,6 @@ def trained_model(task: str, checkpoint: Path) -> PreTrainedModel:
         model(input_ids=data.input_ids[rows], labels=data.labels[rows]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(checkpoint)
     return model
 
 
