@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["options_of", "parse_optim_args", "register"]
 
 logger = logging.getLogger(__name__)
-_warn_once = cache(logger.warning)
+warn_once = cache(logger.warning)
 
 
 # ---- The name -------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _add_handler(trainer_optimizer: ModuleType) -> None:
 
 def _refuse(reason: str) -> None:
     version = getattr(sys.modules.get("transformers"), "__version__", "")
-    _warn_once(
+    warn_once(
         f'transformers {version} {reason}: optim="lamb" will not select hf_lamb\'s. '
         "Give it to the Trainer yourself: Trainer(..., optimizer_cls_and_kwargs=(hf_lamb.Lamb, {'lr': ...}))"
     )
@@ -348,7 +348,7 @@ def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
         said += _doubts(fsdp1.unwrapped(ctx.model), args)
     if args.should_log:
         for line in said:
-            _warn_once(f'optim="lamb": {line}')
+            warn_once(f'optim="lamb": {line}')
     return (Lamb if ctx.model is None else _lamb_of(ctx.model, adapt_all)), kwargs
 
 

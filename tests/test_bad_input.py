@@ -32,18 +32,15 @@ import recipes.lib.corpus
 from hf_lamb import Lamb, LambTrainingArguments, convert_state_dict, lamb_param_groups, run
 from recipes.lib.report import append_json_line, plot_training
 from recipes.lib.tokenizer import load_or_train_tokenizer, train_tokenizer
-from tests.helpers import BACKENDS, SMALL, pretrain
+from tests.helpers import BACKENDS, SMALL, one_line, pretrain, says
 
 NAN = float("nan")
 
 
 def refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     """One line, of this type, with the value and the remedy."""
-    with pytest.raises(error) as caught:
+    with one_line(error, message):
         call()
-    line = str(caught.value)
-    assert "\n" not in line
-    assert re.search(message, line), line
 
 
 # -- options of Lamb ------------------------------------------------------------------------------------------------
@@ -719,8 +716,7 @@ def test_commands_of_the_recipe(
     else:
         line = str(stopped.value.code)
         assert line.startswith("pretrain_bert: ")
-    assert "\n" not in line
-    assert re.search(message, line), line
+    says(line, message)
     assert not list(output.rglob("*"))
     assert (files / "one.txt").read_bytes() == b"one document " * 500
 
@@ -774,8 +770,7 @@ def test_optimizer_files_that_a_run_cannot_go_on_from(
     arguments = ["--corpus", str(texts), "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(checkpoint)]
     with pytest.raises(SystemExit) as stopped:
         pretrain(monkeypatch, *SMALL, *arguments)
-    (line,) = str(stopped.value.code).splitlines()
-    assert re.search(f"^pretrain_bert: .*checkpoint-4.*{message}", line), line
+    says(str(stopped.value.code), f"^pretrain_bert: checkpoint-4.*{message}")
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
     assert not list(tmp_path.glob("results*"))
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments
 from recipes import pretrain_bert
@@ -45,12 +46,25 @@ def checkpoint_of(run: LambTrainer) -> str:
     return f"{run.args.output_dir}/checkpoint-4"
 
 
+class Begun(Exception):
+    pass
+
+
+class StopAtTheBeginning(TrainerCallback):
+    """Before the first step, when everything is prepared and loaded."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise Begun
+
+
 @pytest.mark.parametrize("carry_over", ["moments", "optimizer", "weights"])
 def test_what_the_next_phase_takes_over(carry_over: str, first: LambTrainer, tmp_path: Path) -> None:
     """Weights always; moments and step count as asked; rate, decay and schedule never."""
     second = trainer(tmp_path / "out", learning_rate=2e-3, weight_decay=0.1, warmup_steps=2)
     second.start_from(checkpoint_of(first), carry_over)
-    second._prepare_for_training(4, second.get_train_dataloader(), None)
+    second.add_callback(StopAtTheBeginning())
+    with pytest.raises(Begun):
+        second.train()
     assert [group["lr"] for group in second.optimizer.param_groups] == [0.0, 0.0]  # warm-up, step 0
     assert [group["initial_lr"] for group in second.optimizer.param_groups] == [2e-3, 2e-3]
     assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.1, 0.0]

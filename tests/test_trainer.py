@@ -644,7 +644,6 @@ def test_the_handler_warns_of_what_makes_lamb_wrong_or_pointless(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Under any Trainer: an inflated loss (not under LambTrainer, which puts it right), low-precision weights."""
-    registration._warn_once.cache_clear()
     model = split_batch.trained_model("mlm", tmp_path / "start").to(dtype)
     data = split_batch.FixedRows("mlm", 16, seed=0)
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, Training
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, options_in_force, registration
+from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, options_in_force
 from hf_lamb.trainer import deepspeed
 from tests.scripts import split_batch
 
@@ -154,7 +154,6 @@ def test_epsilon_is_the_optimizers_unless_somebody_chose_one(
     options: dict[str, Any], eps: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And nothing is said of it: LambTrainingArguments know a default from a choice. Also read back from JSON."""
-    registration._warn_once.cache_clear()
     args = arguments(tmp_path, **options)
     for given in (args, from_json(args, tmp_path)):
         run = trainer(tmp_path, given)
