@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_lamb.files import replacing
-from hf_lamb.scaling import near, norm_growth, norm_growth_warning, scaled_learning_rate
+from hf_lamb.files import atomic_write
+from hf_lamb.scaling import did_you_mean, norm_growth, norm_growth_warning, scaled_learning_rate
 
 __all__ = ["PLANS", "Phase", "Plan", "plan_for_batch"]
 
@@ -162,7 +162,7 @@ def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt")
 def find_plan(name: str) -> Plan:
     """Raises ValueError, with the nearest name, for one that is not known."""
     if name not in PLANS:
-        raise ValueError(f"unknown plan {name!r}{near(name, PLANS)}: known are {', '.join(PLANS)}")
+        raise ValueError(f"unknown plan {name!r}{did_you_mean(name, PLANS)}: known are {', '.join(PLANS)}")
     return PLANS[name]
 
 
@@ -268,7 +268,7 @@ def names() -> str:
 def write(path: Path, text: str) -> None:
     """All of it or nothing."""
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(text)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error

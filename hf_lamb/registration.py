@@ -26,7 +26,7 @@ from torch import nn
 
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import split_by_adaptation
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 from hf_lamb.sharding import fsdp1
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
         if key in _SET_ELSEWHERE:
             raise ValueError(f"optim_args: {key} is not set here; {_SET_ELSEWHERE[key]}")
         if key not in _options():
-            hint = near(key.lower(), _options())
+            hint = did_you_mean(key.lower(), _options())
             raise ValueError(f"optim_args: unknown option {key!r}{hint}; LAMB has {', '.join(_options())}")
         if key in options:
             raise ValueError(f"optim_args: {key} is given twice")

@@ -13,7 +13,7 @@ __all__ = [
     "ScaledRate",
     "check_warmup",
     "decay_factor",
-    "near",
+    "did_you_mean",
     "norm_growth",
     "norm_growth_warning",
     "scaled_learning_rate",
@@ -53,7 +53,9 @@ def scaled_learning_rate(
         if size < 1:
             raise ValueError(f"{name} {size}: expected at least 1, in sequences per optimizer step")
     if rule not in RULES:
-        raise ValueError(f"learning_rate_scaling {rule!r}{near(rule, RULES)}: expected one of {', '.join(RULES)}")
+        raise ValueError(
+            f"learning_rate_scaling {rule!r}{did_you_mean(rule, RULES)}: expected one of {', '.join(RULES)}"
+        )
     rate = base_learning_rate * (batch_size / base_batch_size) ** RULES[rule]
     factor = {
         "sqrt": f" * sqrt({batch_size:,} / {base_batch_size:,})",
@@ -120,7 +122,7 @@ def norm_growth_warning(learning_rate: float, total_steps: int) -> str | None:
     )
 
 
-def near(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return " (did you mean NAME?)" where one of the names is close, else nothing."""
     found = get_close_matches(name, list(names), n=1)
     return f" (did you mean {found[0]}?)" if found else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lamb.files import replacing
+from hf_lamb.files import atomic_write
 from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness, layer_sharpness
 from hf_lamb.sharpness.flatness import epsilon_flatness
 from hf_lamb.sharpness.hessian import hessian_trace, lambda_max, weighted_trace
@@ -150,7 +150,7 @@ class Comparison:
             **pictures,
         }
         for name, write in writers.items():
-            with replacing(root / name) as unfinished:
+            with atomic_write(root / name) as unfinished:
                 write(unfinished)
         return [root / name for name in writers]
 

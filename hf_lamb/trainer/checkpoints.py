@@ -303,13 +303,13 @@ def find_fault(checkpoint: Path) -> str | None:
             return f"has no rng_state_{rank}.pth"
     for file in (file for pattern in READ_TO_RESUME for file in sorted(checkpoint.glob(pattern))):
         try:
-            open_briefly(file)
+            check_readable(file)
         except (OSError, ValueError, EOFError, UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
             return f"has a damaged {file.relative_to(checkpoint)} ({error})"
     return None
 
 
-def open_briefly(file: Path) -> None:
+def check_readable(file: Path) -> None:
     """Raise if a file is not what its suffix says, or shorter than its index."""
     if file.suffix == ".json":
         content = json.loads(file.read_bytes())
@@ -332,13 +332,13 @@ def open_briefly(file: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a complete checkpoint its name; what had the name goes when it has."""
-    write_through(staged)
+    fsync_tree(staged)
     if final.exists() or final.is_symlink():
         replaced = final.parent / REPLACED
         replaced.mkdir(exist_ok=True)  # what is open elsewhere cannot be deleted on some file systems
         move(final, replaced / final.name)
     move(staged, final)
-    write_through(final.parent, recurse=False)
+    fsync_tree(final.parent, recurse=False)
     tidy(final.parent)
 
 
@@ -353,7 +353,7 @@ def move(source: Path, target: Path) -> None:
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
-        write_through(target)
+        fsync_tree(target)
         shutil.rmtree(source) if source.is_dir() else source.unlink()
 
 
@@ -389,7 +389,7 @@ def tidy(folder: Path) -> None:
 
 def move_files(source: Path, target: Path) -> None:
     """Rename files into their place, over those that were there."""
-    write_through(source)
+    fsync_tree(source)
     for file in [path for path in source.rglob("*") if path.is_file()]:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -402,7 +402,7 @@ def move_files(source: Path, target: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
 
 
-def write_through(folder: Path, recurse: bool = True) -> None:
+def fsync_tree(folder: Path, recurse: bool = True) -> None:
     """Wait until a folder, and what is in it, is on the disk, so that no rename is there before what it names.
 
     Where a file system has no such thing, as many have none for folders, its answer is no failure to save.

@@ -56,7 +56,7 @@ def tied_heads_in_one_group(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def no_older_checkpoints() -> Iterator[None]:
+def force_current_dcp_format() -> Iterator[None]:
     """Let a process load a sharded FSDP1 optimizer of which it has no row of some tensor; `LambTrainer` does it.
 
     There the tensor is not in what torch 2.13 asks the checkpoint for, and so torch takes the checkpoint for one of

@@ -11,7 +11,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lamb._version import __version__
-from hf_lamb.files import replacing
+from hf_lamb.files import atomic_write
 from hf_lamb.trainer.callbacks import find_lamb
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = ["args_in_force", "complete_model_card", "options_in_force"]
 
 
 # What transformers writes of a model without a name, where it means the other.
-OF_NOTHING = "is a fine-tuned version of [](https://huggingface.co/)"
+EMPTY_BASE_MODEL = "is a fine-tuned version of [](https://huggingface.co/)"
 
 
 def options_in_force(optimizer: Any) -> dict[str, Any]:
@@ -59,14 +59,14 @@ def _plain(value: Any) -> Any:
 def complete_model_card(trainer: LambTrainer) -> None:
     """Add to the card that Trainer wrote what is known, and the section "Large batch" where the optimizer is LAMB."""
     card = Path(str(trainer.args.output_dir), "README.md")
-    text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
+    text = card.read_text(encoding="utf-8").replace(EMPTY_BASE_MODEL, "was trained from scratch")
     for heading, words in {**_known_sections(trainer), **trainer.card_sections}.items():
         text = text.replace(f"## {heading}\n\nMore information needed\n", f"## {heading}\n\n{words}\n")
     if total := _rows_in_words(trainer.train_dataset):
         text = text.replace(" on an unknown dataset.", f" on {total}.")
     if lines := _large_batch(trainer):
         text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
-    with replacing(card) as unfinished:
+    with atomic_write(card) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 from hf_lamb.trainer.checkpoints import check_checkpoint
 from hf_lamb.trainer.deepspeed import check_deepspeed_checkpoint
 
@@ -29,7 +29,7 @@ class PreviousPhase(NamedTuple):
     def check(self, trainer: LambTrainer) -> None:
         """Refuse what cannot be taken over, as far as it can be told before training starts."""
         if self.carry_over not in CARRY_OVER:
-            hint = near(self.carry_over, CARRY_OVER)
+            hint = did_you_mean(self.carry_over, CARRY_OVER)
             raise ValueError(f"carry_over {self.carry_over!r}{hint}: expected one of {', '.join(CARRY_OVER)}")
         if trainer.is_deepspeed_enabled:
             raise ValueError("start_from does not work under DeepSpeed: use DDP or FSDP2 for a run in two phases")

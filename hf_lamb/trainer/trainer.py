@@ -44,10 +44,10 @@ from hf_lamb.trainer.deepspeed import (
     stage_of,
 )
 from hf_lamb.trainer.fsdp import (
+    force_current_dcp_format,
     is_of_another_layout,
     load_model,
     load_optimizer,
-    no_older_checkpoints,
     refuse_local_checkpoints,
     tie,
     tied_heads_in_one_group,
@@ -205,7 +205,7 @@ class LambTrainer(Trainer):
                 load_optimizer(self.model, self.optimizer, Path(checkpoint))
                 self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
             else:
-                with no_older_checkpoints():
+                with force_current_dcp_format():
                     super()._load_optimizer_and_scheduler(checkpoint)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 
 
 def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -14,5 +14,5 @@ def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -
     if unknown:
         word = unknown[0].partition("=")[0]
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise ValueError(f"unknown option {word!r}{near(word, known)}: --help lists all")
+        raise ValueError(f"unknown option {word!r}{did_you_mean(word, known)}: --help lists all")
     return tuple(parsed)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 
 
 def read_plan(path: str, known: Iterable[str]) -> list[list[str]]:
@@ -33,7 +33,7 @@ def read_plan(path: str, known: Iterable[str]) -> list[list[str]]:
     known = list(known)
     for name in [name for options in (content, *phases) for name in options]:
         if name not in known:
-            raise ValueError(f"--plan {path}: unknown option {name!r}{near(str(name), known)}")
+            raise ValueError(f"--plan {path}: unknown option {name!r}{did_you_mean(str(name), known)}")
     return [_words(content | phase) for phase in phases]
 
 
