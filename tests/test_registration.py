@@ -556,7 +556,7 @@ def test_groups_without_names_or_with_too_many_are_never_mislabelled(model: Bert
     groups = lamb_param_groups(model)
     del groups[0]["params"][1]
     count = len(groups[0]["params"])
-    with pytest.raises(ValueError, match=f"has {count} parameters and {count + 1} param_names: leave out the same"):
+    with pytest.raises(ValueError, match=f"has {count} parameters and {count + 1} param_names: remove the same"):
         Lamb(groups)
 
 
