@@ -369,7 +369,7 @@ LOADED_ONLY = [
     (
         "AdamW's",
         lambda: stepped(torch.optim.AdamW).state_dict(),
-        "is an Adam's .its groups have amsgrad.*see hf_lamb.conv",
+        "convert_state_dict.* is an Adam's .its groups have",
     ),
     (
         "a group more",
