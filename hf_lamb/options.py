@@ -39,7 +39,7 @@ def check_options(options: dict[str, Any]) -> None:
         _check_number("max_trust_ratio", high, lambda x: x > 0.0, "None or a positive number")
     if low is not None and high is not None and low > high:
         raise ValueError(
-            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: swap them"
+            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: exchange them"
         )
     if max_grad_norm is not None:
         _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")

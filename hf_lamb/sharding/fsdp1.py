@@ -56,9 +56,9 @@ class FSDP1:
 def layouts(model: nn.Module) -> dict[Tensor, Layout]:
     """Return the layout of every tensor that FSDP1 gives to an optimizer of this model; empty without FSDP1.
 
-    With `use_orig_params=True` there is one tensor for each layer, with this process's shard of it. Otherwise there are
-    flat tensors, each with the shards of many layers. With HYBRID_SHARD the replicas have the same shards and the same
-    gradients, so the sums go over the processes of one replica. With NO_SHARD layers are whole.
+    With `use_orig_params=True` there is one tensor for each layer, with this process's shard of it. Otherwise there
+    are flat tensors, each with the shards of many layers. With HYBRID_SHARD the replicas have the same shards and the
+    same gradients, so the sums go over the processes of one replica. With NO_SHARD layers are whole.
 
     Raises:
         ShardingError: FSDP1 is combined with tensor parallelism; this version of torch has other private names.
