@@ -1,13 +1,13 @@
-"""Published large-batch plans as data, and what one of them, or one for your batch, means on your machine.
+"""Published large-batch plans as data: their schedule, time and memory on your devices, for their batch or yours.
 
-    python -m hf_lamb.plan                                          # the plans that are known by name
+    python -m hf_lamb.plan                                          # lists the plans
     python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
     python -m hf_lamb.plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
         --seconds_per_micro_batch 0.11 --parameters 336e6
 
-`--output` writes what `recipes.pretrain_bert --plan` takes. Time and memory are estimates: the time is that of the
-micro-batches alone, as you measured one (forward and backward) on one of your devices, divided perfectly; the memory
-is that of weights, gradients and two moments in float32, to which the activations of a micro-batch come.
+`--output` writes a YAML file for `recipes.pretrain_bert --plan`. Time and memory are estimates. The time counts the
+micro-batches only: measure one (forward and backward) on one of your devices; perfect scaling is assumed. The memory
+is that of weights, gradients and two moments in float32; add the activations of a micro-batch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ BYTES_PER_PARAMETER = 16  # float32: weight, gradient, two moments
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one sequence length, global batch and schedule.
+    """A part of a training run with one sequence length, global batch and schedule.
 
-    sequence_length: in tokens. global_batch_size: sequences in an optimizer step. learning_rate: the peak.
-    decay_power, decay_from_first_step: see `hf_lamb.scaling.decay_factor`. min_rate: in place of decay_power, a cosine
-    down to this share of the peak. from_memory: the fields that were not checked against the source.
+    Args:
+        sequence_length: in tokens.
+        global_batch_size: sequences per optimizer step.
+        steps: optimizer steps, warm-up included.
+        warmup_steps: optimizer steps of the linear warm-up.
+        learning_rate: the peak.
+        decay_power, decay_from_first_step: see `hf_lamb.scaling.decay_factor`. Defaults 1 and False.
+        min_rate: use a cosine down to this fraction of the peak instead of `decay_power`. Default None.
+        from_memory: names of the fields that were not checked against the source. Default none.
     """
 
     sequence_length: int
@@ -48,18 +54,22 @@ class Phase:
 
     @property
     def sequences(self) -> int:
-        """How many are seen."""
+        """The number of sequences that the phase trains on."""
         return self.steps * self.global_batch_size
 
     @property
     def decay(self) -> str:
-        """In words."""
+        """The decay in words, for the table."""
         if self.min_rate is not None:
             return f"cosine to {self.min_rate:.0%}"
         return f"(1 - t)^{self.decay_power:g}{' of all steps' if self.decay_from_first_step else ''}"
 
+    def starred(self, value: str, field: str) -> str:
+        """Return `value`, with a star if this field was not checked against the source."""
+        return f"{value}*" if field in self.from_memory else value
+
     def options(self) -> dict[str, str]:
-        """The options of `recipes.pretrain_bert` and `LambTrainingArguments` that say the same."""
+        """Return the same as options of `recipes.pretrain_bert` and `LambTrainingArguments`."""
         options = {
             "max_seq_length": f"{self.sequence_length}",
             "global_batch_size": f"{self.global_batch_size}",
@@ -72,12 +82,23 @@ class Phase:
             return options | cosine | {"lr_scheduler_kwargs": f'{{"min_lr_rate": {self.min_rate:g}}}'}
         if self.decay_power != 1 or self.decay_from_first_step:
             options["decay_power"] = f"{self.decay_power:g}"
-        return options | ({"decay_from_first_step": "True"} if self.decay_from_first_step else {})
+        if self.decay_from_first_step:
+            options["decay_from_first_step"] = "True"
+        return options
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Phases in their order, where they were published, and for which `--size` of `recipes.pretrain_bert`."""
+    """The phases of a published run in their order, with their source.
+
+    Args:
+        name: the name for `--plan`.
+        phases: one or more.
+        source: where the numbers come from.
+        size: the `--size` of `recipes.pretrain_bert`. Default "large".
+        weight_decay: λ. Default 0.01.
+        max_grad_norm: the norm that gradients are clipped to. Default 1.0.
+    """
 
     name: str
     phases: tuple[Phase, ...]
@@ -87,7 +108,7 @@ class Plan:
     max_grad_norm: float = 1.0
 
     def options(self) -> dict[str, str]:
-        """What all phases share, beside each `phase.options()`."""
+        """Return the options that all phases share; `phase.options()` has the others."""
         shared = {"weight_decay": f"{self.weight_decay:g}", "max_grad_norm": f"{self.max_grad_norm:g}"}
         return {"size": self.size, **shared}
 
@@ -96,7 +117,8 @@ _PAPER = "BERT-Large, You et al. 2020, https://arxiv.org/abs/1904.00962"
 
 
 def _paper(name: str, batch: int, steps: int, learning_rate: float, *from_memory: str) -> Plan:
-    # 3,125 steps are 1/320 of the 512 row's and 1/5 of the 32k row's. The last tenth of the epochs has 512 tokens.
+    # The warm-up of 3,125 steps is 1/320 of the steps of the 512 row and 1/5 of those of the 32k row. In the paper the
+    # last tenth of the epochs has sequences of 512 tokens.
     phase = Phase(128, batch, steps, 3125, learning_rate, from_memory=("sequence_length", *from_memory))
     return Plan(name, (phase,), f"{_PAPER}; the last tenth of the epochs with 512 tokens")
 
@@ -141,34 +163,43 @@ PLANS = {plan.name: plan for plan in _ALL_PLANS}
 
 
 def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt") -> Plan:
-    """The plan `base` (of one phase) at another batch: as many sequences, as many warm-up steps, the rate by `rule`.
+    """Scale a plan of one phase to another global batch, at the same number of sequences and of warm-up steps.
+
+    Args:
+        batch_size: the new global batch, in sequences per optimizer step.
+        base: the name of the plan to scale. Default "paper-32k".
+        rule: how the learning rate is scaled, see `hf_lamb.scaling.scaled_learning_rate`. Default "sqrt".
 
     Raises:
-        ValueError: a plan or rule that is not known, a plan of several phases, a batch below 1 or so large that the
-            warm-up would be longer than the run.
+        ValueError: the plan or the rule is unknown; the plan has several phases; the batch is below 1, or so large
+            that the warm-up would be longer than the run.
     """
     (phase,) = _single(find_plan(base)).phases
     scaled = scaled_learning_rate(phase.learning_rate, phase.global_batch_size, batch_size, rule)
     steps = round(phase.sequences / batch_size)
     if steps < phase.warmup_steps:
         raise ValueError(
-            f"global_batch_size {batch_size:,} leaves {steps:,} steps for {phase.sequences:,} sequences, fewer than "
-            f"the warm-up's {phase.warmup_steps:,}: lower it"
+            f"lower global_batch_size {batch_size:,}: with {phase.sequences:,} sequences it gives {steps:,} steps, "
+            f"fewer than the warm-up's {phase.warmup_steps:,}"
         )
     phase = replace(phase, global_batch_size=batch_size, steps=steps, learning_rate=scaled.learning_rate)
     return replace(PLANS[base], name=f"{base} at {batch_size:,}", phases=(phase,), source=scaled.why)
 
 
 def find_plan(name: str) -> Plan:
-    """Raises ValueError, with the nearest name, for one that is not known."""
+    """Return the plan with this name.
+
+    Raises:
+        ValueError: there is none; the message has the most similar name.
+    """
     if name not in PLANS:
-        raise ValueError(f"unknown plan {name!r}{did_you_mean(name, PLANS)}: known are {', '.join(PLANS)}")
+        raise ValueError(f"unknown plan {name!r}{did_you_mean(name, PLANS)}: expected one of {', '.join(PLANS)}")
     return PLANS[name]
 
 
 def _single(plan: Plan) -> Plan:
     if len(plan.phases) != 1:
-        raise ValueError(f"plan {plan.name} has {len(plan.phases)} phases: scale one that has one")
+        raise ValueError(f"plan {plan.name} has {len(plan.phases)} phases: choose a plan of one phase to scale")
     return plan
 
 
@@ -182,25 +213,40 @@ def table(
     seconds: Sequence[float] = (),
     parameters: float | None = None,
 ) -> str:
-    """A line for each phase; with a micro-batch for every phase also how they split, and with seconds how long it is.
+    """Return a table of a plan with one line for each phase, and its warnings.
+
+    Args:
+        plan: the plan.
+        gpus: number of data-parallel devices. Default 1.
+        micro_batches: sequences per device and micro-batch, one for each phase. Default: the table shows no
+            accumulation steps.
+        seconds: time of a micro-batch, forward and backward, one for each phase. Default: the table shows no time.
+        parameters: number of parameters of the model. Default: the table shows no memory.
 
     Raises:
-        ValueError: a micro-batch or time for some phases only; a batch that the GPUs and micro-batch cannot make up.
+        ValueError: there is not one micro-batch or time for every phase; a global batch is not a multiple of
+            micro-batch x GPUs.
     """
     for option, values in {"per_device_train_batch_size": micro_batches, "seconds_per_micro_batch": seconds}.items():
         if len(values) not in (0, len(plan.phases)):
-            raise ValueError(f"{option}: {len(values)} numbers for the {len(plan.phases)} phases of {plan.name}")
+            raise ValueError(
+                f"{option}: give {len(plan.phases)} numbers, one for each phase of {plan.name}, not {len(values)}"
+            )
     if seconds and not micro_batches:
         raise ValueError("seconds_per_micro_batch without per_device_train_batch_size: give both")
-    rows = [["sequence", "batch", "steps", "warm-up", "rate", "decay", "sequences", "tokens", "lr²T/3"]]
-    rows[0] += ["split (batch x accumulation x GPUs)"] * bool(micro_batches) + ["time"] * bool(seconds)
+    head = ["sequence", "batch", "steps", "warm-up", "rate", "decay", "sequences", "tokens", "lr²T/3"]
+    if micro_batches:
+        head.append("split (batch x accumulation x GPUs)")
+    if seconds:
+        head.append("time")
+    rows = [head]
     for i, phase in enumerate(plan.phases):
         row = [
-            f"{phase.sequence_length}{'*' * ('sequence_length' in phase.from_memory)}",
+            phase.starred(f"{phase.sequence_length}", "sequence_length"),
             f"{phase.global_batch_size:,}",
-            f"{phase.steps:,}{'*' * ('steps' in phase.from_memory)}",
-            f"{phase.warmup_steps:,}{'*' * ('warmup_steps' in phase.from_memory)}",
-            f"{phase.learning_rate:.4g}{'*' * ('learning_rate' in phase.from_memory)}",
+            phase.starred(f"{phase.steps:,}", "steps"),
+            phase.starred(f"{phase.warmup_steps:,}", "warmup_steps"),
+            phase.starred(f"{phase.learning_rate:.4g}", "learning_rate"),
             phase.decay,
             f"{phase.sequences / 1e6:.3g}M",
             f"{phase.sequences * phase.sequence_length / 1e9:.3g}G",
@@ -230,7 +276,7 @@ def table(
 
 
 def commands(plan: Plan) -> str:
-    """The options of `recipes.pretrain_bert` for every phase."""
+    """Return the options of `recipes.pretrain_bert`, one line for each phase."""
     lines = []
     for number, phase in enumerate(plan.phases, 1):
         words = [f"--{name} {_quoted(value)}" for name, value in (plan.options() | phase.options()).items()]
@@ -239,22 +285,21 @@ def commands(plan: Plan) -> str:
 
 
 def yaml_of(plan: Plan, micro_batches: Sequence[int] = ()) -> str:
-    """The same as YAML, for `recipes.pretrain_bert --plan`."""
+    """Return the options of all phases as YAML, for `recipes.pretrain_bert --plan`."""
     lines = [f"# {plan.name}", f"# source: {plan.source}"]
     lines += [f"{name}: {value}" for name, value in plan.options().items()]
     lines.append("phases:")
     for i, phase in enumerate(plan.phases):
         options = phase.options() | ({"per_device_train_batch_size": f"{micro_batches[i]}"} if micro_batches else {})
         unsure = {{"sequence_length": "max_seq_length", "steps": "max_steps"}.get(f, f) for f in phase.from_memory}
-        words = [
-            f"{name}: {value}{'  # from memory or by rule' * (name in unsure)}" for name, value in options.items()
-        ]
-        lines += [f"{'  ' if n else '- '}{line}" for n, line in enumerate(words)]
+        for n, (name, value) in enumerate(options.items()):
+            comment = "  # from memory or by rule" if name in unsure else ""
+            lines.append(f"{'  ' if n else '- '}{name}: {value}{comment}")
     return "\n".join(lines) + "\n"
 
 
 def names() -> str:
-    """All plans, a line each."""
+    """Return all plans, one line each."""
     lines = []
     for plan in PLANS.values():
         batches = ", then ".join(
@@ -266,13 +311,17 @@ def names() -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a plan completely or not at all.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     try:
         with atomic_write(path) as unfinished:
             unfinished.write_text(text)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
-        raise ValueError(f"--output {path} cannot be written ({why}): name another") from None
+        raise ValueError(f"--output {path} cannot be written ({why}): choose another file") from None
 
 
 def _accumulation(phase: Phase, micro_batch: int, gpus: int) -> int:
@@ -280,7 +329,7 @@ def _accumulation(phase: Phase, micro_batch: int, gpus: int) -> int:
     if micro_batch < 1 or gpus < 1 or phase.global_batch_size % at_once:
         raise ValueError(
             f"global_batch_size {phase.global_batch_size:,} is no multiple of {at_once} = {micro_batch} "
-            f"(per_device_train_batch_size) x {gpus} GPUs"
+            f"(per_device_train_batch_size) x {gpus} GPUs: change one of them"
         )
     return phase.global_batch_size // at_once
 
@@ -297,19 +346,21 @@ def _quoted(value: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         "python -m hf_lamb.plan", None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plan", help="A plan by name; with --global_batch_size, the one to scale (paper-32k).")
+    parser.add_argument("--plan", help="The plan's name; with --global_batch_size, the plan to scale (paper-32k).")
     parser.add_argument("--global_batch_size", type=int, help="Scale a plan of one phase to this batch.")
-    parser.add_argument("--learning_rate_scaling", default="sqrt", help="How its rate follows: sqrt, linear, none.")
+    parser.add_argument("--learning_rate_scaling", default="sqrt", help="Rule for its rate: sqrt, linear, none.")
     parser.add_argument("--gpus", type=int, default=1, help="Data-parallel devices.")
     parser.add_argument("--per_device_train_batch_size", type=int, nargs="+", default=[], help="For every phase.")
     parser.add_argument("--seconds_per_micro_batch", type=float, nargs="+", default=[], help="Measured, every phase.")
-    parser.add_argument("--parameters", type=float, help="Of the model, for the memory: 110e6, 336e6.")
-    parser.add_argument("--output", type=Path, help="Write the plan there, as YAML for recipes.pretrain_bert --plan.")
+    parser.add_argument("--parameters", type=float, help="The model's number of parameters, for the memory.")
+    parser.add_argument(
+        "--output", type=Path, help="Write the plan to this YAML file, for recipes.pretrain_bert --plan."
+    )
     args = parser.parse_args(argv)
     if args.plan is None and args.global_batch_size is None:
         sys.stdout.write(names() + "\n")

@@ -462,7 +462,7 @@ ARGUMENTS = [
     ({"optim_args": "max_trust_ratio=0"}, "Invalid max_trust_ratio: 0.0: expected None or a positive number"),
     (
         {"optim_args": "min_trust_ratio=2,max_trust_ratio=1"},
-        "min_trust_ratio 2.0 is above max_trust_ratio 1.0: turn them",
+        "min_trust_ratio 2.0 is above max_trust_ratio 1.0: exchange them",
     ),
     ({"optim_args": "foreach=1,fused=1"}, "optim_args: `fused` and `foreach` cannot be `True` together"),
     ({"optim_args": "trust_ratio=1"}, r"optim_args: unknown option 'trust_ratio' \(did you mean \w+_trust_ratio\?\)"),

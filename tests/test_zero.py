@@ -182,7 +182,7 @@ def test_refuses_weights_that_are_elsewhere(optimizer: Lamb, monkeypatch: pytest
     """Whatever the version: offsets that are read wrong, or weights that were loaded behind DeepSpeed's back."""
     engine = cardboard(monkeypatch, optimizer)
     engine.optimizer.round_robin_bit16_offsets = [[4, 0]]
-    with pytest.raises(ShardingError, match="load weights before.*weights of a are not where DeepSpeed"):
+    with pytest.raises(ShardingError, match=r"load weights before.*weights of a are not where DeepSpeed"):
         zero.layouts(engine, optimizer)
 
 

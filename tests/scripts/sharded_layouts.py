@@ -511,7 +511,7 @@ def check_fsdp1_refusals() -> None:
         optimizer.step()
     with (
         mock.patch.object(flat, "_param_extensions", [object(), None]),
-        pytest.raises(ShardingError, match="use FSDP2 with tensor parallelism.*weight, which tensor parallelism"),
+        pytest.raises(ShardingError, match=r"use FSDP2 with tensor parallelism.*weight, which tensor parallelism"),
     ):
         optimizer.attach(model)
     infos = flat._shard_param_infos
