@@ -168,7 +168,7 @@ def test_a_rate_that_is_too_high_is_said(capsys: pytest.CaptureFixture[str]) -> 
         ("--plan paper-32k --gpus 8 --per_device_train_batch_size 60", "32,768 is no multiple of 480 = 60"),
         (
             "--plan nvidia-bert-large --per_device_train_batch_size 64",
-            "give 2 numbers, one a phase of nvidia-bert-large, not 1",
+            "give 2 numbers, one for each phase of nvidia-bert-large, not 1",
         ),
         ("--plan paper-32k --seconds_per_micro_batch 1", "without per_device_train_batch_size: give both"),
         (

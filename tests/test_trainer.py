@@ -622,7 +622,7 @@ def test_a_run_that_only_skips_is_ended(tmp_path: Path) -> None:
     """Looked at when logging: 20 in a row raise, with the step and the remedy."""
     data = split_batch.FixedRows("mlm", 64, seed=0)
     run = trainer(Poisoned(10_000), data, tmp_path, max_steps=60, logging_steps=8, per_device_train_batch_size=2)
-    with pytest.raises(RuntimeError, match=r"the last 24 steps, up to step 24, were skipped.*resume from an earlier"):
+    with pytest.raises(RuntimeError, match=r"resume from an earlier.*the last 24 steps, up to step 24, were skipped"):
         run.train()
 
 
