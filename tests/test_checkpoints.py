@@ -469,7 +469,7 @@ def next_phase(run: LambTrainer, checkpoint: str) -> None:
 
 
 REFUSED_AT_ONCE = [
-    (deepspeed_marker, {}, "was written under DeepSpeed, which alone can read its optimizer's state"),
+    (deepspeed_marker, {}, "with the DeepSpeed configuration it was written with: only DeepSpeed can read its"),
     (other_shape, {}, r"is of another model: size mismatch for .*\(\[3, 5, 7\]\) in the checkpoint"),
     (adams_state, {}, "does not fit this run: it holds the state of another optimizer than LAMB"),
     (lambda _: None, {"optim": "adamw_torch"}, "does not fit this run: it holds the state of LAMB; resume with it"),
