@@ -66,7 +66,9 @@ def _convert(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: 
     unknown = state.keys() - {"step", "exp_avg", "exp_avg_sq"} - _DIAGNOSTICS
     missing = {"exp_avg", "exp_avg_sq"} - state.keys()
     if unknown or missing:
-        reason = next((_REASONS[key] for key in _REASONS if key in unknown), "start with fresh moments")
+        reason = next(
+            (_REASONS[key] for key in _REASONS if key in unknown), "start with fresh moments: this is no Adam's state"
+        )
         raise ValueError(f"convert_state_dict: {name} has {', '.join(sorted(map(str, state)))}: {reason}")
     step = state.get("step", group.get("step"))
     if step is None:

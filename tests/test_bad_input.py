@@ -389,7 +389,7 @@ LOADED_ONLY = [
     ),
 ]
 CONVERTED_ONLY = [
-    ("a moment less", lambda: changed(exp_avg_sq=...), "w has exp_avg, step: that is no state of an Adam"),
+    ("a moment less", lambda: changed(exp_avg_sq=...), "w has exp_avg, step: start with fresh moments"),
     (
         "no step",
         lambda: changed(step=...),

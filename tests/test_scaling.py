@@ -72,7 +72,7 @@ def test_the_warning_names_a_rate_that_keeps_to_the_budget() -> None:
     warning = scaling.norm_growth_warning(0.1, 1000)
     assert warning is not None
     assert "lr²T/3 = 3.3" in warning
-    assert "a rate of 0.042" in warning
+    assert "use at most 0.042" in warning
     assert scaling.norm_growth_warning(0.042, 1000) is None
 
 

@@ -149,7 +149,9 @@ class LossWeighting:
         return self._divided and not self._asked
 
     def compute(self, model: nn.Module, inputs: dict[str, Any], items_in_batch: Tensor | int) -> tuple[Tensor, Any]:
-        """Return the outputs after the micro-batch's part of the global batch's loss, mean * items / items_in_batch.
+        """Return the micro-batch's part of the global batch's mean loss, and the outputs.
+
+        The part is mean * items / items_in_batch.
 
         The loss is multiplied by the number of processes, because DDP and FSDP average gradients over them. In
         `training_step` it is also multiplied by the number of accumulation steps, because Trainer then divides it, and
