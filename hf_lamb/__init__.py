@@ -1,7 +1,7 @@
 """LAMB (You et al., arXiv 1904.00962) for PyTorch, the Hugging Face Trainer and Accelerate.
 
-Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments` as soon as
-transformers is imported, before or after; the names that need transformers import it when first touched.
+Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments`, whether
+transformers is imported before or after. Names that need transformers import it at their first use.
 """
 
 from __future__ import annotations
