@@ -74,7 +74,7 @@ class LambTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Log the gradient noise scale, in sequences, as lamb/noise_scale."}
     )
     log_trust_ratio_per_layer: bool = field(
-        default=False, metadata={"help": "Log the trust ratio of every adapted parameter beside the summary."}
+        default=False, metadata={"help": "Also log the trust ratio of every adapted parameter."}
     )
 
     def __post_init__(self) -> None:
