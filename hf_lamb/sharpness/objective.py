@@ -324,7 +324,7 @@ def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict
             module.training = False
         for module, name, p in parameters:
             if p.is_floating_point():
-                setattr(module, name, stand_in(p))  # setattr, because recurrent layers keep a list beside it
+                setattr(module, name, stand_in(p))  # setattr, because recurrent layers also keep a list of them
         for module, name, buffer in buffers:
             module._buffers[name] = buffer.to(_wide(buffer.dtype), copy=True)
         for module in wrapped:
