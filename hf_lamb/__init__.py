@@ -1,7 +1,7 @@
 """LAMB (You et al., arXiv 1904.00962) for PyTorch, the Hugging Face Trainer and Accelerate.
 
-Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments` as soon as
-transformers is imported, before or after; the names that need transformers import it when first touched.
+Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments`, whether
+transformers is imported before or after. Names that need transformers import it at their first use.
 
 Public submodules, which are imported by name: `hf_lamb.scaling` (batch size to learning rate, warm-up, decay),
 `hf_lamb.plan` (published plans and the files of plans), `hf_lamb.sharpness` with its `plots` and `checkpoints`,

@@ -1,13 +1,13 @@
-"""Published large-batch plans as data, and what one of them, or one for your batch, means on your machine.
+"""Published large-batch plans as data: their schedule, time and memory on your devices, for their batch or yours.
 
-    python -m hf_lamb.plan                                          # the plans that are known by name
+    python -m hf_lamb.plan                                          # lists the plans
     python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
     python -m hf_lamb.plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
         --seconds_per_micro_batch 0.11 --parameters 336e6
 
-`--output` writes what `recipes.pretrain_bert --plan` takes. Time and memory are estimates: the time is that of the
-micro-batches alone, as you measured one (forward and backward) on one of your devices, divided perfectly; the memory
-is that of weights, gradients and two moments in float32, to which the activations of a micro-batch come.
+`--output` writes a YAML file for `recipes.pretrain_bert --plan`. Time and memory are estimates. The time counts the
+micro-batches only: measure one (forward and backward) on one of your devices; perfect scaling is assumed. The memory
+is that of weights, gradients and two moments in float32; add the activations of a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 import yaml  # transformers and accelerate bring it
 
-from hf_lamb.files import replacing
-from hf_lamb.scaling import near, norm_growth, norm_growth_warning, scaled_learning_rate
+from hf_lamb.files import atomic_write
+from hf_lamb.scaling import did_you_mean, norm_growth, norm_growth_warning, scaled_learning_rate
 
 __all__ = ["PLANS", "Phase", "Plan", "plan_for_batch", "read_plan", "write_plan"]
 
@@ -34,7 +34,7 @@ BYTES_PER_PARAMETER = 16  # float32: weight, gradient, two moments
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one sequence length, global batch and schedule.
+    """A part of a training run with one sequence length, global batch and schedule.
 
     Args:
         options: by name, what this phase does not share with the others. The published plans have `max_seq_length`
@@ -119,7 +119,7 @@ def write_plan(plan: Plan, path: Path) -> None:
             lines.append(f"# phase {number}, from memory or by rule: {', '.join(phase.from_memory)}")
     content = _rounded(plan.options) | {"phases": [_rounded(phase.options) for phase in plan.phases]}
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text("\n".join([*lines, yaml.safe_dump(content, sort_keys=False)]), encoding="utf-8")
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
@@ -199,11 +199,16 @@ PLANS = {plan.name: plan for plan in _ALL_PLANS}
 
 
 def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt") -> Plan:
-    """The plan `base` (of one phase) at another batch: as many sequences, as many warm-up steps, the rate by `rule`.
+    """Scale a plan of one phase to another global batch, at the same number of sequences and of warm-up steps.
+
+    Args:
+        batch_size: the new global batch, in sequences per optimizer step.
+        base: the name of the plan to scale. Default "paper-32k".
+        rule: how the learning rate is scaled, see `hf_lamb.scaling.scaled_learning_rate`. Default "sqrt".
 
     Raises:
-        ValueError: a plan or rule that is not known, a plan of several phases, a batch below 1 or so large that the
-            warm-up would be longer than the run.
+        ValueError: the plan or the rule is unknown; the plan has several phases; the batch is below 1, or so large
+            that the warm-up would be longer than the run.
     """
     plan = find_plan(base)
     if len(plan.phases) != 1:
@@ -223,9 +228,13 @@ def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt")
 
 
 def find_plan(name: str) -> Plan:
-    """Raises ValueError, with the nearest name, for one that is not known."""
+    """Return the plan with this name.
+
+    Raises:
+        ValueError: there is none; the message has the most similar name.
+    """
     if name not in PLANS:
-        raise ValueError(f"unknown plan {name!r}{near(name, PLANS)}: known are {', '.join(PLANS)}")
+        raise ValueError(f"unknown plan {name!r}{did_you_mean(name, PLANS)}: expected one of {', '.join(PLANS)}")
     return PLANS[name]
 
 
@@ -323,7 +332,7 @@ def commands(plan: Plan) -> str:
 
 
 def names() -> str:
-    """All plans, a line each."""
+    """Return all plans, one line each."""
     lines = []
     for plan in PLANS.values():
         each = ["{2} steps of {1} x {0} at {4}".format(*_numbers(phase)) for phase in plan.phases]
@@ -356,19 +365,21 @@ def _duration(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         "python -m hf_lamb.plan", None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plan", help="A plan by name; with --global_batch_size, the one to scale (paper-32k).")
+    parser.add_argument("--plan", help="The plan's name; with --global_batch_size, the plan to scale (paper-32k).")
     parser.add_argument("--global_batch_size", type=int, help="Scale a plan of one phase to this batch.")
-    parser.add_argument("--learning_rate_scaling", default="sqrt", help="How its rate follows: sqrt, linear, none.")
+    parser.add_argument("--learning_rate_scaling", default="sqrt", help="Rule for its rate: sqrt, linear, none.")
     parser.add_argument("--gpus", type=int, default=1, help="Data-parallel devices.")
     parser.add_argument("--per_device_train_batch_size", type=int, nargs="+", default=[], help="For every phase.")
     parser.add_argument("--seconds_per_micro_batch", type=float, nargs="+", default=[], help="Measured, every phase.")
-    parser.add_argument("--parameters", type=float, help="Of the model, for the memory: 110e6, 336e6.")
-    parser.add_argument("--output", type=Path, help="Write the plan there, as YAML for recipes.pretrain_bert --plan.")
+    parser.add_argument("--parameters", type=float, help="The model's number of parameters, for the memory.")
+    parser.add_argument(
+        "--output", type=Path, help="Write the plan to this YAML file, for recipes.pretrain_bert --plan."
+    )
     args = parser.parse_args(argv)
     if args.plan is None and args.global_batch_size is None:
         sys.stdout.write(names() + "\n")

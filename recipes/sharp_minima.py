@@ -23,7 +23,7 @@ import torch
 
 from hf_lamb.sharpness import plots
 from recipes.lib.processes import only_run_in
-from recipes.lib.report import provenance, replacing
+from recipes.lib.report import atomic_write, provenance
 from recipes.study import sharp_minima_bert, sharp_minima_report
 from recipes.study import sharp_minima_digits as digits
 
@@ -59,7 +59,7 @@ def everything(options: argparse.Namespace) -> None:
 
     records = [*(run["record"] for run in runs.values()), *scaled, negated["record"], bert["record"]]
     facts = provenance() | {"seconds_in_all": round(time.perf_counter() - start)}
-    with replacing(options.output_dir / "results.jsonl") as unfinished:
+    with atomic_write(options.output_dir / "results.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
     written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
     tables = "\n".join(sharp_minima_report.results_of(records))
@@ -72,7 +72,7 @@ def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:
     if not path.exists():
         made = make()
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             torch.save(made, unfinished)
     return torch.load(path, weights_only=True)
 

@@ -126,7 +126,7 @@ def test_the_same_parameters_in_another_order_are_refused() -> None:
     optimizer = Lamb(list(model.named_parameters()))
     optimizer.step()
     turned = Lamb(list(model.named_parameters())[::-1])
-    refused(turned, optimizer.state_dict(), "the same parameters in another order, from 1.weight on: build the optim")
+    refused(turned, optimizer.state_dict(), "in the order of the state dict.* in another order, from 1.weight on")
 
 
 def test_renamed_parameters_load_by_position() -> None:
@@ -146,7 +146,7 @@ def test_another_optimizers_state_is_refused_with_the_way_to_take_it_over() -> N
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sgd.step()
     refused(
-        Lamb(model.parameters()), sgd.state_dict(), "has momentum_buffer, so it is another optimizer's: see hf_lamb"
+        Lamb(model.parameters()), sgd.state_dict(), "convert_state_dict.* another optimizer's.* has momentum_buffer"
     )
 
 
@@ -259,18 +259,27 @@ def with_state(key: str, value: torch.Tensor) -> Any:
 
 
 REFUSED = [
-    (with_state("max_exp_avg_sq", torch.ones(5, 6)), r"0\.weight has .*max_exp_avg_sq.*: it is AMSGrad's"),
-    (lambda s: {**s, "state": {0: {"state1": torch.ones(30), "state2": torch.ones(30)}}}, "it is bitsandbytes'"),
-    (lambda s: {**s, "state": {0: {"momentum_buffer": torch.ones(5, 6)}}}, "it is SGD's, which has no second moment"),
-    (lambda s: {**s, "state": {0: {"step": 3, "square_avg": torch.ones(5, 6)}}}, "that is no state of an Adam"),
+    (with_state("max_exp_avg_sq", torch.ones(5, 6)), r"0\.weight has .*max_exp_avg_sq.*: .*AMSGrad's"),
+    (lambda s: {**s, "state": {0: {"state1": torch.ones(30), "state2": torch.ones(30)}}}, "train.* with bitsandbytes"),
+    (
+        lambda s: {**s, "state": {0: {"momentum_buffer": torch.ones(5, 6)}}},
+        "this is SGD's state, which has no second moment",
+    ),
+    (
+        lambda s: {**s, "state": {0: {"step": 3, "square_avg": torch.ones(5, 6)}}},
+        "square_avg.*: start with fresh moments",
+    ),
     (
         with_state("exp_avg", torch.ones(30)),
-        r"exp_avg of 0\.weight has shape \(30,\).*a flat partition \(ZeRO, FSDP\)",
+        r"exp_avg of 0\.weight has shape \(30,\).*flat partitions \(ZeRO, FSDP\)",
     ),
-    (lambda s: {**s, "state": {0: {"exp_avg": torch.ones(5, 6), "exp_avg_sq": torch.ones(5, 6)}}}, "at which step"),
-    (lambda s: {**s, "param_groups": s["param_groups"][:1]}, r"groups of \[2\] parameters there, of \[2, 4\] here"),
-    (lambda s: {"base_optimizer_state": s, "zero_stage": 2}, "no optimizer's state dict, it has base_optimizer_state"),
-    (lambda s: {}, "it has nothing"),
+    (
+        lambda s: {**s, "state": {0: {"exp_avg": torch.ones(5, 6), "exp_avg_sq": torch.ones(5, 6)}}},
+        "put the step into the state",
+    ),
+    (lambda s: {**s, "param_groups": s["param_groups"][:1]}, r"groups of \[2\] parameters, Lamb of \[2, 4\]"),
+    (lambda s: {"base_optimizer_state": s, "zero_stage": 2}, "this has base_optimizer_state"),
+    (lambda s: {}, "this has nothing"),
 ]
 
 

@@ -108,7 +108,7 @@ def test_what_a_phase_cannot_begin_with(first: LambTrainer, tmp_path: Path) -> N
         second.start_from("nowhere")
     other = trainer(tmp_path / "out", optim="adamw_torch")
     other.start_from(checkpoint_of(first))
-    with pytest.raises(CheckpointError, match="does not fit this run: it holds the state of LAMB"):
+    with pytest.raises(CheckpointError, match="does not fit this run: resume with LAMB"):
         other.train()
 
 

@@ -180,10 +180,16 @@ def test_a_rate_that_is_too_high_is_said(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--plan nvidia-bert", r"unknown plan 'nvidia-bert' \(did you mean nvidia-bert-large\?\)"),
         ("--global_batch_size 0", "the global batch 0: expected at least 1"),
-        ("--global_batch_size 1000000", "leaves 512 steps for 512,000,000 sequences, fewer than the warm-up's 3,125"),
+        (
+            "--global_batch_size 1000000",
+            "lower global_batch_size 1,000,000: with 512,000,000 sequences it gives 512 steps, fewer than",
+        ),
         ("--global_batch_size 1024 --plan paper-mixed", "plan paper-mixed has 2 phases"),
         ("--plan paper-32k --gpus 8 --per_device_train_batch_size 60", "32,768 is no multiple of 480 = 60"),
-        ("--plan nvidia-bert-large --per_device_train_batch_size 64", "1 numbers for the 2 phases"),
+        (
+            "--plan nvidia-bert-large --per_device_train_batch_size 64",
+            "give 2 numbers, one for each phase of nvidia-bert-large, not 1",
+        ),
         ("--plan paper-32k --seconds_per_micro_batch 1", "without per_device_train_batch_size: give both"),
         (
             "--plan paper-32k --output /nowhere/plan.yaml",

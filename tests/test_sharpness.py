@@ -578,7 +578,7 @@ def test_bad_input_gets_one_line(rectifier: nn.Sequential) -> None:
     refused("iterations=2.5: expected", lambda: lambda_max(*args, iterations=2.5))
     refused("samples=0: expected", lambda: weighted_trace(*args, samples=0))
     refused("no batches", lambda: adaptive_sharpness(rectifier, cross_entropy, []))
-    refused("no parameter that requires a gradient", lambda: adaptive_sharpness(frozen, cross_entropy, data))
+    refused("unfreeze some parameters: Linear has none", lambda: adaptive_sharpness(frozen, cross_entropy, data))
     refused(
         "loss at the given weights is nan",
         lambda: adaptive_sharpness(rectifier, lambda *_: torch.tensor(np.nan), data),
@@ -596,12 +596,12 @@ def test_bad_input_gets_one_line(rectifier: nn.Sequential) -> None:
     )
     refused("3 rows make no batch of 8", lambda: fixed_batches(range(3), 8))
     inputs = data[0][0]
-    refused("alpha=0: expected any other number", lambda: alpha_scale(rectifier, 0, "0", "2", inputs))
+    refused("alpha=0: expected a number that is not zero", lambda: alpha_scale(rectifier, 0, "0", "2", inputs))
+    refused("'1' is no module with a weight: choose one of 0, 2", lambda: alpha_scale(rectifier, 2, "1", "2", inputs))
     refused(
-        "'1' is no module with a weight: expected one of 0, 2", lambda: alpha_scale(rectifier, 2, "1", "2", inputs)
+        "is another function \\(outputs differ", lambda: alpha_scale(trained(0, 8, nn.GELU, 5), 2, "0", "2", inputs)
     )
-    refused("is another function: outputs differ", lambda: alpha_scale(trained(0, 8, nn.GELU, 5), 2, "0", "2", inputs))
-    refused("is another function: outputs differ", lambda: alpha_scale(rectifier, -1, "0", "2", inputs))
+    refused("is another function \\(outputs differ", lambda: alpha_scale(rectifier, -1, "0", "2", inputs))
 
 
 def test_measuring_needs_torch_only() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 
 
 def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -17,7 +17,7 @@ def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -
     if unknown:
         word = unknown[0].partition("=")[0]
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise ValueError(f"unknown option {word!r}{near(word, known)}: --help lists all")
+        raise ValueError(f"unknown option {word!r}{did_you_mean(word, known)}: --help lists all")
     return tuple(parsed)
 
 
@@ -29,7 +29,7 @@ def checked_options(parser: HfArgumentParser, options: Mapping[str, Any], exclud
     known = {action.dest for action in parser._actions} - {"help", *excluded}
     for name in options:
         if name not in known:
-            raise ValueError(f"unknown option {name!r}{near(str(name), known)}")
+            raise ValueError(f"unknown option {name!r}{did_you_mean(str(name), known)}")
     return {name: _value(parser._option_string_actions[f"--{name}"], given) for name, given in options.items()}
 
 

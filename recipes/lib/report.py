@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_lamb.files import replacing
+from hf_lamb.files import atomic_write
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_lamb")
 
@@ -44,7 +44,7 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
     before = path.read_text() if path.exists() else ""
     if before and not before.endswith("\n"):
         before += "\n"
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(before + json.dumps(record) + "\n")
 
 
@@ -80,7 +80,7 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
     if log_history:
         bottom.set_xlim(0, max(1, *(line["step"] for line in log_history)))
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
     finally:
         plt.close(figure)
@@ -110,7 +110,7 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
     axes.set_xlabel("optimizer steps")
     figure.colorbar(mesh, ax=axes, label="trust ratio ‖w‖/‖u‖")
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
     finally:
         plt.close(figure)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from recipes.lib.report import replacing
+from recipes.lib.report import atomic_write
 from recipes.study.tables import markdown_table
 
 STYLE = """
@@ -25,7 +25,7 @@ th { border-bottom: 2px solid #888; } code { font-size: .85rem; }
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write a page of these parts, in this order."""
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

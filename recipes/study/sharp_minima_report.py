@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_lamb.sharpness import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
-from recipes.lib.report import replacing
+from recipes.lib.report import atomic_write
 from recipes.study import html_report
 from recipes.study.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
 from recipes.study.sweep import spread
@@ -258,7 +258,7 @@ def _three_panels(title: str, height: float = 4.8) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: Path) -> None:
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=110)
     finally:
         require_matplotlib().close(figure)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.lib.optimizers import NAMES
-from recipes.lib.report import replacing
+from recipes.lib.report import atomic_write
 from recipes.study.sweep import Tuned
 
 TUNED = ("optimizer", "trials", "best rate")  # the columns of `tuned_cells`
@@ -34,5 +34,5 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
 def write_tables(file: str, tables: Mapping[str, str]) -> None:
     """Replace the tables of a file of this repository by these."""
     path = ROOT / file
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(filled(path.read_text(), tables))

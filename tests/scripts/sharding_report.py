@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from recipes.lib.report import no_options, provenance, replacing
+from recipes.lib.report import atomic_write, no_options, provenance
 from recipes.study.tables import ROOT, write_tables
 from tests import helpers
 
@@ -161,7 +161,7 @@ def main() -> None:
         for columns in [OWN, *([column] for column in installed)]:
             print(f"{processes} processes: {', '.join(heading for heading, *_ in columns)}", file=sys.stderr)
             records += measure(processes, columns)
-    with replacing(RESULTS) as unfinished:
+    with atomic_write(RESULTS) as unfinished:
         unfinished.write_text("".join(json.dumps({**facts, **record}) + "\n" for record in records))
     write_tables("README.md", {MARKERS: table(records)})
     print(table(records))
