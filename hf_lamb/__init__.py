@@ -1,7 +1,11 @@
 """LAMB (You et al., arXiv 1904.00962) for PyTorch, the Hugging Face Trainer and Accelerate.
 
-Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments` as soon as
-transformers is imported, before or after; the names that need transformers import it when first touched.
+Importing this package needs torch only. It makes `optim="lamb"` valid in `transformers.TrainingArguments`, whether
+transformers is imported before or after. Names that need transformers import it at their first use.
+
+Public submodules, which are imported by name: `hf_lamb.scaling` (batch size to learning rate, warm-up, decay),
+`hf_lamb.plan` (published plans and the files of plans), `hf_lamb.sharpness` with its `plots` and `checkpoints`,
+`hf_lamb.files` (files that are whole or not there).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from hf_lamb._version import __version__
 from hf_lamb.convert import convert_state_dict
 from hf_lamb.lamb import Lamb, LayerStats, SkippedSteps
 from hf_lamb.param_groups import lamb_param_groups
-from hf_lamb.registration import register
+from hf_lamb.registration import options_of, register
 from hf_lamb.sharding import ShardingError
 from hf_lamb.trust_ratios import trust_ratio_warnings
 
@@ -58,6 +62,7 @@ __all__ = [
     "newest_complete_checkpoint",
     "noise_scale_in_words",
     "options_in_force",
+    "options_of",
     "register",
     "tied_heads_in_one_group",
     "trust_ratio_history",

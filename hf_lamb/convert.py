@@ -1,4 +1,4 @@
-"""Taking over the state of other Adam-like optimizers."""
+"""Conversion of the state of other Adam-like optimizers to Lamb's."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ from hf_lamb.state import check_state, check_state_dict
 
 __all__ = ["convert_state_dict"]
 
-# What other LAMBs keep for show.
+# Diagnostics in the state of other LAMBs; they are dropped.
 _DIAGNOSTICS = {"weight_norm", "adam_norm", "trust_ratio"}
 _REASONS = {
-    "max_exp_avg_sq": "it is AMSGrad's, whose maximum LAMB does not have",
-    "state1": "it is bitsandbytes', whose moments may be quantised: train on with it, or start with fresh moments",
-    "momentum_buffer": "it is SGD's, which has no second moment",
+    "max_exp_avg_sq": "start with fresh moments: this is AMSGrad's state, and LAMB has no max_exp_avg_sq",
+    "state1": "keep training with bitsandbytes, or start with fresh moments: its moments may be quantised",
+    "momentum_buffer": "start with fresh moments: this is SGD's state, which has no second moment",
 }
 
 
 def convert_state_dict(state_dict: dict[str, Any], optimizer: Lamb) -> dict[str, Any]:
-    """The moments and step counts of another optimizer, as a state dict for `optimizer.load_state_dict`.
+    """Convert the moments and step counts of another optimizer to a state dict for `optimizer.load_state_dict`.
 
-    Takes over torch's Adam and AdamW, timm's and apex's LAMB, DeepSpeed's FusedLamb (bare or in its FP16 wrapper),
-    and whatever else keeps `exp_avg` and `exp_avg_sq` of each parameter's shape, with the step in the state or in
-    the group, as a number or a tensor. Moments become float32 (float64 for float64 parameters); options stay
-    `optimizer`'s own. Parameters are matched by name where both sides have names, else by position in groups of the
-    same sizes.
+    It converts the state of torch's Adam and AdamW, timm's and apex's LAMB, DeepSpeed's FusedLamb (with or without its
+    FP16 wrapper), and every other optimizer whose state has `exp_avg` and `exp_avg_sq` in each parameter's shape and
+    the step in the state or in the group, as a number or a tensor.
+
+    Args:
+        state_dict: what the other optimizer's `state_dict()` returned.
+        optimizer: the `Lamb` that will load it. Parameters are matched by name if both sides have names, otherwise by
+            position in groups of the same sizes.
+
+    Returns:
+        A state dict. `load_state_dict` makes the moments float32 (float64 for float64 parameters). The options are
+        those of `optimizer`.
 
     Raises:
-        ValueError: anything else, with the reason: AMSGrad, bitsandbytes, SGD, ZeRO partitions, other parameters.
+        ValueError: the state cannot be converted; the message has the reason (AMSGrad, bitsandbytes, SGD, ZeRO
+            partitions, other parameters).
     """
     if not isinstance(optimizer, Lamb):
         raise ValueError(
@@ -58,13 +66,13 @@ def _convert(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: 
     unknown = state.keys() - {"step", "exp_avg", "exp_avg_sq"} - _DIAGNOSTICS
     missing = {"exp_avg", "exp_avg_sq"} - state.keys()
     if unknown or missing:
-        reason = next((_REASONS[key] for key in _REASONS if key in unknown), "that is no state of an Adam")
+        reason = next(
+            (_REASONS[key] for key in _REASONS if key in unknown), "start with fresh moments: this is no Adam's state"
+        )
         raise ValueError(f"convert_state_dict: {name} has {', '.join(sorted(map(str, state)))}: {reason}")
     step = state.get("step", group.get("step"))
     if step is None:
-        raise ValueError(
-            f"convert_state_dict: neither the state of {name} nor its group says at which step it is: put it there"
-        )
+        raise ValueError(f'convert_state_dict: put the step into the state or the group as "step": {name} has none')
     check_state({**state, "step": step}, param, "convert_state_dict", name)
     return {
         "step": torch.as_tensor(step, dtype=torch.float32).reshape(()).clone(),
@@ -74,7 +82,7 @@ def _convert(state: dict[str, Any], group: dict[str, Any], param: Tensor, name: 
 
 
 def _match(optimizer: Lamb, loaded: list[dict[str, Any]]) -> list[list[tuple[Any, dict[str, Any]]]]:
-    """For each parameter of each group of ours, the key of its state on the other side, and its group there."""
+    """Return, for each parameter of each group of `optimizer`, the key of its loaded state and its loaded group."""
     ours = optimizer.param_groups
     if _named(ours) and _named(loaded):
         by_name = {
@@ -86,19 +94,19 @@ def _match(optimizer: Lamb, loaded: list[dict[str, Any]]) -> list[list[tuple[Any
         different = sorted(set(names) ^ by_name.keys())
         if different:
             raise ValueError(
-                f"convert_state_dict: the other side has other parameters: {different[0]} is on one side only"
+                f"convert_state_dict: build Lamb on the same parameters: {different[0]} is on one side only"
             )
         return [[by_name[name] for name in group["param_names"]] for group in ours]
     sizes, other_sizes = ([len(group["params"]) for group in groups] for groups in (ours, loaded))
     if sizes != other_sizes:
         raise ValueError(
-            f"convert_state_dict: groups of {other_sizes} parameters there, of {sizes} here, and no names to match "
-            "by: build Lamb with the same groups"
+            f"convert_state_dict: build Lamb with the same groups: the state dict has groups of {other_sizes} "
+            f"parameters, Lamb of {sizes}, and there are no names to match by"
         )
     return [[(key, group) for key in group["params"]] for group in loaded]
 
 
 def _named(groups: list[dict[str, Any]]) -> bool:
-    """Whether every parameter has a name of its own (two models in one optimizer may share names)."""
+    """Return whether every parameter has a unique name (two models in one optimizer may share names)."""
     names = [name for group in groups for name in group.get("param_names") or ()]
     return len(set(names)) == len(names) == sum(len(group["params"]) for group in groups)

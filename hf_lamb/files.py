@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["atomic_write"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall replace `path`, which happens in one rename when the block ends.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; when the block ends, rename it to `path`.
 
-    If it fails, `path` is what it was and nothing is left over. An OSError then names `path`: that of a full disk
-    names no file by itself.
+    If the block fails, `path` is unchanged and the temporary file is deleted.
+
+    Raises:
+        OSError: writing or renaming failed. Its message names `path`, which the error of a full disk does not.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Lamb: the options, the state, and a `step` that reads as the paper's update."""
+"""The optimizer `Lamb`: its options, its state, and a `step` that follows the paper's update line by line."""
 
 from __future__ import annotations
 
@@ -32,45 +32,45 @@ class Lamb(Optimizer):
         r = ‖w‖ / ‖u‖  if both norms are positive, else 1
         w = w - lr*r*u
 
-    A layer whose g and m are exactly zero keeps its weights: u would be its decay alone, which the trust ratio would
-    make a step of the share lr of the weights. Its step counts all the same. (Without `layer_adaptation` it decays.)
+    A layer whose g and m are exactly zero keeps its weights. Its u would be weight decay alone, and the trust ratio
+    would scale that to a full step of size lr*‖w‖. Its step count still grows. (Without `layer_adaptation` the layer
+    decays.)
 
-    The arithmetic and the state are float32 for bf16, fp16 and fp32 parameters, float64 for float64 ones.
-    Gradients are never written to, nothing is read back to the host, and `step` branches on no tensor's value.
+    The arithmetic and the state are float32 for bf16, fp16 and fp32 parameters, and float64 for float64 parameters.
+    `step` never writes to a gradient, never synchronises with the device, and branches on no tensor's value.
 
-    Every parameter given is adapted. Biases and normalisation weights are better left out of both decay and
-    adaptation: pass `lamb_param_groups(model)` instead of `model.parameters()`.
+    `Lamb` adapts every parameter it is given. Biases and normalisation weights should neither decay nor adapt: pass
+    `lamb_param_groups(model)` instead of `model.parameters()`.
 
     Args:
-        params: parameters, `(name, parameter)` pairs, or dicts of parameter groups. Every option below can be set
-            for a group.
-        lr: learning rate, a float or a tensor of one element; relative to the norm of the weights, so about 50
-            times AdamW's on BERT. Default 1e-3.
+        params: parameters, `(name, parameter)` pairs, or dicts of parameter groups. A group can set every option
+            below for itself.
+        lr: learning rate, a float or a tensor of one element. It is relative to the norm of the weights, so on BERT
+            it is about 50 times AdamW's. Default 1e-3.
         betas: decay rates of the two moments. Default (0.9, 0.999).
         eps: added to sqrt(v̂). Default 1e-6.
-        weight_decay: λ, inside the adapted update. Default 0.01.
-        bias_correction: divide the moments by 1 - beta**t; off is the paper's v3. Default True.
-        layer_adaptation: use the trust ratio; off (r = 1, no bounds) this is `torch.optim.AdamW`. Default True.
-        min_trust_ratio, max_trust_ratio: bounds of r; `max_trust_ratio=10` is the paper's v1. Default none.
+        weight_decay: λ, added inside u, so the trust ratio scales it too. Default 0.01.
+        bias_correction: divide the moments by 1 - beta**t. False gives the paper's v3. Default True.
+        layer_adaptation: use the trust ratio. False (r = 1, without bounds) gives `torch.optim.AdamW`. Default True.
+        min_trust_ratio, max_trust_ratio: bounds of r. `max_trust_ratio=10` is the paper's v1. Default None.
         max_grad_norm: scale all gradients so that their global norm is at most this, as apex's FusedLAMB does.
-            Default none, because `transformers.Trainer` clips already.
-        skip_nonfinite: leave weights, moments and step counts as they are when any gradient holds an inf or a NaN,
-            or is so large that the sum of squares of all gradients overflows. Default True.
+            Default None, because `transformers.Trainer` clips already.
+        skip_nonfinite: skip the step when any gradient holds an inf or a NaN, or when the sum of squares of all
+            gradients overflows. Weights, moments and step counts then stay as they are. Default True.
         maximize: maximise the objective. Default False.
-        foreach: use torch's multi-tensor operations. Default: on accelerators.
-        fused: use fused kernels, on CUDA those in Triton. Default: on CPU and CUDA, unless `foreach` is given. Before
-            their first step on a GPU the Triton kernels must make of two small tensors what foreach does; where they
-            do not, or do not run, there is a warning, and foreach is used. Tensors that the kernels do not take (not
-            contiguous; on CUDA, float64; other accelerators') are updated as with `foreach=True`, and so are all
-            under torch.compile.
+        foreach: use torch's multi-tensor operations. Default: True on accelerators.
+        fused: use fused kernels; on CUDA these are Triton kernels. Default: True on CPU and CUDA, unless `foreach` is
+            given. Before the first step on a GPU, `Lamb` compares the Triton kernels with `foreach` on two small
+            tensors. If they differ or do not run, it warns and uses `foreach`. It also uses `foreach` for tensors that
+            the kernels do not take (non-contiguous ones, float64 on CUDA, other accelerators) and under torch.compile.
 
     Raises:
-        ValueError: an option of another kind or out of range (the message holds the value); a parameter that is
+        ValueError: an option has the wrong type or is out of range (the message holds the value); a parameter is
             complex, integer, sparse, lazy or on the meta device.
-        TypeError: what is given for `params` holds no parameters, as a model.
-        RuntimeError: `fused` and `foreach` both `True`; in `step`, a sparse gradient.
-        hf_lamb.ShardingError: in `step`, a parameter of which only a piece is here, with nothing to say where
-            the rest is (FSDP1, DeepSpeed ZeRO). DTensors (FSDP2, tensor parallelism) are understood.
+        TypeError: `params` is not parameters or groups of them, but for example a model.
+        RuntimeError: `fused` and `foreach` are both `True`; in `step`, a gradient is sparse.
+        hf_lamb.ShardingError: in `step`, this process has only a shard of a parameter and cannot find out where the
+            rest is (FSDP1 or DeepSpeed ZeRO without `attach`). DTensors (FSDP2, tensor parallelism) need no `attach`.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020,
     https://arxiv.org/abs/1904.00962, Algorithm 2 with φ = identity.
@@ -117,18 +117,18 @@ class Lamb(Optimizer):
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
-        """Start diagnostics and backends anew.
+        """Reset the diagnostics and the backends.
 
-        The diagnostics are not in `state`, where norms make sharded checkpoints crash. They are lists that `step`
-        changes in place, because torch.compile forgets what it sets on an optimizer.
+        The diagnostics are not in `state`: norms in `state` make sharded checkpoints crash. `step` changes these lists
+        in place, because torch.compile loses new attributes of an optimizer.
         """
         self._stats: list[BucketStats] = []
-        self._skipped: list[Tensor] = []  # [in all, in a row], int64, made at the first step that may skip
+        self._skipped: list[Tensor] = []  # one int64 tensor [total, in a row], made at the first step that may skip
         self._backends = Backends()
         self._packing = Packing()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle or take over loaded groups; options that an older version did not have get their defaults."""
+        """Restore a pickled or loaded optimizer; options that an older version did not have get their defaults."""
         super().__setstate__(state)
         self._reset()
         shapes = self.__dict__.pop("_shapes", None)
@@ -136,20 +136,25 @@ class Lamb(Optimizer):
             params = (param for group in self.param_groups for param in group["params"])
             self._sharding = Sharding({param.shape for param in params} if shapes is None else shapes)
         for group in self.param_groups:
-            for option in self.defaults.keys() - {"differentiable"}:  # torch's own, not one of ours
+            for option in self.defaults.keys() - {"differentiable"}:  # torch adds this one
                 group.setdefault(option, self.defaults[option])
             group.update(python_numbers(group))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the sharding: a copy's tensors are others, so the copy must be attached anew."""
+        """Leave out the sharding: a copy has other tensors, so the user must call `attach` on the copy."""
         return {**super().__getstate__(), "_shapes": self._sharding.shapes_of_a_copy()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with options of its own, to those being optimised."""
+        """Add a parameter group, which may have its own options.
+
+        Raises:
+            ValueError: the group has no "params", or an option or a parameter that `Lamb` does not take.
+            TypeError: "params" is not parameters.
+        """
         if isinstance(param_group, dict):
             if "params" not in param_group:
                 has = ", ".join(map(str, param_group)) or "nothing"
-                raise ValueError(f'Lamb: a parameter group has {has}, but no "params": put its parameters there')
+                raise ValueError(f'Lamb: put the parameters of a group under "params": this one has only {has}')
             check_options({**self.defaults, **param_group})
             param_group.update(python_numbers(param_group))
             check_iterable(param_group["params"])
@@ -163,45 +168,47 @@ class Lamb(Optimizer):
         self._sharding.shapes.update(param.shape for param in params)
 
     def attach(self, model: Any = None, *, process_group: ProcessGroup | None = None) -> None:
-        """Say where the layers lie of which this process has only a piece. All processes call it together.
+        """Find the layers of a wrapped model whose shards are on several processes. All processes must call it.
 
-        Call it once, after wrapping and before the first step. It does nothing where nothing is hidden (one process,
-        DDP, FSDP2, tensor parallelism), so the line may stay. Under DeepSpeed the first step does it by itself; the
-        line tells earlier what is not supported, and that accelerate has put CPU-Adam in LAMB's place.
+        Call it once, after wrapping and before the first step. FSDP1 needs it. With one process, DDP, FSDP2 and tensor
+        parallelism it does nothing, so the line can stay in a script that runs with any of them. Under DeepSpeed the
+        first step calls it. Call it yourself to get errors earlier: for a setup that is not supported, or because
+        accelerate has replaced LAMB by CPU-Adam.
 
-        There, ZeRO-1 and 2 call `step` once for each parameter group, ZeRO-3 for each sub-group; together these are
-        one step. `skip_nonfinite` and `max_grad_norm` go by the norm that DeepSpeed has computed of all gradients,
-        after its own clipping: they decide for all calls alike and send nothing. A call sends the squared norms of its
-        layers in one all-reduce. Steps that DeepSpeed skips are in its own count only, `engine.skipped_steps`.
+        DeepSpeed calls `step` several times for one optimizer step: ZeRO-1 and 2 once for each parameter group, ZeRO-3
+        once for each sub-group. `skip_nonfinite` and `max_grad_norm` use the norm of all gradients that DeepSpeed
+        computes, after DeepSpeed's own clipping; this needs no communication. Each call does one all-reduce, of the
+        squared norms of its layers. Steps that DeepSpeed itself skips are counted in `engine.skipped_steps` only.
 
         Args:
-            model: what wraps the model: FSDP1's (`FullyShardedDataParallel`, or a module that has some inside), or the
-                engine of `deepspeed.initialize`, which is also what `accelerator.prepare` returns for the model.
-            process_group: the processes that hold other parameters of the same model, as the stages of a pipeline do.
-                They then skip a step together when any of their gradients is not finite, and `max_grad_norm` clips the
-                norm over all of them; the cost is one more all-reduce of one number a step. Trust ratios need no such
-                word: each process has whole layers or DTensors. `torch.distributed.optim.ZeroRedundancyOptimizer` is
-                noticed and attached without a call.
+            model: the wrapped model: a `FullyShardedDataParallel` (FSDP1), a module that contains some, or the engine
+                that `deepspeed.initialize` returns, which `accelerator.prepare` returns too.
+            process_group: processes that hold other parameters of the same model, such as the stages of a pipeline.
+                They then skip a step together if a gradient of any of them is not finite, and `max_grad_norm` clips
+                the norm over all of them. The cost is one more all-reduce of one number a step. Trust ratios do not
+                need it, because each process has whole layers or DTensors. `Lamb` finds the group of a
+                `torch.distributed.optim.ZeroRedundancyOptimizer` without this call.
 
         Raises:
-            ValueError: neither is given; what is given is no module.
-            hf_lamb.ShardingError: a layout that does not add up, or that this optimizer's parameters are not of.
+            ValueError: neither argument is given, or `model` is not a module.
+            hf_lamb.ShardingError: the shards do not add up to the layers, or this optimizer has other parameters.
         """
         if model is None and process_group is None:
-            raise ValueError("Lamb.attach: got nothing: pass the wrapped model, or process_group=...")
+            raise ValueError("Lamb.attach: pass the wrapped model, or process_group=...: got neither")
         for param in self._sharding.attach(self, model, process_group):
             self._state_of(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, of this or an earlier version, as torch does, with three differences.
+        """Load what `state_dict` of this or an earlier version returned.
 
-        Moments keep their precision: torch casts those of bf16 and fp16 parameters down to the parameters' dtype.
-        `step` goes to the parameter's device. And state of another shape or, where both sides have names, of the
-        same parameters in another order is refused instead of going to the wrong ones.
+        Differences from torch's `load_state_dict`: moments keep their precision, where torch casts those of bf16 and
+        fp16 parameters to the parameters' dtype; `step` moves to the parameter's device; a state dict is refused if
+        shapes differ, or if both sides have names and the order of the parameters differs.
 
         Raises:
-            ValueError: no optimizer's state dict; other groups, shapes or order than this optimizer's; options out of
-                range; state of another optimizer (`convert_state_dict` takes that over). Nothing has been loaded then.
+            ValueError: this is not an optimizer's state dict; its groups, shapes or order differ from this
+                optimizer's; an option is out of range; it is another optimizer's (use `convert_state_dict`). Nothing
+                has been loaded when this is raised.
         """
         if not isinstance(state_dict, dict):
             check_state_dict(state_dict, "Lamb")
@@ -215,7 +222,7 @@ class Lamb(Optimizer):
             restore_precision(self.state, self.param_groups, given)
             self._reset()
 
-        # As the last hook before and the first after, so that other hooks see and change what torch lets them.
+        # The last hook before loading and the first one after it: other hooks then work as with torch's optimizers.
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
@@ -232,9 +239,17 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do one update of all parameters that have a gradient; without gradients, nothing.
+        """Update all parameters that have a gradient.
 
-        `closure` re-evaluates the model and returns the loss, which is passed on.
+        Args:
+            closure: re-evaluates the model and returns the loss. Default None.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            hf_lamb.ShardingError: a parameter's layer cannot be put together, see `attach`.
         """
         loss = None
         if closure is not None:
@@ -271,26 +286,33 @@ class Lamb(Optimizer):
         return loss
 
     def layer_stats(self, adapted_only: bool = False) -> dict[str, LayerStats]:
-        """What the last `step` saw and did, by parameter name: `{name: LayerStats}`.
+        """Return the norms and trust ratios of the last `step`, by parameter name.
 
-        `adapted_only` leaves out the parameters of groups without `layer_adaptation`, whose trust ratio is 1. A layer
-        that kept its weights is not there either, whether it had no gradient, or zeros and nothing in m.
+        Synchronises with the device once. `step` never does.
 
-        Names are those the parameters were given with (`lamb_param_groups`, `model.named_parameters()`), else
-        `param_groups.I.params.J`. Reading waits for the device once; `step` itself does not. Empty before the
-        first step, after loading and after unpickling.
+        Args:
+            adapted_only: leave out groups with `layer_adaptation=False`, whose trust ratio is 1. Default False.
+
+        Returns:
+            `{name: LayerStats}`. Names come from `lamb_param_groups` or `model.named_parameters()`; a parameter that
+            was given without a name is `param_groups.I.params.J`. A layer that kept its weights is left out: it had no
+            gradient, or its g and m were zero. The dict is empty before the first step, after loading and after
+            unpickling.
         """
         return layer_stats(self._stats, adapted_only)
 
     def skipped_steps(self) -> SkippedSteps:
-        """How many steps non-finite gradients have cost, `(total, in_a_row)`, since construction or loading.
+        """Return how many steps were skipped because of non-finite gradients, since construction or loading.
 
-        Reading waits for the device; `step` itself does not.
+        Synchronises with the device once. `step` never does.
+
+        Returns:
+            `SkippedSteps(total, in_a_row)`.
         """
         return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
     def _clip_and_detect_nonfinite(self, work: list[tuple[Bucket, Backend]], begins: bool) -> None:
-        """Decide for all parameters of all processes, from one sum of squares: whether to skip, how much to clip."""
+        """Decide from the norm of all gradients of all processes whether to skip the step and how much to clip."""
         skips = any(group["skip_nonfinite"] for group in self.param_groups)
         if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
@@ -313,18 +335,18 @@ class Lamb(Optimizer):
                 bucket.clip_factor = factors[max_grad_norm].to(bucket.device, bucket.math_dtype)
 
     def parameter_name(self, group_index: int, index: int) -> str:
-        """The name a parameter was given with, else where it is: `param_groups.I.params.J`."""
+        """Return the name that a parameter was given with, or its place `param_groups.I.params.J`."""
         return name_in_group(self.param_groups[group_index].get("param_names"), group_index, index)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            # On the parameter's device, so that a step needs no host sync and can be captured in a CUDA graph.
+            # `step` is on the parameter's device, so that no host sync is needed and CUDA graphs can capture it.
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=math_dtype(param))
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=math_dtype(param))
         elif state["exp_avg"].dtype != math_dtype(param) or state["exp_avg"].device != param.device:
-            # Somebody has cast the model, or moved it to another device, since the last step.
+            # The user has cast the model or moved it to another device since the last step.
             state["step"] = state["step"].to(param.device)
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = state[moment].to(param.device, math_dtype(param))

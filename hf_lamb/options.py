@@ -1,4 +1,4 @@
-"""Which options and parameters Lamb takes: one line for each that it does not."""
+"""Checks of Lamb's options and parameters. Each error is one line with the value and the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ _NUMBERS = ("lr", "eps", "weight_decay", "min_trust_ratio", "max_trust_ratio", "
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse options of another kind or out of range; the message holds the value and what is expected."""
+    """Check types and ranges of all options of a group.
+
+    Raises:
+        ValueError: an option has the wrong type or is out of range; the message holds the value and what is expected.
+        RuntimeError: `fused` and `foreach` are both `True`.
+    """
     lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
@@ -34,7 +39,7 @@ def check_options(options: dict[str, Any]) -> None:
         _check_number("max_trust_ratio", high, lambda x: x > 0.0, "None or a positive number")
     if low is not None and high is not None and low > high:
         raise ValueError(
-            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: turn them round"
+            f"Invalid trust ratio bounds: min_trust_ratio {low} is above max_trust_ratio {high}: exchange them"
         )
     if max_grad_norm is not None:
         _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")
@@ -47,12 +52,12 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def python_numbers(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of these options that are numbers, as floats: no backend needs to know NumPy's, nor does a checkpoint.
+    """Return the numeric options as Python floats, so that backends and checkpoints hold no NumPy numbers.
 
-    A tensor lr stays one, so that it can be changed in place.
+    An lr that is a tensor stays a tensor, so that users can change it in place.
 
     Raises:
-        ValueError: somebody has put a tensor into `param_groups` as another option than lr.
+        ValueError: an option other than lr is a tensor.
     """
     numbers = {name: options[name] for name in _NUMBERS if options.get(name) is not None}
     if "betas" in options:
@@ -67,14 +72,14 @@ def python_numbers(options: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-# To be a tensor's value, an option would have to be read back to the host in every step.
+# Reading a tensor's value would synchronise with the device in every step.
 _NO_TENSOR = ", not a tensor, which only lr may be: pass its .item()"
 
 
 def _check_number(
     what: str, value: Any, in_range: Callable[[float], bool], expected: str, tensor: bool = False
 ) -> None:
-    """NumPy's numbers pass too; True and text do not, though float() takes them."""
+    """Accept Python's and NumPy's numbers. Refuse True and text, which float() would accept."""
     refused = (bool, str, bytes) if tensor else (bool, str, bytes, Tensor)
     try:
         good = not isinstance(value, refused) and in_range(float(value))
@@ -89,14 +94,14 @@ def _check_number(
 def _check_choice(what: str, value: Any, choices: tuple[bool | None, ...], expected: str) -> None:
     try:
         good = not isinstance(value, Tensor) and value in choices
-    except ValueError:  # an array
+    except ValueError:  # NumPy arrays cannot be compared with `in`
         good = False
     if not good:
         raise ValueError(f"Invalid {what}: {value!r}: expected {expected}")
 
 
 def check_iterable(params: Any) -> None:
-    """Refuse what is given in the place of parameters, where torch's words name neither it nor the way out."""
+    """Raise TypeError, with the remedy, for what is not parameters or groups, such as a model."""
     module = isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList)
     if module or isinstance(params, dict) or not isinstance(params, (Tensor, Iterable)):
         group = isinstance(params, dict) and "params" in params
@@ -107,16 +112,16 @@ def check_iterable(params: Any) -> None:
 
 
 def name_in_group(names: list[str] | None, group_index: int, index: int) -> str:
-    """The name a parameter was given with, else where it is: `param_groups.I.params.J`."""
+    """Return the name that a parameter was given with, or its place `param_groups.I.params.J`."""
     return names[index] if names else f"param_groups.{group_index}.params.{index}"
 
 
 def check_params(params: list[Tensor], names: list[str] | None, group_index: int) -> None:
-    """Refuse a group with a parameter that LAMB can't train, or with other names than parameters."""
+    """Raise ValueError if LAMB cannot train a parameter, or if there are not as many names as parameters."""
     if names is not None and len(names) != len(params):
         raise ValueError(
-            f"Lamb: a parameter group has {len(params)} parameters and {len(names)} param_names: leave out the "
-            "same ones of both"
+            f"Lamb: a parameter group has {len(params)} parameters and {len(names)} param_names: remove the same "
+            "entries from both"
         )
     for index, param in enumerate(params):
         kind = _unfit(param)
@@ -125,7 +130,7 @@ def check_params(params: list[Tensor], names: list[str] | None, group_index: int
 
 
 def _unfit(param: Tensor) -> str | None:
-    """Why LAMB can't train a parameter, and what to do."""
+    """Return why LAMB cannot train a parameter and what to do, or None if it can."""
     if isinstance(param, torch.nn.parameter.UninitializedParameter):
         return "not initialised yet (a lazy module's): run the model on a batch before you build the optimizer"
     if param.layout != torch.strided:

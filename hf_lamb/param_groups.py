@@ -1,4 +1,4 @@
-"""Which parameters decay and which adapt: pure functions over named parameters."""
+"""Parameter groups: which parameters decay and which adapt. Pure functions over named parameters."""
 
 from __future__ import annotations
 
@@ -23,57 +23,60 @@ def lamb_param_groups(
     exclude_from_weight_decay: Sequence[str] = (),
     exclude_from_layer_adaptation: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `Lamb`: biases and normalisation parameters do not adapt, and what Trainer says decays.
+    """Make parameter groups for `Lamb` in which biases and normalisation parameters neither decay nor adapt.
 
-    Decay: exactly what `transformers.Trainer.get_decay_parameter_names` names. So nothing decays that is inside of a
-    `torch.nn.LayerNorm` or whose name, in lower case, has `bias`, `layernorm` or `rmsnorm` in it, or a part that is
-    `norm` or ends in `_norm`. All others do: a BatchNorm2d named `bn1` too.
+    A parameter "decays" if weight decay applies to it, and "adapts" if `Lamb` scales its step by the trust ratio.
 
-    Adaptation: all parameters adapt but these three kinds:
+    Decay: a parameter decays if `transformers.Trainer.get_decay_parameter_names` returns its name. A parameter does
+    not decay if it is inside of a `torch.nn.LayerNorm`; if its name, in lower case, contains `bias`, `layernorm` or
+    `rmsnorm`; or if a part of its name is `norm` or ends in `_norm`. All others decay, also a BatchNorm2d named `bn1`.
+
+    Adaptation: all parameters adapt except these three kinds:
 
     * Biases: the last part of the name has the word `bias`: `bias`, `in_proj_bias`, an RNN's `bias_ih_l0`,
       MultiheadAttention's `bias_k`, `pos_bias_u`.
-    * Tables of biases for positions: Swin's `relative_position_bias_table`, T5's embedding
+    * Tables of position biases: Swin's `relative_position_bias_table`, T5's embedding
       `relative_attention_bias.weight`, LayoutLMv3's linear `rel_pos_bias.weight`, WavLM's `rel_attn_embed.weight`.
-      A layer that computes biases is none (`bias_conv.weight`, `continuous_position_bias_mlp.0.weight`).
-    * Gains and shifts of normalisations: all of torch's LayerNorm, RMSNorm, BatchNorm, GroupNorm and InstanceNorm;
-      `weight`, `gamma`, `scale`, ... of a class named after one of them (`LlamaRMSNorm`); the vectors of that name
-      in any other class with `norm` in its name, and vectors that are named as a norm's (`layer_norm_weight`), so
-      that the matrices of a `NormedEmbedding` or a `LayerNormLinear` adapt.
+      A layer that computes biases does adapt (`bias_conv.weight`, `continuous_position_bias_mlp.0.weight`).
+    * Gains and shifts of normalisations: all parameters of torch's LayerNorm, RMSNorm, BatchNorm, GroupNorm and
+      InstanceNorm; `weight`, `gamma`, `scale`, ... of a class named after one of them (`LlamaRMSNorm`); vectors of
+      these names in any other class with `norm` in its name; vectors with the name of a norm (`layer_norm_weight`).
+      The matrices of a `NormedEmbedding` or a `LayerNormLinear` do adapt.
 
-    So these adapt: all matrices, convolutions and embeddings, position embeddings and `cls_token` among them;
+    So these adapt: all matrices, convolutions and embeddings, including position embeddings and `cls_token`;
     LayerScale's `gamma` and `lambda1`; both tensors of `torch.nn.utils.weight_norm`; Mamba's `A_log` and `D`; scalars
-    such as `logit_scale` and gates. A gate that begins at 0 hardly leaves it when it adapts: name it in
+    such as `logit_scale` and gates. A gate that starts at 0 stays close to 0 when it adapts: add it to
     `exclude_from_layer_adaptation`.
 
-    Tied parameters appear once, under their first name, frozen ones not at all.
+    A tied parameter appears once, under its first name. A frozen parameter does not appear.
 
-    FSDP1 with `use_orig_params=False` puts weights and biases into one flat tensor, which can be in one group only.
-    That group then names its exceptions, "undecayed" and "unadapted", lists of layers; `Lamb` heeds them
-    once it is attached to the model.
+    FSDP1 with `use_orig_params=False` puts weights and biases into one flat tensor, and a tensor can be in one group
+    only. Such a group has two more keys, "undecayed" and "unadapted": the names of layers that do not decay or adapt.
+    `Lamb` uses them once `Lamb.attach` has been called.
 
     Args:
-        model: the module to train, not wrapped in DDP; FSDP1 may have wrapped it.
+        model: the module to train, not wrapped in DDP. FSDP1 may wrap it.
         weight_decay: λ of the parameters that decay. Default 0.01.
-        adapt_all: adapt biases and normalisation parameters too, as apex with `use_nvlamb` and optax do.
-        exclude_from_weight_decay: regular expressions, searched in the parameters' names, of more parameters that
-            do not decay. Default none.
-        exclude_from_layer_adaptation: the same for the trust ratio. Default none.
+        adapt_all: adapt biases and normalisation parameters too, as apex with `use_nvlamb` and optax do. Default
+            False.
+        exclude_from_weight_decay: regular expressions. Parameters whose names match one (by `re.search`) do not decay
+            either. Default none.
+        exclude_from_layer_adaptation: the same for adaptation. Default none.
 
     Returns:
-        At most four groups, none empty: `{"name", "params": [parameter, ...], "param_names": [name, ...],
-        "weight_decay", "layer_adaptation"}`, and "undecayed" and "unadapted" where there are flat tensors. Any
-        optimizer of torch takes them.
+        At most four groups, none of them empty: `{"name", "params": [parameter, ...], "param_names": [name, ...],
+        "weight_decay", "layer_adaptation"}`, and "undecayed" and "unadapted" if there are flat tensors. Every
+        optimizer of torch accepts these groups.
 
     Raises:
-        ValueError: no module; no trainable parameter; a pattern that is no regular expression or matches no
-            trainable one; a string where a list of patterns is expected.
+        ValueError: `model` is not a module or has no trainable parameter; a pattern is not a regular expression or
+            matches no trainable parameter; a string is given instead of a list of patterns.
 
     Source: the exclusions of the paper's authors (google-research/albert) and of NVIDIA's BERT.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"lamb_param_groups: expected a module, got {type(model).__name__}: pass model, not model.parameters()"
+            f"lamb_param_groups: pass model, not model.parameters(): expected a module, got {type(model).__name__}"
         )
     named = {clean_name(name): param for name, param in model.named_parameters() if param.requires_grad}
     if not named:
@@ -99,10 +102,21 @@ def lamb_param_groups(
 def split_by_adaptation(
     model: nn.Module, groups: Iterable[dict[str, Any]] | Iterable[Tensor], *, adapt_all: bool = False
 ) -> list[dict[str, Any]]:
-    """Somebody else's parameter groups with names, split where some members adapt and others do not.
+    """Split existing parameter groups so that all members of a group adapt or none does, and add names.
 
-    Which adapt is as with `lamb_param_groups`; a group that has "layer_adaptation" keeps it. Other options stay, and
-    with them which parameters decay. What is not the model's adapts.
+    `lamb_param_groups` documents which parameters adapt. A group that has "layer_adaptation" already is not split.
+    All other options stay as they are, weight decay included. A parameter that is not in the model adapts.
+
+    Args:
+        model: the module that has the parameters.
+        groups: parameter groups, or parameters.
+        adapt_all: let all parameters adapt. Default False.
+
+    Returns:
+        The groups, as `lamb_param_groups` returns them.
+
+    Raises:
+        ValueError: there is no trainable parameter.
     """
     given: list[Any] = list(groups)
     if given and not isinstance(given[0], dict):
@@ -117,7 +131,7 @@ def split_by_adaptation(
 
 
 def _nothing_to_train(model: nn.Module) -> str:
-    return f"lamb_param_groups: {type(model).__name__} has no trainable parameter: unfreeze some"
+    return f"lamb_param_groups: unfreeze some parameters: {type(model).__name__} has no trainable one"
 
 
 def _split(
@@ -158,7 +172,7 @@ def _split(
 
 
 class _Layer(NamedTuple):
-    name: str  # in the model that nothing wraps
+    name: str  # in the unwrapped model
     decays: bool
     adapts: bool
     trains: bool
@@ -166,7 +180,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
-    """Every parameter, those in FSDP1's flat tensors in their places."""
+    """Yield every parameter; in place of each of FSDP1's flat tensors, the parameters in it."""
     flat, shapes = flat_tensors(model), whole_shapes(model)
     layer_norms = [f"{clean_name(name)}." for name, part in model.named_modules() if name and _is_layer_norm(part)]
 
@@ -179,7 +193,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             yield layer(name, owner, shapes[name], param.requires_grad, True)
         if param not in flat:
             name = clean_name(raw)
-            # DeepSpeed ZeRO-3 leaves an empty tensor in a parameter's place, and its shape there.
+            # DeepSpeed ZeRO-3 replaces a parameter's data by an empty tensor and keeps its shape in `ds_shape`.
             here: Sequence[int] = () if is_lazy(param) else param.shape
             shape = shapes.get(name, getattr(param, "ds_shape", here))
             owner_name, _, own_name = raw.rpartition(".")
@@ -210,7 +224,7 @@ _TORCH_NORMS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm in all dimensions
 )
-# Also where a class of somebody's own makes one of these and has "norm" in its name.
+# These adapt even if a subclass of one of them has "norm" in its name.
 _MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.RNNBase)
 _NORM_CLASS = re.compile(r"(?:layer|rms|batch|group|instance)_?norm(?:\dd)?(?:gated|activation|act)?$")
 _NORM_PARAMETERS = {"weight", "bias", "gamma", "beta", "scale", "shift", "gain", "offset", "g", "b", "w"}
@@ -218,7 +232,7 @@ _NORM_PARAMETERS |= {"a_2", "b_2", "temp", "temperature"}
 
 
 def _adapts(name: str, owner: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether it is neither a bias nor a table of position biases nor a normalisation's."""
+    """Return whether a parameter is neither a bias, nor a table of position biases, nor part of a normalisation."""
     parts = re.sub(r"(?:^|\.)parametrizations\.([^.]+)\.original\d*$", r".\1", name.lower()).strip(".").split(".")
     own, owners = parts[-1], parts[-2] if len(parts) > 1 else ""
     if isinstance(owner, (nn.ParameterList, nn.ParameterDict)):
@@ -233,7 +247,7 @@ def _adapts(name: str, owner: nn.Module, shape: Sequence[int]) -> bool:
 def _is_bias_table(name: str, module: nn.Module) -> bool:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return bool(_BIAS.search(name)) or name == "rel_attn_embed"
-    # Applied to positions as one-hot vectors.
+    # A linear layer without bias that is applied to one-hot positions is a table too.
     is_lookup = isinstance(module, nn.Linear) and module.bias is None
     return is_lookup and bool(_POSITION.search(name)) and name.endswith("_bias")
 
@@ -245,8 +259,8 @@ def _is_normalisation(own: str, module: nn.Module, shape: Sequence[int]) -> bool
     if isinstance(module, _MATRICES):
         return False
     if _NORM_CLASS.search(kind) and own in _NORM_PARAMETERS:
-        return True  # of any shape: Cohere's has a gain for each head and channel
-    # (C,) or, beside images, (1, C, 1, 1); a matrix with one row is a matrix.
+        return True  # any shape: Cohere's norm has a gain for each head and channel
+    # (C,) or, for images, (1, C, 1, 1) is a vector; (1, C) is a matrix with one row.
     is_vector = len(shape) != 2 and max(shape, default=1) == torch.Size(shape).numel()
     in_norm = ("norm" in kind or kind.endswith("grn")) and own in _NORM_PARAMETERS
     return is_vector and (in_norm or bool(_NORM.search(own)))

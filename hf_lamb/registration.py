@@ -1,7 +1,7 @@
 """Makes "lamb" an optimizer name of transformers: in code, on the command line, in JSON and in YAML.
 
-transformers has no hook for optimizers of others, so `register` adds a member to `OptimizerNames` and a handler to
-`_OPTIMIZER_HANDLERS`; that table is where `Trainer` looks its optimizers up since transformers 5.2,
+transformers has no hook for third-party optimizers, so `register` adds a member to `OptimizerNames` and a handler to
+`_OPTIMIZER_HANDLERS`, the table in which `Trainer` looks up optimizers since transformers 5.2:
 https://github.com/huggingface/transformers/blob/v5.2.0/src/transformers/trainer_optimizer.py
 """
 
@@ -26,27 +26,27 @@ from torch import nn
 
 from hf_lamb.lamb import Lamb
 from hf_lamb.param_groups import split_by_adaptation
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 from hf_lamb.sharding import fsdp1
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from transformers.trainer_optimizer import OptimizerContext
 
-__all__ = ["parse_optim_args", "register"]
+__all__ = ["options_of", "parse_optim_args", "register"]
 
 logger = logging.getLogger(__name__)
-_warn_once = cache(logger.warning)
+warn_once = cache(logger.warning)
 
 
 # ---- The name -------------------------------------------------------------------------------------------------------
 
 
 def register() -> None:
-    """Make `optim="lamb"` valid in transformers: at once where it is loaded, else as soon as it gets loaded.
+    """Make `optim="lamb"` valid in transformers, now if transformers is imported, otherwise when it is imported.
 
-    Importing hf_lamb calls this; calling it again does no harm. A transformers that has a LAMB of its own, or no
-    table of handlers (before 5.2), is left as it is, and one warning says so.
+    Importing hf_lamb calls this function; more calls change nothing. If transformers has its own LAMB, or has no table
+    of handlers (before 5.2), `register` warns once and changes nothing.
     """
     _waiting.update(_PATCHES)
     if _FINDER not in sys.meta_path:
@@ -57,11 +57,11 @@ def register() -> None:
 
 
 def add_member(names: type[enum.Enum], name: str, value: str) -> enum.Enum:
-    """Add a member to an enumeration of strings that exists already, and have it pickle as a plain string.
+    """Add a member to an existing enumeration of strings. The member pickles as a plain string.
 
-    A `training_args.bin` then loads in a process that knows no such member.
+    So a process without this member can load a `training_args.bin`.
     """
-    # What the class statement itself does with each member, in every Python since 3.11.
+    # The class statement itself does this with each member, in every Python since 3.11.
     member = enum._proto_member(value)  # type: ignore[attr-defined]
     setattr(names, name, member)
     member.__set_name__(names, name)
@@ -83,11 +83,11 @@ def _add_name(training_args: ModuleType) -> None:
 
 
 def _name_the_misspelt(names: type[enum.Enum]) -> None:
-    """Have "LAMB" answered with "lamb", not with a list of all optimizers."""
+    """For "LAMB" and similar names, raise an error that names "lamb" instead of listing all optimizers."""
     missing = names._missing_
 
     def answer(cls: type[enum.Enum], value: object) -> Any:
-        # str() of a member, as some write it into YAML, is "OptimizerNames.LAMB".
+        # str() of a member is "OptimizerNames.LAMB", which may be in a user's YAML file.
         if isinstance(value, str) and value.strip().lower().removeprefix("optimizernames.") in ("lamb", "hf_lamb"):
             raise ValueError(f'optim={value!r}: write optim="lamb" (--optim lamb)')
         return missing(value)
@@ -103,7 +103,7 @@ def _add_handler(trainer_optimizer: ModuleType) -> None:
         return
 
     def parse_or_name_the_item(text: str | None) -> Any:
-        """As transformers' own; but where that fails, it does not say of what, nor of which option."""
+        """Parse as transformers does; its error names neither the item nor the option, so raise a better one."""
         try:
             return parse(text)
         except (AttributeError, ValueError):
@@ -112,7 +112,7 @@ def _add_handler(trainer_optimizer: ModuleType) -> None:
                     raise ValueError(f"optim_args: betas is not set here; {_SET_ELSEWHERE['betas']}") from None
             raise
 
-    # And where Trainer has imported it already.
+    # Replace it also in transformers.trainer, which may have imported it already.
     for name in (trainer_optimizer.__name__, "transformers.trainer"):
         if hasattr(sys.modules.get(name), "_parse_optim_args"):
             setattr(sys.modules[name], "_parse_optim_args", parse_or_name_the_item)  # noqa: B010 - mypy knows no such
@@ -120,7 +120,7 @@ def _add_handler(trainer_optimizer: ModuleType) -> None:
 
 def _refuse(reason: str) -> None:
     version = getattr(sys.modules.get("transformers"), "__version__", "")
-    _warn_once(
+    warn_once(
         f'transformers {version} {reason}: optim="lamb" will not select hf_lamb\'s. '
         "Give it to the Trainer yourself: Trainer(..., optimizer_cls_and_kwargs=(hf_lamb.Lamb, {'lr': ...}))"
     )
@@ -136,7 +136,7 @@ _waiting: set[str] = set()
 def _patch(module: ModuleType) -> None:
     try:
         _PATCHES[module.__name__](module)
-    except AttributeError as error:  # their insides have changed; importing transformers must not fail for that
+    except AttributeError as error:  # private parts have changed; importing transformers must still work
         _refuse(f"differs from what hf_lamb knows (no {error.name})")
     _waiting.discard(module.__name__)
     if not _waiting and _FINDER in sys.meta_path:
@@ -144,7 +144,7 @@ def _patch(module: ModuleType) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find the two modules of `_PATCHES`, and patches each once its own code has run."""
+    """Finds the modules of `_PATCHES` with the other finders, and patches each one after its own code has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -164,9 +164,9 @@ _FINDER = _Finder()
 
 def _patch_after_exec(loader: Any) -> None:
     def exec_module(module: ModuleType) -> None:
-        del loader.exec_module  # the loader is itself again
+        del loader.exec_module  # restores the loader's own method
         loader.exec_module(module)
-        if module.__name__ in _PATCHES:  # else a loader that several modules share
+        if module.__name__ in _PATCHES:  # False if several modules share the loader
             _patch(module)
 
     loader.exec_module = exec_module
@@ -185,28 +185,33 @@ _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 @cache
 def _options() -> dict[str, Any]:
-    """The keys of `optim_args` and their types: the options of `Lamb`, as its signature has them, and three more."""
+    """Return the keys of `optim_args` and their types: those of `Lamb`'s signature, `beta1`, `beta2`, `adapt_all`."""
     hints = get_type_hints(Lamb.__init__)
     own = {name: hint for name, hint in hints.items() if name not in {"params", "return", *_SET_ELSEWHERE}}
     return {"beta1": float, "beta2": float, **own, "adapt_all": bool}
 
 
 def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
-    """Read `--optim_args "max_trust_ratio=10,bias_correction=false"`: the options given, typed.
+    """Parse `--optim_args`, such as "max_trust_ratio=10,bias_correction=false".
 
-    Keys are `beta1`, `beta2`, `adapt_all` (see `lamb_param_groups`) and the options of `Lamb`, but for lr, betas and
-    weight_decay. Numbers are read as Python does; booleans are true/false, yes/no or 1/0; `none` is accepted where
-    `Lamb` accepts None.
+    Args:
+        text: items `key=value`, separated by commas. Keys are `beta1`, `beta2`, `adapt_all` (see `lamb_param_groups`)
+            and the options of `Lamb` except lr, betas and weight_decay. Numbers are Python's; booleans are true/false,
+            yes/no or 1/0; `none` is accepted if `Lamb` accepts None.
+
+    Returns:
+        The options in `text`, with values of their types.
 
     Raises:
-        ValueError: no string; an item that is not key=value, an unknown or repeated key, a value of the wrong type.
+        ValueError: `text` is not a string; an item is not key=value; a key is unknown or repeated; a value has the
+            wrong type.
     """
     options: dict[str, float | bool | None] = {}
     for key, value in _items(text, "eps=1e-6,max_trust_ratio=10"):
         if key in _SET_ELSEWHERE:
             raise ValueError(f"optim_args: {key} is not set here; {_SET_ELSEWHERE[key]}")
         if key not in _options():
-            hint = near(key.lower(), _options())
+            hint = did_you_mean(key.lower(), _options())
             raise ValueError(f"optim_args: unknown option {key!r}{hint}; LAMB has {', '.join(_options())}")
         if key in options:
             raise ValueError(f"optim_args: {key} is given twice")
@@ -215,7 +220,7 @@ def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
 
 
 def _items(text: Any, example: str) -> Iterator[tuple[str, str]]:
-    """The keys and values, not read yet; one line for what is malformed."""
+    """Yield the keys and values as text; raise ValueError for what is not key=value."""
     if not text:
         return
     if not isinstance(text, str):
@@ -246,35 +251,37 @@ def _typed(key: str, value: str) -> float | bool | None:
     raise ValueError(f"optim_args: {key}={value}: expected {wanted}{' or none' if optional else ''}")
 
 
-# LambTrainer's loss does not depend on the split of the batch; its handler need not warn.
+# True while LambTrainer creates its optimizer: its loss does not depend on the split of the batch, so `_lamb` does not
+# warn about that.
 loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=False)
 
 
-def _doubts(model: nn.Module, args: TrainingArguments) -> list[str]:
-    """What makes LAMB pointless or wrong with this model, in a line each."""
+def _model_warnings(model: nn.Module, args: TrainingArguments) -> list[str]:
+    """Return warnings, one line each, about this model and these arguments under LAMB."""
     doubts = []
     base: Any = getattr(model, "get_base_model", None)
-    own = base() if callable(base) else model  # inside of PEFT's; Trainer looks at it too
+    own = base() if callable(base) else model  # the model inside of PEFT's, as Trainer does it
     low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if low:
         doubts.append(
-            f"trainable parameters are {' and '.join(sorted(low))}, which rounds most small steps away: load the "
-            "model in float32 and train with --bf16"
+            "load the model in float32 and train with --bf16: trainable parameters are "
+            f"{' and '.join(sorted(low))}, in which most small updates are rounded to zero"
         )
     splits = args.gradient_accumulation_steps * args.world_size
     if splits > 1 and not loss_is_weighted.get() and inflates_loss(own):
         doubts.append(
-            f"{type(own).__name__} ignores num_items_in_batch, so Trainer multiplies its loss and gradient by "
-            f"{splits} (accumulation x processes; https://github.com/huggingface/transformers/issues/47688): use "
-            f"hf_lamb.LambTrainer, or set {type(own).__name__}.accepts_loss_kwargs = False"
+            f"use hf_lamb.LambTrainer, or set {type(own).__name__}.accepts_loss_kwargs = False: the model ignores "
+            f"num_items_in_batch, so Trainer multiplies its loss and gradient by {splits} (accumulation x processes; "
+            "https://github.com/huggingface/transformers/issues/47688)"
         )
     return doubts
 
 
 def inflates_loss(model: nn.Module) -> bool:
-    """Whether `forward` takes loss kwargs, so that Trainer lets it normalise, but computes a mean of its own.
+    """Return whether `forward` takes loss kwargs but ignores `num_items_in_batch` and returns its own mean.
 
-    Read from the source of `forward`; `LambTrainer`, which has data, finds out by trying.
+    Trainer relies on such a `forward` to normalise the loss. This function reads the source of `forward`;
+    `LambTrainer` tries the model on data instead.
     """
     forward = inspect.unwrap(type(model).forward)
     kinds = {parameter.kind for parameter in inspect.signature(forward).parameters.values()}
@@ -289,10 +296,11 @@ def inflates_loss(model: nn.Module) -> bool:
 
 
 def options_of(args: TrainingArguments) -> dict[str, Any]:
-    """The options of `Lamb` that these arguments ask for, and `adapt_all` where it is among them.
+    """Return the options of `Lamb` from training arguments, and `adapt_all` if `optim_args` has it.
 
     Raises:
-        ValueError: what `parse_optim_args` or `Lamb` refuse; a DeepSpeed configuration that replaces LAMB by CPU-Adam.
+        ValueError: `parse_optim_args` or `Lamb` refuse an option; the DeepSpeed configuration replaces LAMB by
+            CPU-Adam.
     """
     from transformers import TrainingArguments
 
@@ -304,88 +312,95 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
         "weight_decay": args.weight_decay,
     }
     trainers, own = (cls.__dataclass_fields__["adam_epsilon"].default for cls in (TrainingArguments, type(args)))
-    if args.adam_epsilon != trainers or own != trainers:  # a class with a default of its own means what it holds
+    # Trainer's default is for Adam. Use `adam_epsilon` if the user has set it, or if a subclass has another default.
+    if args.adam_epsilon != trainers or own != trainers:
         options["eps"] = args.adam_epsilon
     options |= given
     try:
         Lamb([torch.empty(0)], **{option: value for option, value in options.items() if option != "adapt_all"})
-    except RuntimeError as error:  # options that this version does not have, or not together
+    except RuntimeError as error:  # options that exclude each other
         raise ValueError(f"optim_args: {error}") from None
     return options
 
 
 def _refuse_cpu_adam(deepspeed_plugin: Any) -> None:
-    """accelerate does it without a word (`Accelerator._prepare_deepspeed`), and keeps lr and weight_decay only."""
+    """Raise ValueError if accelerate would replace LAMB by DeepSpeedCPUAdam.
+
+    accelerate does this silently in `Accelerator._prepare_deepspeed`, and keeps only lr and weight_decay.
+    """
     config = getattr(deepspeed_plugin, "deepspeed_config", None) or {}
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
-            'optim="lamb": with an offloaded optimizer accelerate puts DeepSpeedCPUAdam in its place: set '
-            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration file'
+            'optim="lamb": set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration file: otherwise '
+            "accelerate replaces an offloaded optimizer by DeepSpeedCPUAdam"
         )
 
 
 def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The handler: what `Trainer` shall build for these arguments and, if given, this model."""
+    """Trainer's handler: return the class and the options of the optimizer, and log warnings."""
     args = ctx.args
     kwargs = options_of(args)
     adapt_all = bool(kwargs.pop("adapt_all", False))
-    said = []
+    warnings = []
     if args.learning_rate < 1e-4:
-        said.append(
-            f"learning_rate is {args.learning_rate:g}: LAMB's rate is relative to the weight norm, so AdamW's rates "
-            "hardly move it; BERT pretraining takes about 1e-3 to 1e-2"
+        warnings.append(
+            f"learning_rate is {args.learning_rate:g}: use about 1e-3 to 1e-2 for BERT pretraining; LAMB's rate is "
+            "relative to the norm of the weights, so with AdamW's rates they hardly change"
         )
     if "eps" not in kwargs:
         eps = inspect.signature(Lamb).parameters["eps"].default
-        said.append(
+        warnings.append(
             f"eps is {eps:g}, LAMB's default, because adam_epsilon is at Trainer's default {args.adam_epsilon:g}; "
             f'choose it with --optim_args "eps={eps:g}"'
         )
     if ctx.model is None:
-        said.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
+        warnings.append("no model was given, so the caller's parameter groups decide what decays and what adapts")
     else:
-        said += _doubts(fsdp1.unwrapped(ctx.model), args)
+        warnings += _model_warnings(fsdp1.unwrapped(ctx.model), args)
     if args.should_log:
-        for line in said:
-            _warn_once(f'optim="lamb": {line}')
+        for line in warnings:
+            warn_once(f'optim="lamb": {line}')
     return (Lamb if ctx.model is None else _lamb_of(ctx.model, adapt_all)), kwargs
 
 
 def _lamb_of(model: nn.Module, adapt_all: bool) -> type[Lamb]:
-    """`Lamb` for parameter groups of this model that somebody else has made, Trainer or a subclass of it.
+    """Return a class that builds `Lamb` from Trainer's parameter groups of this model.
 
-    They say what decays, at which rate; `split_by_adaptation` adds what adapts, and the names. A class and no
-    factory, because Trainer keeps its groups, with what its `get_decay_parameter_names` says, from factories.
+    Trainer's groups, also those of a subclass, decide weight decay and learning rates; `split_by_adaptation` adds
+    names and which parameters adapt. It must be a class: Trainer does not pass its groups to a factory function.
     """
 
     class LambOfModel(Lamb):
         def __new__(cls, params: Iterable[Any], **options: Any) -> Any:
             groups = split_by_adaptation(model, params, adapt_all=adapt_all)
             if options.get("layer_adaptation") is False:
-                # The groups say which parameters adapt, and would overrule the option.
+                # The groups have "layer_adaptation", which would override this option.
                 groups = [{**group, "layer_adaptation": False} for group in groups]
             optimizer = Lamb(groups, **options)
             if fsdp1.layouts(model):
                 optimizer.attach(model)
             if not loss_is_weighted.get():
                 optimizer.register_step_post_hook(_SkippedSteps())
-            return optimizer  # a plain one, which pickles
+            return optimizer  # a plain Lamb, because it must pickle
 
     LambOfModel.__name__ = LambOfModel.__qualname__ = Lamb.__name__
     return LambOfModel
 
 
 class _SkippedSteps:
-    """After a step, tells of steps that Lamb has skipped, and ends a run that only skips.
+    """A step hook that warns of skipped steps, and raises after 20 in a row.
 
-    For a stock Trainer, which logs a loss of 0.0 then and goes on; `LambTrainer` has `SkippedStepsCallback`. Looks
-    after each of the first ten steps and every twentieth, because looking waits for the device.
+    It is for a stock Trainer, which logs a loss of 0.0 and continues; `LambTrainer` has `SkippedStepsCallback`. It
+    checks after each of the first ten steps and every twentieth step, because each check synchronises with the device.
+
+    Raises:
+        RuntimeError: the last 20 steps were skipped.
     """
 
     def __init__(self) -> None:
         self.steps = 0
-        self.said = False
+        self.warned = False
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.steps += 1
@@ -393,14 +408,14 @@ class _SkippedSteps:
             return
         assert isinstance(optimizer, Lamb)
         total, in_a_row = optimizer.skipped_steps()
-        remedy = "look for inf or NaN in weights and data, and lower the learning rate"
+        remedy = "check weights and data for inf or NaN, and lower the learning rate"
         if in_a_row >= 20:
             raise RuntimeError(
                 f'optim="lamb": the last {in_a_row} steps were skipped, because gradients were inf or NaN: {remedy}'
             )
-        if total and not self.said:
-            self.said = True
+        if total and not self.warned:
+            self.warned = True
             logger.warning(
                 f'optim="lamb": {total} of the first {self.steps} steps skipped, because gradients were inf or NaN; '
-                f"the weights stay as they are then: {remedy}"
+                f"a skipped step does not change the weights: {remedy}"
             )

@@ -1,13 +1,13 @@
-"""Runs a script that nobody edited with "lamb" registered as an optimizer of transformers.
+"""Runs an unedited script with "lamb" registered as an optimizer of transformers.
 
     python -m hf_lamb.run script.py --optim lamb ...
     python -m hf_lamb.run -m package.module --optim lamb ...
     accelerate launch -m hf_lamb.run script.py --optim lamb ...
     torchrun --nproc_per_node 2 -m hf_lamb.run script.py --optim lamb ...
 
-The script sees what it would see under plain `python`: its arguments, `__main__`, `sys.path`, exit codes, tracebacks.
-Differences: torch is imported before its first line, and processes that it starts as new commands
-(`subprocess.run([sys.executable, ...])`) are plain Python again; those of `multiprocessing` have "lamb" too.
+The script runs as under plain `python`: arguments, `__main__`, `sys.path`, exit codes and tracebacks are the same.
+Differences: torch is imported before the script's first line. Child processes of `multiprocessing` have "lamb" too;
+new commands (`subprocess.run([sys.executable, ...])`) do not.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
             print(f"{parser.prog}: write --optim lamb", file=sys.stderr)  # noqa: T201
         raise
     except BaseException as error:
-        # Let the interpreter end as it always does, but show the script's frames only.
+        # The interpreter ends as usual, but the traceback shows only the script's frames.
         show, frames = sys.excepthook, _from_script(error.__traceback__)
         sys.excepthook = lambda kind, value, _: show(kind, value.with_traceback(frames), frames)
         raise
@@ -63,11 +63,11 @@ def _has_lamb_in_other_letters(args: list[str]) -> bool:
 
 
 class _CannotRun(Exception):
-    """There is nothing to run; the message says why, in one line."""
+    """The target cannot be run; the message is one line with the reason."""
 
 
 def _load(target: str, is_module: bool) -> tuple[ModuleType, CodeType]:
-    """The `__main__` module of the target, its code not run yet; `sys.path[0]` as plain `python` has it."""
+    """Return the target's `__main__` module and its code, without running it; set `sys.path[0]` as `python` does."""
     if is_module:
         return _main_module(_module_spec(target))
     path = os.path.abspath(target)
@@ -86,7 +86,7 @@ def _load(target: str, is_module: bool) -> tuple[ModuleType, CodeType]:
     spec = spec_from_file_location("__main__", path, loader=loader)
     assert spec is not None
     module = module_from_spec(spec)
-    # Without a spec multiprocessing finds a script by its path.
+    # `__spec__` is None, as for every script: multiprocessing then finds the script by its path.
     module.__dict__.update(__spec__=None, __package__=None, __cached__=None, __builtins__=builtins)
     _set_path(os.path.dirname(os.path.realpath(path)))
     return module, loader.source_to_code(source, path)
@@ -98,7 +98,7 @@ def _set_path(entry: str) -> None:
 
 
 def _module_spec(name: str) -> ModuleSpec:
-    """The spec of what `python -m name` runs: the module, or the `__main__` of a package."""
+    """Return the spec of what `python -m name` runs: the module, or the `__main__` of a package."""
     spec = _find(name)
     if spec is None:
         raise _CannotRun(f"No module named {name}")
@@ -116,7 +116,7 @@ def _find(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
     except ModuleNotFoundError as error:
-        # One of the parents is missing; what they fail to import themselves is an error of theirs.
+        # Return None if the module or a parent package is missing. Any other missing import is the script's own error.
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             return None
         raise
@@ -133,7 +133,7 @@ def _main_module(spec: ModuleSpec) -> tuple[ModuleType, CodeType]:
 
 
 def _from_script(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback without the frames of this module and of the import system before the script's first."""
+    """Remove the frames of this module and of the import system from the start of a traceback."""
     while frames is not None and (
         frames.tb_frame.f_globals is globals() or frames.tb_frame.f_code.co_filename.startswith("<frozen ")
     ):
@@ -142,10 +142,10 @@ def _from_script(frames: TracebackType | None) -> TracebackType | None:
 
 
 def _register_in_spawned_processes() -> None:
-    """Register in the processes that multiprocessing spawns too: they may build `TrainingArguments` themselves.
+    """Register "lamb" in processes that multiprocessing spawns too: they may build `TrainingArguments` themselves.
 
-    They load this data before they load the script; unpickling `register` imports hf_lamb, and they ignore a key
-    that they do not know.
+    A spawned process unpickles the preparation data before it loads the script. Unpickling `register` imports hf_lamb;
+    multiprocessing ignores the additional key.
     """
     preparation_data = multiprocessing.spawn.get_preparation_data
 

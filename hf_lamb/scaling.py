@@ -1,4 +1,4 @@
-"""From one batch size to another: learning rate, warm-up, decay, and whether the rate is too high. Pure functions."""
+"""Learning rate, warm-up and decay for another batch size, and a warning if the rate is too high. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
     "ScaledRate",
     "check_warmup",
     "decay_factor",
-    "near",
+    "did_you_mean",
     "norm_growth",
     "norm_growth_warning",
     "scaled_learning_rate",
@@ -28,22 +28,30 @@ NORM_GROWTH_LIMIT = 0.6
 
 
 class ScaledRate(NamedTuple):
-    """A learning rate, and why in a line."""
+    """A learning rate, and one line with its calculation."""
 
     learning_rate: float
-    why: str
+    why: str  # "learning rate 0.02 = 0.01 * sqrt(256 / 64)"
 
 
 def scaled_learning_rate(
     base_learning_rate: float, base_batch_size: int, batch_size: int, rule: str = "sqrt"
 ) -> ScaledRate:
-    """base_learning_rate * (batch_size / base_batch_size) ** p, with p = 1/2 (sqrt), 1 (linear) or 0 (none).
+    """Scale a learning rate to another global batch: base_learning_rate * (batch_size / base_batch_size) ** p.
 
-    Batch sizes are sequences (rows) in an optimizer step, over micro-batches, accumulation steps and data-parallel
-    processes. `sqrt` is what the LAMB paper does from 512 to 32k, where the number of epochs stays the same.
+    Args:
+        base_learning_rate: a peak learning rate that works at `base_batch_size`.
+        base_batch_size: the global batch of that rate, in sequences (rows) per optimizer step: micro-batch x
+            accumulation steps x data-parallel processes.
+        batch_size: the global batch to scale to, in sequences.
+        rule: `sqrt` (p = 1/2), `linear` (p = 1) or `none` (p = 0). Default `sqrt`, which the LAMB paper uses from 512
+            to 32k at a constant number of epochs.
+
+    Returns:
+        `ScaledRate(learning_rate, why)`.
 
     Raises:
-        ValueError: a rate that is not positive and finite, a batch below 1, an unknown rule.
+        ValueError: the rate is not positive and finite, a batch is below 1, or the rule is unknown.
 
     Source: You et al., https://arxiv.org/abs/1904.00962; Goyal et al., https://arxiv.org/abs/1706.02677 for `linear`.
     """
@@ -53,7 +61,9 @@ def scaled_learning_rate(
         if size < 1:
             raise ValueError(f"{name} {size}: expected at least 1, in sequences per optimizer step")
     if rule not in RULES:
-        raise ValueError(f"learning_rate_scaling {rule!r}{near(rule, RULES)}: expected one of {', '.join(RULES)}")
+        raise ValueError(
+            f"learning_rate_scaling {rule!r}{did_you_mean(rule, RULES)}: expected one of {', '.join(RULES)}"
+        )
     rate = base_learning_rate * (batch_size / base_batch_size) ** RULES[rule]
     factor = {
         "sqrt": f" * sqrt({batch_size:,} / {base_batch_size:,})",
@@ -66,13 +76,22 @@ def scaled_learning_rate(
 def decay_factor(
     step: int, total_steps: int, warmup_steps: int = 0, power: float = 1.0, from_first_step: bool = False
 ) -> float:
-    """The share of the peak learning rate at optimizer step `step`, counted from 0.
+    """Return the learning rate at a step, as a fraction of the peak: linear warm-up, then polynomial decay.
 
-    Linear from 0 to 1 in `warmup_steps`, then (1 - t) ** power down to 0 at `total_steps`, where t is the share of
-    the steps *after warm-up* that are done. `power` is 1 in the paper, 0.5 in NVIDIA's recipe.
+    The fraction rises linearly from 0 to 1 in `warmup_steps`, then falls as (1 - t) ** power to 0 at `total_steps`. t
+    is the fraction of the steps *after warm-up* that are done.
 
-    from_first_step: t is the share of *all* steps, as in NVIDIA's code: the rate then drops at the end of the warm-up
-    from 1 to (1 - warmup_steps / total_steps) ** power, to 0.846 in its phase 1.
+    Args:
+        step: the optimizer step, counted from 0.
+        total_steps: steps of the run, warm-up included.
+        warmup_steps: steps of the warm-up. Default 0.
+        power: 1 in the paper, 0.5 in NVIDIA's recipe. Default 1.
+        from_first_step: t is the fraction of *all* steps, as in NVIDIA's code. The rate then drops at the end of the
+            warm-up from 1 to (1 - warmup_steps / total_steps) ** power, which is 0.846 in NVIDIA's phase 1. Default
+            False.
+
+    Returns:
+        A number from 0 to 1.
 
     Source: `PolyWarmUpScheduler`, https://github.com/NVIDIA/DeepLearningExamples/blob/master/PyTorch/LanguageModeling/BERT/schedulers.py
     """
@@ -83,44 +102,45 @@ def decay_factor(
 
 
 def check_warmup(warmup_steps: int, total_steps: int) -> None:
-    """Raise where the peak learning rate would never be reached.
+    """Check that the run reaches its peak learning rate.
 
-    The paper's warm-up, in epochs proportional to the batch, is for a fixed number of epochs the same number of steps
-    at every batch size (3,125 for BERT), so a warm-up given in steps needs no scaling.
+    A warm-up in steps needs no scaling with the batch. The paper's warm-up is proportional to the batch in epochs, so
+    at a constant number of epochs it has the same number of steps at every batch size (3,125 for BERT).
 
     Raises:
         ValueError: the warm-up is longer than the run.
     """
     if warmup_steps > total_steps:
         raise ValueError(
-            f"warmup_steps {warmup_steps:,} is more than the run's {total_steps:,} steps: shorten the warm-up or "
-            "train longer"
+            f"shorten the warm-up or train longer: warmup_steps {warmup_steps:,} is more than the run's "
+            f"{total_steps:,} steps"
         )
 
 
 def norm_growth(learning_rate: float, total_steps: int) -> float:
-    """lr² T / 3: the sum of the squared learning rates of a linear decay from `learning_rate`.
+    """Return lr² T / 3, the sum of the squared learning rates of T steps with linear decay from lr.
 
-    A LAMB step is a relative step of size lr, so while steps are nearly orthogonal to the weights and to each other
-    ‖w‖² grows by the factor exp(lr² T / 3) over a run. The sqrt rule at a fixed number of epochs keeps it constant.
+    A LAMB step changes the weights by a fraction lr of their norm. If steps are nearly orthogonal to the weights and
+    to each other, ‖w‖² grows by the factor exp(lr² T / 3) over a run. The sqrt rule keeps this number constant at a
+    constant number of epochs.
     """
     return learning_rate**2 * total_steps / 3
 
 
 def norm_growth_warning(learning_rate: float, total_steps: int) -> str | None:
-    """One line where `norm_growth` is above `NORM_GROWTH_LIMIT`, with the rate that would keep to it; else None."""
+    """Return a one-line warning, with a rate that is low enough, if `norm_growth` is above `NORM_GROWTH_LIMIT`."""
     growth = norm_growth(learning_rate, total_steps)
     if growth <= NORM_GROWTH_LIMIT:
         return None
     highest = math.sqrt(3 * NORM_GROWTH_LIMIT / total_steps)
     return (
-        f"learning rate {learning_rate:.4g} over {total_steps:,} steps lets LAMB grow the weights' squared norm about "
-        f"{math.exp(min(growth, 100.0)):.3g}-fold (lr²T/3 = {growth:.2g}; the paper's runs have 0.13): small masked "
-        f"LMs no longer learned at 0.61. {NORM_GROWTH_LIMIT} is a rate of {highest:.2g} here"
+        f"learning rate {learning_rate:.4g} over {total_steps:,} steps makes the weights' squared norm grow about "
+        f"{math.exp(min(growth, 100.0)):.3g}-fold (lr²T/3 = {growth:.2g}; the paper's runs have 0.13). Small masked "
+        f"LMs did not learn at 0.61: use at most {highest:.2g} here, where lr²T/3 is {NORM_GROWTH_LIMIT}"
     )
 
 
-def near(name: str, names: Iterable[str]) -> str:
-    """Return " (did you mean NAME?)" where one of the names is close, else nothing."""
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return " (did you mean NAME?)" if one of the names is similar, else ""."""
     found = get_close_matches(name, list(names), n=1)
     return f" (did you mean {found[0]}?)" if found else ""

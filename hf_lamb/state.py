@@ -1,4 +1,4 @@
-"""What an optimizer's state dict must look like before any of it is loaded, and how it is loaded."""
+"""Checks of an optimizer's state dict before any of it is loaded, and the precision of what is loaded."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def check_loadable(
     defaults: dict[str, Any],
     name_of: Callable[[int, int], str],
 ) -> None:
-    """Refuse what is not the state of a Lamb with these groups, before any of it is loaded."""
+    """Raise ValueError unless this is the state dict of a Lamb with these groups."""
     check_state_dict(state_dict, "Lamb")
     loaded = state_dict["param_groups"]
     if [len(group["params"]) for group in param_groups] != [len(group["params"]) for group in loaded]:
-        return  # torch has words for this
+        return  # torch raises its own error for this
     for group_index, (group, other) in enumerate(zip(param_groups, loaded, strict=True)):
         _check_order(group.get("param_names"), other.get("param_names"))
         if "amsgrad" in other:
             raise ValueError(
-                "Lamb: the state dict is an Adam's (its groups have amsgrad), whose lr is not LAMB's: "
-                "see hf_lamb.convert_state_dict"
+                "Lamb: convert the state dict with hf_lamb.convert_state_dict: it is an Adam's (its groups have "
+                "amsgrad), and Adam's lr does not suit LAMB"
             )
         check_options({**defaults, **other})
         for index, (param, key) in enumerate(zip(group["params"], other["params"], strict=True)):
@@ -41,14 +41,14 @@ def check_loadable(
             name = name_of(group_index, index)
             if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError(
-                    f"Lamb: the state of {name} has {', '.join(map(str, state))}, so it is another optimizer's: "
-                    "see hf_lamb.convert_state_dict"
+                    f"Lamb: convert the state dict with hf_lamb.convert_state_dict: it is another optimizer's, "
+                    f"because the state of {name} has {', '.join(map(str, state))}"
                 )
             check_state(state, param, "Lamb", name)
 
 
 def check_state_dict(state_dict: Any, who: str) -> None:
-    """Refuse what no optimizer's `state_dict` returned."""
+    """Raise ValueError unless this looks like what an optimizer's `state_dict()` returns."""
     if not isinstance(state_dict, dict):
         raise ValueError(
             f"{who}: expected an optimizer's state dict, got {type(state_dict).__name__}: torch.load the file first"
@@ -56,49 +56,49 @@ def check_state_dict(state_dict: Any, who: str) -> None:
     if not {"state", "param_groups"} <= state_dict.keys():
         has = ", ".join([*map(str, state_dict)][:6]) or "nothing"
         raise ValueError(
-            f"{who}: no optimizer's state dict, it has {has}: give what optimizer.state_dict() returned, and for "
-            "DeepSpeed ZeRO make a full checkpoint first (zero_to_fp32 gives weights only)"
+            f"{who}: pass what optimizer.state_dict() returned: this has {has}. For DeepSpeed ZeRO make a full "
+            "checkpoint first (zero_to_fp32 gives weights only)"
         )
     state, groups = state_dict["state"], state_dict["param_groups"]
     whole = isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())
     if not whole or not all(isinstance(group, dict) and "params" in group for group in groups):
         raise ValueError(
-            f'{who}: a damaged state dict: "state" must hold dicts, and every group have "params": '
-            "take another checkpoint"
+            f'{who}: use another checkpoint: this state dict is damaged ("state" must hold dicts, and every group '
+            'must have "params")'
         )
 
 
 def check_state(state: dict[str, Any], param: Tensor, who: str, name: str) -> None:
-    """Refuse moments and a step that cannot be those of this parameter."""
+    """Raise ValueError if these moments and this step cannot belong to this parameter."""
     for moment in ("exp_avg", "exp_avg_sq"):
         value = state[moment]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
             raise ValueError(
-                f"{who}: {moment} of {name} is {kind}: expected a floating-point tensor, so take another checkpoint"
+                f"{who}: use another checkpoint: {moment} of {name} is {kind}, expected a floating-point tensor"
             )
         if value.shape != param.shape:
             raise ValueError(
-                f"{who}: {moment} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}: "
-                "another model, or a flat partition (ZeRO, FSDP)"
+                f"{who}: {moment} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}: load "
+                "a state dict of this model with whole tensors, not of flat partitions (ZeRO, FSDP)"
             )
     step = state["step"]
     if not isinstance(step, Real) and not (isinstance(step, Tensor) and step.numel() == 1):
-        raise ValueError(f"{who}: the step of {name} is {step!r}: expected one number, so take another checkpoint")
+        raise ValueError(f"{who}: use another checkpoint: the step of {name} is {step!r}, expected one number")
 
 
 def _check_order(own: list[str] | None, loaded: list[str] | None) -> None:
-    """Names may differ (a wrapper's prefix, a renamed module), but not merely in their order."""
+    """Raise ValueError if both have the same names in another order. Other names are fine: modules get renamed."""
     if own and loaded and own != loaded and sorted(own) == sorted(loaded):
         first = next(name for name, other in zip(own, loaded, strict=True) if name != other)
         raise ValueError(
-            f"Lamb: the state dict has the same parameters in another order, from {first} on: "
-            "build the optimizer with its groups in the order of the state dict"
+            "Lamb: build the optimizer with its parameters in the order of the state dict: the state dict has the "
+            f"same ones in another order, from {first} on"
         )
 
 
 def restore_precision(state: dict[Any, Any], param_groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
-    """Give back what torch has cast to the parameters' dtype: moments as they were saved, `step` in float32."""
+    """Undo torch's cast to the parameters' dtype: moments in `math_dtype`, `step` as a float32 scalar."""
     for group, other in zip(param_groups, given["param_groups"], strict=True):
         for param, key in zip(group["params"], other["params"], strict=True):
             saved = given["state"].get(key)

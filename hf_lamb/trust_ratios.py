@@ -1,4 +1,4 @@
-"""The trust ratios of a run, layer by layer: their history, and what to worry about in words. Pure functions."""
+"""The history of each layer's trust ratio in a run, and warnings about it. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from typing import Any
 
 __all__ = ["record_trust_ratios", "trust_ratio_warnings"]
 
-MAX_COLUMNS = 256  # a heat map shows no more, and the history is in every checkpoint
+MAX_COLUMNS = 256  # enough for a heat map; every checkpoint stores the history
 
-# Our small masked LMs that trained had ratios from 0.05 to 0.4; those whose rate was too high ones from 8 to 300.
-TOO_HIGH, TOO_LOW = 4.0, 0.05  # in the median layer; of the median layer's
+# Our small masked LMs had ratios of 0.05 to 0.4 when they trained well, and of 8 to 300 when the rate was too high.
+TOO_HIGH = 4.0  # for the median layer
+TOO_LOW = 0.05  # relative to the median layer
 
 
 def record_trust_ratios(history: dict[str, Any], step: int, ratios: dict[str, float]) -> None:
-    """Add a column to `history`, which starts as `{}` and holds `steps`, `[n]`, and `ratios`, name to `[n]`.
+    """Add a column to `history`, in place.
 
-    At 256 columns every second one goes, and from then on half as many are taken in: the same whenever a run was
-    resumed. A step that is there already is left as it is, and so is one in which a layer of the history kept its
-    weights; where layers come that had kept theirs so far, the history starts anew.
+    When there are 256 columns, every second one is deleted, and from then on only every second call adds a column. A
+    resumed run therefore has the same history as an uninterrupted one. A call is ignored if its step is in the history
+    already, or if a layer of the history is missing in `ratios` because it kept its weights. If `ratios` has new
+    layers, the history starts again.
+
+    Args:
+        history: `{}` at first; then `steps`, a list of n numbers, and `ratios`, a list of n numbers for each name.
+        step: the optimizer step.
+        ratios: the trust ratio of each layer, by name.
     """
     if not history.get("ratios", ratios).keys() >= ratios.keys():
         history.clear()
@@ -41,12 +48,20 @@ def record_trust_ratios(history: dict[str, Any], step: int, ratios: dict[str, fl
 
 
 def trust_ratio_warnings(history: dict[str, Any]) -> list[str]:
-    """What is wrong in the second half of the history, a line each; of fewer than four columns, in the last one.
+    """Return warnings about the second half of the history, or about its last column if it has fewer than four.
 
-    * The median layer's ratio is mostly above 4: ‖w‖ has grown, so the learning rate is too high. If not, and of four
-      columns or more:
-    * A layer's ratio is always above 4: its weights are large or hardly get a gradient.
+    * The median layer's ratio is mostly above 4: ‖w‖ has grown, so the learning rate is too high.
+
+    The other two need four columns, and are left out when the first one applies:
+
+    * A layer's ratio is always above 4: its weights are large, or its gradient is almost zero.
     * A layer's ratio is always less than 1/20 of the median layer's: it moves that much less than the others.
+
+    Args:
+        history: see `record_trust_ratios`.
+
+    Returns:
+        One line for each warning; empty if there is none.
     """
     columns = len(history.get("steps", []))
     if columns == 0:
@@ -57,21 +72,22 @@ def trust_ratio_warnings(history: dict[str, Any]) -> list[str]:
     since = f"since step {history['steps'][half]}"
     if (typical := median(middle)) > TOO_HIGH:
         return [
-            f"trust ratio of the median layer mostly above {TOO_HIGH:g} {since} (its median is {typical:.3g}): the "
-            "weights' norms have grown, the learning rate is too high; good runs have ratios well below 1"
+            f"lower the learning rate: the trust ratio of the median layer is mostly above {TOO_HIGH:g} {since} (its "
+            f"median is {typical:.3g}), because the weights' norms have grown; good runs have ratios well below 1"
         ]
     warnings: list[str] = []
-    if columns < 4:  # too few to say of a layer that it stays there
+    if columns < 4:  # too few to tell whether a layer's ratio stays where it is
         return warnings
     for name, row in rows.items():
         if min(row) > TOO_HIGH:
             warnings.append(
                 f"{name}: trust ratio above {TOO_HIGH:g} {since} (now {row[-1]:.3g}; the median layer's "
-                f"{middle[-1]:.3g}): large weights or hardly a gradient; look whether it is trained at all"
+                f"{middle[-1]:.3g}): its weights are large or its gradient is almost zero; check whether it is "
+                "trained at all"
             )
         if all(ratio < TOO_LOW * m for ratio, m in zip(row, middle, strict=True)):
             warnings.append(
                 f"{name}: trust ratio {row[-1]:.3g}, less than 1/{1 / TOO_LOW:.0f} of the median layer's "
-                f"{middle[-1]:.3g}, {since}: its weights are so small that it hardly moves; look at its initialisation"
+                f"{middle[-1]:.3g}, {since}: its weights are so small that it hardly moves; check its initialisation"
             )
     return warnings

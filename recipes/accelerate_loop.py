@@ -47,7 +47,7 @@ DATA_FILE = "data.json"
 
 @dataclass
 class LoopArguments:
-    """Mixed precision and the kind of parallelism are `accelerate launch`'s."""
+    """The options of the loop. `accelerate launch` has those of mixed precision and parallelism."""
 
     size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(default_factory=lambda: ["embedded"], metadata={"help": "As recipes.pretrain_bert's."})
@@ -61,16 +61,16 @@ class LoopArguments:
     warmup_steps: int | None = field(
         default=None, metadata={"help": "Steps in which the rate rises; default: a tenth of them."}
     )
-    learning_rate: float = field(default=1e-2, metadata={"help": "The highest one, after the warm-up."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "The peak, at the end of the warm-up."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "The gradients' norm is clipped to that."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "The norm that gradients are clipped to."})
     seed: int = field(default=42, metadata={"help": "Of weights, data order and masks."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between two values in the log."})
     save_steps: int = field(default=240, metadata={"help": "Steps between two checkpoints, and evaluations."})
     output_dir: str = field(default="runs/accelerate_loop", metadata={"help": "The folder of the run."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint, if there is one."})
     report_to: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate's, or 'none'."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
 
 
 def main() -> None:
@@ -87,7 +87,10 @@ def main() -> None:
 
 
 def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data, int, Path | None]:
-    """What `train` takes; ends in one line where something is wrong. until_the_end: what holds the output folder."""
+    """The arguments of `train`; where an option is wrong, the program ends with one line.
+
+    until_the_end: gets the lock of the output folder.
+    """
     try:
         (args,) = parse_options(HfArgumentParser(LoopArguments, description=__doc__.splitlines()[0]))
         tracker = None if args.report_to == "none" else args.report_to
@@ -96,7 +99,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
         accelerator = Accelerator(cpu=args.use_cpu, log_with=tracker, project_dir=args.output_dir)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "DeepSpeed steps inside of backward, which this loop is not for: use recipes.pretrain_bert"
+                "DeepSpeed steps inside backward, which this loop does not support: use recipes.pretrain_bert"
             )
         check_connected(accelerator.num_processes)
         if args.per_device_train_batch_size is None:
@@ -134,12 +137,12 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
 
 
 def step_of(checkpoint: Path) -> int:
-    """checkpoint-N's N."""
+    """N of checkpoint-N."""
     return int(checkpoint.name.partition("-")[2])
 
 
 def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulation: int, newest: Path | None) -> None:
-    """Every step takes `accumulation` micro-batches on each process."""
+    """Train and save; every step takes `accumulation` micro-batches on each process."""
     set_seed(args.seed)
     model = new_bert(args.size, data.tokenizer, args.max_seq_length)
     lamb = Lamb(lamb_param_groups(model, args.weight_decay), lr=args.learning_rate)
@@ -245,9 +248,9 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, data: Data) -> None:
-    """Whole or not there: it gets its name when every process has written its part; the one before is kept.
+    """Write a checkpoint, and rename it to checkpoint-N when every process has written its part; keep the one before.
 
-    With the tokenizer, whose ids the embeddings are of, and by which data a run that resumes knows them again.
+    It holds the tokenizer, and the facts with which a resumed run checks that its data are the same.
     """
     unfinished, before = output / "unfinished", newest_checkpoint(output)
     if accelerator.is_main_process:

@@ -32,7 +32,7 @@ from recipes.lib.options import parse_options
 from recipes.lib.processes import autocast
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 from recipes.study.compare_report import FIRST_RATES, MIN_STEPS, TARGET_MARGIN, search_of, write_report
-from recipes.study.sweep import Record, Study, Trial, shuffled
+from recipes.study.sweep import Record, Study, Trial, check_over_batch_sizes, shuffled
 from recipes.study.workers import complete
 
 
@@ -68,8 +68,8 @@ class CompareArguments:
         default=TARGET_MARGIN,
         metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."},
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; report those that are there."})
 
 
 class Data(NamedTuple):
@@ -107,17 +107,9 @@ def main() -> None:
 
 def check(arguments: CompareArguments) -> None:
     """Raise ValueError for options that would fail later, or compare nothing."""
-    if unknown := [o for o in arguments.optimizers if o not in FIRST_RATES]:
-        raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(FIRST_RATES)}")
-    for option in ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
-    if arguments.seeds < 2:
-        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
-    sizes = arguments.batch_sizes
-    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
-        raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
-    for size in sizes:
+    positive = ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations")
+    check_over_batch_sizes(arguments, FIRST_RATES, positive)
+    for size in arguments.batch_sizes:
         if size % min(size, arguments.micro_batch_size):
             raise ValueError(f"--batch_sizes {size} is no multiple of --micro_batch_size {arguments.micro_batch_size}")
         if (steps := arguments.train_sequences // size) < arguments.evaluations:
@@ -167,7 +159,7 @@ def load_data(arguments: CompareArguments, device: torch.device) -> Data:
 
 
 def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) -> Record:
-    """Train a BERT; what came out of it.
+    """Train a BERT and return the record of it.
 
     The seed decides the initial weights, the order of the data and the masks: the same for all optimizers, rates and
     batch sizes. Gradients are clipped to a global norm of 1.

@@ -35,7 +35,7 @@ from recipes.study.workers import complete
 
 @dataclass
 class FinetuneArguments:
-    """What is fine-tuned on what."""
+    """Which model is fine-tuned on which task, and how."""
 
     output_dir: str = field(default="runs/finetune", metadata={"help": "The folder of the study."})
     task: str = field(
@@ -58,8 +58,8 @@ class FinetuneArguments:
     max_seq_length: int = field(default=32, metadata={"help": "Tokens that are read of a text."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; report those that are there."})
 
 
 class Encoded(NamedTuple):
@@ -69,14 +69,14 @@ class Encoded(NamedTuple):
     labels: Tensor
 
     def take(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Some rows, no longer than the longest of them."""
+        """Some rows, cut to the length of the longest of them."""
         length = int(self.fields["attention_mask"][rows].sum(dim=1).max())
         return {name: value[rows, :length] for name, value in self.fields.items()}, self.labels[rows]
 
 
 def main() -> None:
     """Run what is missing, then leave table, picture and page in the output directory."""
-    transformers.utils.logging.set_verbosity_error()  # that the classifier is new is no news
+    transformers.utils.logging.set_verbosity_error()  # it warns that the classifier is new, as it should be
     transformers.utils.logging.disable_progress_bar()
     try:
         parser = HfArgumentParser(FinetuneArguments, description=__doc__.splitlines()[0])
@@ -177,7 +177,7 @@ def train_classifier(
     model: Any,
     others: dict[str, dict[str, float]],
 ) -> Record:
-    """Fine-tune; the scores, beside those of the others, the baselines.
+    """Fine-tune and return the scores, with those of the baselines (`others`).
 
     The seed decides new weights, order and dropout; gradients are clipped to a norm of 1.
     """

@@ -24,7 +24,7 @@ from recipes.lib.images import Images, Split, load_images
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
 from recipes.lib.options import parse_options
 from recipes.study.lstm_report import FIRST_RATES, search_of, write_report
-from recipes.study.sweep import Record, Study, Trial, shuffled
+from recipes.study.sweep import Record, Study, Trial, check_over_batch_sizes, shuffled
 from recipes.study.workers import complete
 
 
@@ -48,8 +48,8 @@ class LstmArguments:
     evaluations: int = field(default=10, metadata={"help": "Points of every learning curve."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights, except with Adam, which has none."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate, and of the untuned one."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-    report_only: bool = field(default=False, metadata={"help": "Run no trial; make the report of what is there."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
+    report_only: bool = field(default=False, metadata={"help": "Run no trial; report those that are there."})
 
 
 def main() -> None:
@@ -81,16 +81,8 @@ def main() -> None:
 
 def check(arguments: LstmArguments, data: Split) -> None:
     """Raise ValueError for options that would fail later, or compare nothing."""
-    if unknown := [o for o in arguments.optimizers if o not in FIRST_RATES]:
-        raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(FIRST_RATES)}")
-    for option in ("epochs", "hidden_size", "micro_batch_size", "evaluations"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
-    if arguments.seeds < 2:
-        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
+    check_over_batch_sizes(arguments, FIRST_RATES, ("epochs", "hidden_size", "micro_batch_size", "evaluations"))
     sizes = arguments.batch_sizes or []
-    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
-        raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
     if max(sizes) > len(data.train):
         raise ValueError(f"--batch_sizes {max(sizes)} is more than the {len(data.train)} training images: lower it")
     if (steps := arguments.epochs * len(data.train) // max(sizes)) < arguments.evaluations:
@@ -126,7 +118,10 @@ class RowReader(nn.Module):
 
 
 def train_lstm(trial: Trial, say: Callable[[str], None], arguments: LstmArguments, data: Split) -> Record:
-    """Train an LSTM; its curves. The seed decides weights and order; gradients are clipped to a norm of 1."""
+    """Train an LSTM and return its curves.
+
+    The seed decides weights and order; gradients are clipped to a norm of 1.
+    """
     set_seed(trial.seed)
     device = data.train.labels.device
     model = RowReader(data.train.pixels.shape[2], arguments.hidden_size).to(device)

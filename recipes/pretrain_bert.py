@@ -14,9 +14,8 @@ import math
 import os
 import sys
 import time
-from argparse import ArgumentParser
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,14 +40,14 @@ from hf_lamb import (
     newest_complete_checkpoint,
     noise_scale_in_words,
     options_in_force,
+    options_of,
     trust_ratio_history,
     trust_ratio_warnings,
 )
-from hf_lamb.registration import options_of
+from hf_lamb.plan import PLANS, Plan, read_plan
 from recipes.lib.bert import new_bert
 from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback
-from recipes.lib.options import parse_options
-from recipes.lib.plans import read_plan
+from recipes.lib.options import checked_options, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -63,8 +62,8 @@ from recipes.lib.processes import (
 from recipes.lib.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
 
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
-# ALBERT's published LAMB settings; large: the paper's 32k row, whose epochs but the last tenth have 128 tokens. Both
-# want a corpus of their own. The small ones were tried on the embedded corpus; smoke learns next to nothing.
+# ALBERT's published LAMB settings, whose rate and length are not those of the plan paper-4k. base and large want a
+# corpus of their own. The small ones were tried on the embedded corpus; smoke learns next to nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smoke": dict(max_seq_length=32, global_batch_size=32, max_steps=30, warmup_steps=3, learning_rate=2e-2),
     "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=2400, warmup_steps=240, learning_rate=1e-2),
@@ -72,9 +71,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "base": dict(
         max_seq_length=512, global_batch_size=4096, max_steps=125_000, warmup_steps=3125, learning_rate=1.76e-3
     ),
-    "large": dict(
-        max_seq_length=128, global_batch_size=32_768, max_steps=15_625, warmup_steps=3125, learning_rate=5e-3
-    ),
+    "large": PLANS["paper-32k"].phases[0].options,
 }
 # A LAMB step is lr times the weights' norm, so at BERT's initial standard deviation of 0.02 to 0.05 AdamW's
 # corresponding rate is that much smaller.
@@ -88,7 +85,7 @@ SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus",
 
 @dataclass
 class RecipeArguments(PretrainingArguments):
-    """What is pretrained on what, and in which batches and phases; the rest is in `LambTrainingArguments`."""
+    """The recipe's own options: model, data, batches and phases. `LambTrainingArguments` has all others."""
 
     _argument_group_name = "this recipe's options"
 
@@ -109,15 +106,15 @@ class RecipeArguments(PretrainingArguments):
     carry_over: str = field(
         default="moments",
         metadata={
-            "help": "What a phase takes over from the one before: weights and moments, whose step count starts anew, "
-            "as NVIDIA does; the whole optimizer; weights only.",
+            "help": "What a phase takes over from the one before. moments: weights and moments, and the step count "
+            "starts anew, as NVIDIA does; optimizer: its step count too; weights: nothing else.",
             "choices": list(CARRY_OVER),
         },
     )
 
 
 class RunFacts(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint on what data, and for how many seconds, training has led there."""
+    """Records in every checkpoint which data the run has used, and for how many seconds it has trained."""
 
     def __init__(self, data: dict[str, Any] | None = None, seconds: float | None = 0.0) -> None:
         self.data, self.seconds, self._start = data, seconds, time.perf_counter()
@@ -125,11 +122,11 @@ class RunFacts(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # transformers expects it there, and a checkpoint of a stock Trainer has none.
+        # transformers expects an entry of this callback; a checkpoint of a plain Trainer has none.
         state.stateful_callbacks.setdefault("RunFacts", self.state())
 
     def elapsed(self) -> float | None:
-        """Seconds of training up to now, also before the run was resumed; None if the checkpoint did not say."""
+        """Seconds of training up to now, those before a resume included; None if the checkpoint does not say."""
         return None if self.seconds is None else self.seconds + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
@@ -145,8 +142,8 @@ class RunFacts(TrainerCallback, ExportableState):
 
 
 @dataclass
-class Phase:
-    """A run with one sequence length, batch and schedule; most runs have one."""
+class PhaseRun:
+    """The training of one phase of a plan; most runs have one."""
 
     recipe: RecipeArguments
     args: LambTrainingArguments
@@ -163,7 +160,7 @@ def main() -> None:
 
     A plan of several phases has a folder for each: `phase-1`, `phase-2`.
     """
-    phases: list[Phase] = []
+    phases: list[PhaseRun] = []
     with ExitStack() as until_the_end:
         try:
             phases = parse_phases()
@@ -191,8 +188,8 @@ def main() -> None:
             interrupted(phases)
 
 
-def interrupted(phases: list[Phase]) -> NoReturn:
-    """End after Ctrl-C with one line that says how to go on."""
+def interrupted(phases: list[PhaseRun]) -> NoReturn:
+    """End after Ctrl-C with one line that says how to continue."""
     newest = [newest_complete_checkpoint(phase.args.output_dir) for phase in phases]
     line = "interrupted before the first checkpoint: start it again"
     if any(newest):
@@ -203,8 +200,8 @@ def interrupted(phases: list[Phase]) -> NoReturn:
     sys.exit(130)
 
 
-def in_words_finished(phases: list[Phase]) -> str:
-    """Where nothing is left to do."""
+def in_words_finished(phases: list[PhaseRun]) -> str:
+    """The message of a run that has nothing left to do."""
     folder = phases[0].args.output_dir
     if len(phases) > 1:
         return f"all {len(phases)} phases are finished, see {Path(folder).parent}"
@@ -214,8 +211,8 @@ def in_words_finished(phases: list[Phase]) -> str:
     )
 
 
-def pretrain(phase: Phase) -> LambTrainer:
-    """One phase: its line of results is the last thing that it writes."""
+def pretrain(phase: PhaseRun) -> LambTrainer:
+    """Train one phase. It writes its line of results last, so that the line means that the phase is complete."""
     recipe, args, data = phase.recipe, phase.args, phase.data
     assert data is not None
     before = RunFacts.of(phase.checkpoint)
@@ -280,18 +277,20 @@ def card_of(corpus: list[str]) -> dict[str, Any]:
     return {"dataset": [item if not os.path.exists(item) else Path(item).name for item in corpus]}
 
 
-def parse_phases(argv: list[str] | None = None) -> list[Phase]:
+def parse_phases(argv: list[str] | None = None) -> list[PhaseRun]:
     """The command line; with --plan a phase for each of the plan's, in folders of their own.
 
-    Raises ValueError for what `parse` and `read_plan` refuse, and for phases that cannot follow each other.
+    Raises ValueError for what `read_plan`, `checked_options` and `parse` refuse, and for phases that cannot follow one
+    another.
     """
     argv = sys.argv[1:] if argv is None else argv
-    known = {f.name for cls in (RecipeArguments, LambTrainingArguments) for f in fields(cls) if f.init} - NOT_IN_PLANS
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--plan")
-    path = early.parse_known_args(argv)[0].plan
-    lines = [[]] if path is None else read_plan(path, known)
-    phases = [Phase(*parse([*words, *argv]), number, len(lines)) for number, words in enumerate(lines, 1)]
+    path = parser_of(add_help=False).parse_known_args(argv)[0].plan
+    plan = Plan() if path is None else read_plan(path)
+    try:
+        planned = [checked_options(parser_of(), plan.options_of(phase), NOT_IN_PLANS) for phase in plan.phases]
+    except ValueError as error:
+        raise ValueError(f"--plan {path}: {error}") from None
+    phases = [PhaseRun(*parse(argv, options), number, len(planned)) for number, options in enumerate(planned, 1)]
     first, *later = phases
     for phase in later:
         for name in SAME_IN_ALL_PHASES:
@@ -301,8 +300,8 @@ def parse_phases(argv: list[str] | None = None) -> list[Phase]:
                     f"--plan {path}: {name} is {other} in phase {phase.number} and {one} in phase 1: give it once"
                 )
     if later and any(phase.args.save_strategy == "no" for phase in phases):
-        raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before")
-    check_size(path, lines[0], first.recipe.size)
+        raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before: leave it out")
+    check_size(path, planned[0], first.recipe.size)
     folder = first.args.output_dir
     for phase in phases:
         phase.longest_sequence = max(phase.recipe.max_seq_length for phase in phases)
@@ -314,16 +313,16 @@ def parse_phases(argv: list[str] | None = None) -> list[Phase]:
     return phases
 
 
-def check_size(path: str | None, words: list[str], size: str) -> None:
+def check_size(path: str | None, options: dict[str, Any], size: str) -> None:
     """Raise for a plan for another model: its rates and batches say nothing about this one."""
-    if "--size" in words and (planned := words[words.index("--size") + 1]) != size:
+    if (planned := options.get("size", size)) != size:
         raise ValueError(
             f"--plan {path} is for --size {planned}, not {size}: leave --size out, or write size: {size} there "
             "if its batches and rates are meant for that"
         )
 
 
-def unfinished(phases: list[Phase]) -> list[Phase]:
+def unfinished(phases: list[PhaseRun]) -> list[PhaseRun]:
     """The phases that are still to do; the first of them goes on from a checkpoint where it has one.
 
     Raises ValueError for what `checkpoint_to_resume` refuses.
@@ -349,7 +348,7 @@ def unfinished(phases: list[Phase]) -> list[Phase]:
     return todo
 
 
-def is_finished(phase: Phase) -> bool:
+def is_finished(phase: PhaseRun) -> bool:
     """Whether the checkpoint is the last one of this run, and its results are written."""
     results = Path(phase.args.output_dir, "results.jsonl")
     if phase.checkpoint is None or not results.exists():
@@ -362,32 +361,42 @@ def is_finished(phase: Phase) -> bool:
     return state["global_step"] >= steps and any(line.get("steps") == state["global_step"] for line in written)
 
 
-def newest_of_the_phase_before(phase: Phase) -> str | None:
-    """Whose tokenizer is this phase's, too."""
+def newest_of_the_phase_before(phase: PhaseRun) -> str | None:
+    """The newest checkpoint of the phase before, whose tokenizer is used in this phase too."""
     return newest_complete_checkpoint(phase.previous_dir) if phase.previous_dir is not None else None
 
 
-def last_checkpoint(phase: Phase) -> str:
-    """The checkpoint that the phase before has ended with."""
+def last_checkpoint(phase: PhaseRun) -> str:
+    """The checkpoint that the phase before ended with. Raises ValueError where it is not there."""
     assert phase.previous_dir is not None
     newest = newest_complete_checkpoint(phase.previous_dir)
     if newest is None:
-        raise ValueError(f"{phase.previous_dir} has no checkpoint for phase {phase.number} to begin with")
+        raise ValueError(
+            f"{phase.previous_dir} has no checkpoint for phase {phase.number} to begin with: restore the last one, or "
+            "delete the folder to train that phase again"
+        )
     state = json.loads(Path(newest, "trainer_state.json").read_text())
     if state["global_step"] < state["max_steps"]:
         raise ValueError(
-            f"{newest} is not the end of its phase ({state['global_step']} of {state['max_steps']} steps), from which "
-            f"phase {phase.number} begins"
+            f"{newest} is not the end of its phase ({state['global_step']} of {state['max_steps']} steps), with which "
+            f"phase {phase.number} begins: restore the last checkpoint, or delete results.jsonl beside it to train "
+            "the rest of that phase"
         )
     return newest
 
 
-def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingArguments]:
-    """The command line, with defaults that follow the size, the optimizer and this machine.
+def parse(
+    argv: list[str] | None = None, planned: dict[str, Any] | None = None
+) -> tuple[RecipeArguments, LambTrainingArguments]:
+    """The command line, with defaults that a plan gives, or that follow the size, the optimizer and this machine.
+
+    planned: the options of a plan, as `checked_options` returns them.
 
     Raises ValueError for a global batch that the processes and micro-batches cannot make up.
     """
-    early, _ = parser_of(add_help=False).parse_known_args(argv)
+    early_parser = parser_of(add_help=False)
+    early_parser.set_defaults(**planned or {})
+    early, _ = early_parser.parse_known_args(argv)
     defaults = dict(DEFAULTS[early.size])
     defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
     if early.base_learning_rate is not None:
@@ -412,6 +421,7 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
         use_cpu=not torch.accelerator.is_available(),
     )
+    parser.set_defaults(**planned or {})
     recipe, args = parse_options(parser, argv)
     check_numbers(recipe, args)
     check_connected(args.world_size)
@@ -432,7 +442,11 @@ def parse(argv: list[str] | None = None) -> tuple[RecipeArguments, LambTrainingA
 
 
 def parser_of(add_help: bool = True) -> HfArgumentParser:
-    """The options of the recipe first; without `add_help` for a first look, where None is what was not given."""
+    """The parser, whose help has the recipe's options first.
+
+    Without `add_help`, for a first look at the command line: numbers that other defaults follow from are None unless
+    they are given.
+    """
     parser = HfArgumentParser(
         (RecipeArguments, LambTrainingArguments),
         description=__doc__.splitlines()[0],
@@ -470,7 +484,7 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:
-    """Raise where a step would quietly get fewer sequences than asked for: Trainer ends a step with the epoch."""
+    """Raise where a step would get fewer sequences than asked for: Trainer ends a step at the end of an epoch."""
     if isinstance(data.train, MaskedBlocks) and len(data.train) < recipe.global_batch_size:
         raise ValueError(
             f"--global_batch_size {recipe.global_batch_size} is more than the corpus' {len(data.train)} training "
@@ -504,13 +518,13 @@ def checkpoint_to_resume(args: LambTrainingArguments) -> str | None:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the masked positions whose token was the first guess."""
+    """Share of the masked positions where the likeliest token is the right one."""
     masked = prediction.label_ids != IGNORED
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(phase: Phase, trainer: LambTrainer, data: Data) -> str:
-    """Before the run: what is about to happen."""
+def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
+    """What is printed before the training: model, data, batch, hardware, learning rate."""
     recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
     of_several = f"phase {phase.number} of {phase.of}: " if phase.of > 1 else ""
@@ -534,7 +548,7 @@ def describe(phase: Phase, trainer: LambTrainer, data: Data) -> str:
 
 
 def result(
-    phase: Phase,
+    phase: PhaseRun,
     trainer: LambTrainer,
     data: Data,
     metrics: dict[str, float],
@@ -586,7 +600,7 @@ def result(
 
 
 def plain(value: Any) -> Any:
-    """In JSON's types: DeepSpeed and others keep objects of their own in an optimizer's groups."""
+    """The value in types that JSON has: DeepSpeed and others keep objects of their own in an optimizer's groups."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
@@ -605,7 +619,7 @@ def as_given(args: LambTrainingArguments, options: dict[str, Any]) -> bool:
 
 
 def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabulary: int) -> str:
-    """After the run: what came out, for people."""
+    """What is printed after the training: loss, accuracy, time, noise scale, files."""
     loss, unigram_loss, steps = record["held_out_loss"], record["unigram_loss"], record["steps"]
     verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
     if loss >= unigram_loss and steps < FEW_STEPS:

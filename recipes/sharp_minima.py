@@ -23,7 +23,7 @@ import torch
 
 from hf_lamb.sharpness import plots
 from recipes.lib.processes import only_run_in
-from recipes.lib.report import provenance, replacing
+from recipes.lib.report import atomic_write, provenance
 from recipes.study import sharp_minima_bert, sharp_minima_report
 from recipes.study import sharp_minima_digits as digits
 
@@ -31,9 +31,9 @@ OUTPUT = Path("runs/sharp_minima")
 
 
 def main() -> None:
-    """Everything, and the report."""
+    """Run all parts and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="records, pictures and report")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs of part 1 at a time")
     options = parser.parse_args()
     try:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def everything(options: argparse.Namespace) -> None:
-    """All three parts."""
+    """The three parts, the records, the report."""
     start, keep = time.perf_counter(), partial(kept, options.output_dir / "parts")
 
     runs = digits.digits_runs(keep, options.processes)
@@ -59,7 +59,7 @@ def everything(options: argparse.Namespace) -> None:
 
     records = [*(run["record"] for run in runs.values()), *scaled, negated["record"], bert["record"]]
     facts = provenance() | {"seconds_in_all": round(time.perf_counter() - start)}
-    with replacing(options.output_dir / "results.jsonl") as unfinished:
+    with atomic_write(options.output_dir / "results.jsonl") as unfinished:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
     written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
     tables = "\n".join(sharp_minima_report.results_of(records))
@@ -67,12 +67,12 @@ def everything(options: argparse.Namespace) -> None:
 
 
 def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives, kept in a file, so that a recipe that was stopped goes on from there."""
+    """What `make` returned, kept in a file: a recipe that was stopped does not make it again."""
     path = folder / f"{name}.pt"
     if not path.exists():
         made = make()
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             torch.save(made, unfinished)
     return torch.load(path, weights_only=True)
 

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_lamb import registration
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which torch has not done yet
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh() -> None:
+    """Every test has the same random numbers, and hears what is said once."""
     torch.manual_seed(0)
+    registration.warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

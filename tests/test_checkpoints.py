@@ -234,7 +234,7 @@ def test_a_full_disk(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         message = r"^checkpoint-4 was not saved in .* \([\d,]+\.\d MB free\): .*No space left on device"
-        with pytest.raises(CheckpointError, match=f"{message}; those before it are whole$"):
+        with pytest.raises(CheckpointError, match=f"{message}; earlier checkpoints are complete$"):
             trainer(tmp_path).train()
     assert names(tmp_path) == {"checkpoint-2"}
     trainer(tmp_path).train(resume_from_checkpoint=True)
@@ -366,10 +366,10 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     with caplog.at_level(logging.WARNING, "hf_lamb"):
         assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     (line,) = caplog.messages
-    assert re.fullmatch(rf".*/checkpoint-5 is passed over: it {fault}", line)
+    assert re.fullmatch(rf"skipping .*/checkpoint-5: it {fault}", line)
     with pytest.raises(CheckpointError) as caught:
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    remedy = "resume from an earlier one, or start anew"
+    remedy = "resume from an earlier one, or start without one"
     assert re.fullmatch(rf".*/checkpoint-5 is no checkpoint: it {fault}; {remedy}", str(caught.value))
 
 
@@ -391,7 +391,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path: Path) -> None:
 REFUSED = [
     (["--vocab_size", "300"], r"has \d+ tokens, so leave --vocab_size out"),
     (["--size", "tiny"], r"is of another model: size mismatch for bert\.embeddings"),
-    (["--optim", "adamw_torch"], "does not fit this run: it holds the state of LAMB; resume with it"),
+    (["--optim", "adamw_torch"], "does not fit this run: resume with LAMB"),
 ]
 
 
@@ -469,10 +469,10 @@ def next_phase(run: LambTrainer, checkpoint: str) -> None:
 
 
 REFUSED_AT_ONCE = [
-    (deepspeed_marker, {}, "was written under DeepSpeed, which alone can read its optimizer's state"),
+    (deepspeed_marker, {}, "with the DeepSpeed configuration it was written with: only DeepSpeed can read its"),
     (other_shape, {}, r"is of another model: size mismatch for .*\(\[3, 5, 7\]\) in the checkpoint"),
-    (adams_state, {}, "does not fit this run: it holds the state of another optimizer than LAMB"),
-    (lambda _: None, {"optim": "adamw_torch"}, "does not fit this run: it holds the state of LAMB; resume with it"),
+    (adams_state, {}, "does not fit this run: resume with the optimizer that wrote it"),
+    (lambda _: None, {"optim": "adamw_torch"}, "does not fit this run: resume with LAMB"),
 ]
 
 

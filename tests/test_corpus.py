@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer
 import recipes.lib.tokenizer
 from recipes.lib.corpus import EMBEDDED, EMBEDDED_SHA256, Document, hub_documents, load_documents, split_documents
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks, train_tokenizer
+from tests.helpers import one_line
 
 VOCAB_SIZE = 600
 
@@ -109,9 +110,8 @@ class TestFiles:
     ) -> None:
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message) as error:
+        with one_line(ValueError, message):
             load_documents(str(tmp_path / name))
-        assert "\n" not in str(error.value)
 
 
 class TestHub:
@@ -142,9 +142,8 @@ class TestHub:
 
     def test_an_unreachable_one_is_named_in_one_line(self) -> None:
         pytest.importorskip("datasets")
-        with pytest.raises(ValueError, match=r"'no/such-set' is no local file, and the hub gave no such") as error:
+        with one_line(ValueError, "'no/such-set' is no local file.*the hub gave no such"):
             load_documents("no/such-set")
-        assert "\n" not in str(error.value)
 
     def test_without_datasets_the_remedy_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)

@@ -100,7 +100,7 @@ def test_accelerate_still_loses_the_state_of_an_optimizer(runs: Path) -> None:
 
 
 def test_torch_still_takes_a_sharded_checkpoint_for_an_old_one(runs: Path) -> None:
-    """The upstream fault that `no_older_checkpoints` works round, under a stock Trainer.
+    """The upstream fault that `force_current_dcp_format` works round, under a stock Trainer.
     When this fails, upstream has mended it: take the workaround out."""
     assert "Missing key in checkpoint state_dict: optimizer.param_groups" in (runs / "empty.txt").read_text()
 

@@ -34,6 +34,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (conftest.py: set where no GPU is)"
 )
 
+# Below, and in compile_kernels.py, private names of the backend are used: its kernels, what launches them, and how
+# many sums a program adds up. Nothing public tells which kernels run, or makes small tensors go through many programs.
 STEPS = 5
 SHAPES = [(), (1,), (0,), (2, 0, 3), (7,), (64, 8), (3, 411), (1, 513)]
 

@@ -49,6 +49,14 @@ def test_importing_hf_lamb_loads_torch_and_little_else() -> None:
     assert {name for name in more if name not in sys.stdlib_module_names} == {"hf_lamb"}
 
 
+def test_the_optimizers_own_tests_need_no_transformers() -> None:
+    """Those against the reference and published numbers run, conftest.py included, where it is not installed."""
+    script = "import sys; sys.modules['transformers'] = sys.modules['accelerate'] = None; import pytest; "
+    script += "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_lamb_reference.py', '-k', 'golden']))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def test_names_that_need_transformers_import_it_when_touched() -> None:
     assert "transformers" in loaded_by("import hf_lamb; hf_lamb.LambTrainer")
     assert "LambTrainer" in dir(hf_lamb)

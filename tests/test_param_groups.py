@@ -280,7 +280,7 @@ def test_a_pattern_that_does_nothing_is_an_error(options: dict, message: str) ->
 
 
 def test_a_model_without_trainable_parameters_is_an_error() -> None:
-    with pytest.raises(ValueError, match="Linear has no trainable parameter"):
+    with pytest.raises(ValueError, match="unfreeze some parameters: Linear has no trainable one"):
         lamb_param_groups(nn.Linear(2, 2).requires_grad_(False))
 
 

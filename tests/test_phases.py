@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments
 from recipes import pretrain_bert
@@ -45,12 +46,25 @@ def checkpoint_of(run: LambTrainer) -> str:
     return f"{run.args.output_dir}/checkpoint-4"
 
 
+class Begun(Exception):
+    pass
+
+
+class StopAtTheBeginning(TrainerCallback):
+    """Before the first step, when everything is prepared and loaded."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise Begun
+
+
 @pytest.mark.parametrize("carry_over", ["moments", "optimizer", "weights"])
 def test_what_the_next_phase_takes_over(carry_over: str, first: LambTrainer, tmp_path: Path) -> None:
     """Weights always; moments and step count as asked; rate, decay and schedule never."""
     second = trainer(tmp_path / "out", learning_rate=2e-3, weight_decay=0.1, warmup_steps=2)
     second.start_from(checkpoint_of(first), carry_over)
-    second._prepare_for_training(4, second.get_train_dataloader(), None)
+    second.add_callback(StopAtTheBeginning())
+    with pytest.raises(Begun):
+        second.train()
     assert [group["lr"] for group in second.optimizer.param_groups] == [0.0, 0.0]  # warm-up, step 0
     assert [group["initial_lr"] for group in second.optimizer.param_groups] == [2e-3, 2e-3]
     assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.1, 0.0]
@@ -94,7 +108,7 @@ def test_what_a_phase_cannot_begin_with(first: LambTrainer, tmp_path: Path) -> N
         second.start_from("nowhere")
     other = trainer(tmp_path / "out", optim="adamw_torch")
     other.start_from(checkpoint_of(first))
-    with pytest.raises(CheckpointError, match="does not fit this run: it holds the state of LAMB"):
+    with pytest.raises(CheckpointError, match="does not fit this run: resume with LAMB"):
         other.train()
 
 
@@ -201,12 +215,13 @@ def test_options_of_the_command_line_hold_for_all_phases(plan: Path) -> None:
 
 def test_a_plan_of_one_phase_is_an_ordinary_run(tmp_path: Path) -> None:
     file = tmp_path / "one.yaml"
-    file.write_text("size: smoke\nmax_steps: 3\ncorpus: [embedded]\nlr_scheduler_type: cosine_with_min_lr\n")
+    file.write_text("size: smoke\nmax_steps: '3'\ncorpus: embedded\nlr_scheduler_type: cosine_with_min_lr\n")
     with file.open("a") as more:
-        more.write("lr_scheduler_kwargs: {min_lr_rate: 0.1}\n")
+        more.write("lr_scheduler_kwargs: {min_lr_rate: 0.1}\nlearning_rate: 1e-3\nmax_grad_norm: 1\n")
     (phase,) = pretrain_bert.parse_phases(["--plan", str(file)])
     assert (phase.recipe.size, phase.args.max_steps, phase.recipe.corpus) == ("smoke", 3, ["embedded"])
     assert phase.args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert (phase.args.learning_rate, phase.args.max_grad_norm) == (1e-3, 1.0)  # YAML's 1e-3 is text
     assert phase.args.output_dir == "runs/pretrain_bert/one-lamb"
 
 
@@ -218,6 +233,12 @@ BAD = [
     ("max_step: 3", r"unknown option 'max_step' \(did you mean max_steps\?\)"),
     ("phases:\n- lerning_rate: 3", r"unknown option 'lerning_rate' \(did you mean learning_rate\?\)"),
     ("output_dir: here", "unknown option 'output_dir'"),
+    ("max_steps: 10.5", "max_steps 10.5: expected a value of type int"),
+    ("learning_rate: {high: 1}", "learning_rate {'high': 1}: expected a value of type float"),
+    ("decay_from_first_step: 3", "decay_from_first_step 3: expected true or false"),
+    ("learning_rate:", "learning_rate None: give one value"),
+    ("max_steps: [3, 4]", r"max_steps \[3, 4\]: give one value"),
+    ("save_strategy: no", "save_strategy False: expected one of 'no', 'steps'"),
     ("phases:\n- size: smoke\n- size: tiny", "size is tiny in phase 2 and smoke in phase 1: give it once"),
     ("phases:\n- {save_strategy: 'no'}\n- {}", "--save_strategy no: a phase begins with the last checkpoint"),
     ("phases:\n- {}\n- {max_steps: 3, warmup_steps: 4}", "warmup_steps 4 is more than the run's 3 steps"),

@@ -147,14 +147,14 @@ def test_state_survives_saving_and_loading() -> None:
     ids=["overlapping", "in another order", "beyond the end"],
 )
 def test_segments_that_cannot_be(segments: tuple[Segment, ...]) -> None:
-    with pytest.raises(ShardingError, match=r"elements \d to \d of a tensor of 6 should be two's.*use FSDP2 or DDP"):
+    with pytest.raises(ShardingError, match=r"use FSDP2 or DDP.*elements \d to \d of a tensor of 6 should be two"):
         Layout(segments, 6)
 
 
 def test_segments_that_do_not_add_up() -> None:
     flat = torch.zeros(6)
     check_layouts({flat: Layout((Segment("one", 0, 4, 4), Segment("two", 4, 6, 2)), 6)})
-    with pytest.raises(ShardingError, match="all processes together hold 2 elements of two, which has 3:"):
+    with pytest.raises(ShardingError, match="all processes together hold 2 elements of two, which has 3"):
         check_layouts({flat: Layout((Segment("one", 0, 4, 4), Segment("two", 4, 6, 3)), 6)})
 
 
@@ -179,7 +179,7 @@ def test_attach_takes_a_wrapped_model() -> None:
     model = nn.Linear(3, 2)
     optimizer = Lamb(model.parameters())
     optimizer.attach(model)  # nothing is hidden, nothing happens
-    with pytest.raises(ValueError, match=r"Lamb\.attach: got nothing: pass the wrapped model"):
+    with pytest.raises(ValueError, match=r"Lamb\.attach: pass the wrapped model.* got neither"):
         optimizer.attach()
     with pytest.raises(ValueError, match=r"Lamb\.attach: expected the wrapped model, got Adam"):
         optimizer.attach(torch.optim.Adam(model.parameters()))

@@ -7,11 +7,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.helpers import torchrun
+from tests.helpers import Case, Result, measure, torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -21,9 +20,6 @@ MODES = {
     4: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "hsdp", "tp", "tp_sp", "fsdp2_tp", *FSDP1],
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
-
-Case = dict[str, Any]  # the arguments of tests.scripts.sharded_lamb.Case
-Result = dict[str, Any]
 
 # A large eps, or Adam undoes any factor of the gradients; and half way one process meets a NaN.
 CLIPPED: Case = {"options": {"foreach": True, "max_grad_norm": 0.1, "eps": 1e-2}, "nan_at": 4}
@@ -58,27 +54,18 @@ BROKEN: list[Case] = [
 ]
 
 
-def measure(processes: int, cases: list[Case], folder: Path) -> dict[str, Result]:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun(
-        processes, "tests.scripts.sharded_lamb", str(folder / "cases.json"), str(folder / "results.json"), timeout=600
-    )
-    results = json.loads((folder / "results.json").read_text())
-    return {json.dumps(case): result for case, result in zip(cases, results, strict=True)}
-
-
 @pytest.fixture(scope="module")
 def on_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cases = [case for mode in MODES[2] for case in variants(mode).values()]
-    return measure(2, [*cases, NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}], tmp_path_factory.mktemp("two"))
+    cases += [NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}]
+    return measure(2, "sharded_lamb", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def on_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cases = [case for mode in MODES[4] for case in variants(mode).values()]
-    return measure(
-        4, [*cases, NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}, *BROKEN], tmp_path_factory.mktemp("four")
-    )
+    cases += [NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}, *BROKEN]
+    return measure(4, "sharded_lamb", cases, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture

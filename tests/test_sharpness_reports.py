@@ -25,7 +25,7 @@ from hf_lamb.sharpness import (
 )
 from hf_lamb.sharpness.compare import Comparison, Measured, recorded_history
 from hf_lamb.sharpness.objective import Scores
-from tests.helpers import torchrun
+from tests.helpers import says, torchrun
 from tests.test_sharpness import digits, trained, unchanged
 
 # -- the comparison --------------------------------------------------------------------------------------------------
@@ -185,12 +185,11 @@ def test_bad_command_lines_end_in_one_line(finished: Path, texts: Path, tmp_path
             __main__.main([*arguments, *SMALL, "--output_dir", str(output), "--device", "cpu"])
         line = str(caught.value)
         assert line.startswith("hf_lamb.sharpness: ")
-        assert "\n" not in line
-        assert re.search(message, line), line
+        says(line, message)
 
-    refused("nowhere cannot be loaded .*name a folder", run, str(tmp_path / "nowhere"), "--data", text)
+    refused("nowhere cannot be loaded .*give a folder", run, str(tmp_path / "nowhere"), "--data", text)
     refused("config_only cannot be loaded", str(tmp_path / "config_only"), run, "--data", text)
-    refused("the networks differ: .* has shape", run, str(tmp_path / "other"), "--data", text, "--no_layers")
+    refused("same architecture: .* has shape", run, str(tmp_path / "other"), "--data", text, "--no_layers")
     refused("other has no tokenizer .*or give --data as .pt", str(tmp_path / "other"), run, "--data", text)
     refused("cannot read missing.txt .*check the file", run, run, "--data", "missing.txt")
     refused("cannot read data.csv: give a .txt, .jsonl or .pt file", run, run, "--data", "data.csv")
@@ -222,7 +221,7 @@ def test_a_checkpoint_without_its_head_is_refused(finished: Path, tmp_path: Path
     model = BertForMaskedLM.from_pretrained(finished)
     model.bert.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
-    with pytest.raises(SystemExit, match=r"lacks weights of BertForMaskedLM .*which would be random"):
+    with pytest.raises(SystemExit, match=r"lacks weights of BertForMaskedLM .*give a checkpoint of the whole"):
         __main__.main([str(tmp_path), str(finished), "--data", "unread.txt", "--device", "cpu"])
 
 
@@ -288,7 +287,7 @@ def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         SharpnessCallback(fixed_batches(Rows(), 8, 1), 0)
     model = nn.Linear(2, 2)
     model.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it has partitioned
-    with pytest.raises(ShardingError, match=r"parameter weight is partitioned by DeepSpeed ZeRO-3.*or train with DDP"):
+    with pytest.raises(ShardingError, match=r"or train with DDP: parameter weight is partitioned by DeepSpeed ZeRO-3"):
         SharpnessCallback(fixed_batches(Rows(), 8, 1), 5).on_train_begin(None, None, None, model=model)
 
 

@@ -356,7 +356,7 @@ def test_a_loss_that_is_no_mean_over_labels_is_said(tmp_path: Path, caplog: pyte
         for make, data in ((bert_for_pretraining, TwoLosses), (MeanOfLabels, split_batch.FixedRows)):
             trainer(make(), data("mlm", 16, seed=0), tmp_path).train()
     (line,) = [record.getMessage() for record in caplog.records if "no mean over labels" in record.getMessage()]
-    assert re.search(r"RareCountsMore.*Pass a compute_loss_func", line)
+    assert re.search(r"Pass a compute_loss_func.*RareCountsMore", line)
 
 
 def test_a_compute_loss_func_that_returns_a_mean_is_weighted(tmp_path: Path) -> None:
@@ -622,7 +622,7 @@ def test_a_run_that_only_skips_is_ended(tmp_path: Path) -> None:
     """Looked at when logging: 20 in a row raise, with the step and the remedy."""
     data = split_batch.FixedRows("mlm", 64, seed=0)
     run = trainer(Poisoned(10_000), data, tmp_path, max_steps=60, logging_steps=8, per_device_train_batch_size=2)
-    with pytest.raises(RuntimeError, match=r"the last 24 steps, up to step 24, were skipped.*resume from an earlier"):
+    with pytest.raises(RuntimeError, match=r"resume from an earlier.*the last 24 steps, up to step 24, were skipped"):
         run.train()
 
 
@@ -644,7 +644,6 @@ def test_the_handler_warns_of_what_makes_lamb_wrong_or_pointless(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Under any Trainer: an inflated loss (not under LambTrainer, which puts it right), low-precision weights."""
-    registration._warn_once.cache_clear()
     model = split_batch.trained_model("mlm", tmp_path / "start").to(dtype)
     data = split_batch.FixedRows("mlm", 16, seed=0)
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):

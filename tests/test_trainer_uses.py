@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments
-from hf_lamb.trainer.model_card import OF_NOTHING
+from hf_lamb.trainer.model_card import EMPTY_BASE_MODEL
 from tests.scripts import split_batch
 
 DEFAULTS: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": []}
@@ -175,8 +175,8 @@ def test_the_card_names_optimizer_batch_rate_and_plan(tmp_path: Path) -> None:
     ):
         assert words in section, words
     assert "This model was trained from scratch on" in card
-    Trainer.create_model_card(run)  # when this fails, transformers has mended it: OF_NOTHING can go
-    assert OF_NOTHING in (tmp_path / "out/README.md").read_text()
+    Trainer.create_model_card(run)  # when this fails, transformers has mended it: EMPTY_BASE_MODEL can go
+    assert EMPTY_BASE_MODEL in (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\n")  # the metadata block is where the hub looks for it
     assert [path.name for path in (tmp_path / "out").glob("*README*")] == ["README.md"]
 

@@ -57,13 +57,13 @@ def test_thinning_goes_on_where_a_checkpoint_left_it() -> None:
     ("rows", "words"),
     [
         ({"a": [0.1] * 8, "b": [0.2] * 8, "c": [0.3] * 8}, []),
-        ({"a": [9.0] * 8, "b": [20.0] * 8, "c": [0.3] * 8}, ["learning rate is too high"]),
+        ({"a": [9.0] * 8, "b": [20.0] * 8, "c": [0.3] * 8}, ["lower the learning rate"]),
         ({"a": [0.1] * 8, "b": [20.0] * 8, "c": [0.3] * 8}, ["b: trust ratio above 4 since step 50 (now 20"]),
         ({"a": [1e-3] * 8, "b": [0.2] * 8, "c": [0.3] * 8}, ["a: trust ratio 0.001, less than 1/20"]),
         ({"a": [0.1] * 8, "b": [20.0] * 6 + [1.0] * 2, "c": [0.3] * 8}, []),  # it has come down
         ({"a": [0.1] * 3, "b": [20.0] * 3, "c": [0.3] * 3}, []),  # too few to say "stays"
-        ({"a": [9.0], "b": [20.0], "c": [0.3]}, ["the learning rate is too high"]),  # diverged, and logged once
-        ({"a": [0.1, 9.0, 9.0], "b": [0.1, 1.0, 20.0], "c": [0.3] * 3}, ["the learning rate is too high"]),
+        ({"a": [9.0], "b": [20.0], "c": [0.3]}, ["lower the learning rate"]),  # diverged, and logged once
+        ({"a": [0.1, 9.0, 9.0], "b": [0.1, 1.0, 20.0], "c": [0.3] * 3}, ["lower the learning rate"]),
     ],
 )
 def test_what_stays_wrong_is_said(rows: dict[str, list[float]], words: list[str]) -> None:
@@ -138,7 +138,7 @@ def test_a_history_of_a_stock_trainer_is_taken_over(tmp_path: Path, caplog: pyte
 def test_a_rate_that_is_too_high_is_said_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_lamb"):
         run(tmp_path, learning_rate=1.0, lr_scheduler_type="constant", max_steps=16, save_strategy="no")
-    assert any("the learning rate is too high" in message for message in caplog.messages)
+    assert any("lower the learning rate" in message for message in caplog.messages)
 
 
 def test_the_recipe_leaves_a_heat_map_and_the_last_ratios(finished: Path) -> None:

@@ -3,7 +3,6 @@
 With engines of cardboard; tests/test_deepspeed.py has real ones.
 """
 
-import re
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -20,6 +19,7 @@ from hf_lamb import Lamb, ShardingError
 from hf_lamb.registration import options_of
 from hf_lamb.sharding import deepspeed as zero
 from hf_lamb.sharding.layout import Layout, Segment
+from tests.helpers import one_line
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -129,7 +129,7 @@ WAY_OUT = "is not supported: use ZeRO-1, 2 or 3 without it, or FSDP2"
 ENGINES = {
     "CPU-Adam in place of LAMB": (
         {"basic_optimizer": type("DeepSpeedCPUAdam", (), {})()},
-        'steps with DeepSpeedCPUAdam, not with this Lamb.*set "zero_force_ds_cpu_optimizer": false',
+        'set "zero_force_ds_cpu_optimizer": false.*steps with DeepSpeedCPUAdam, not with this Lamb',
     ),
     "experts": ({"has_moe_layers": True}, rf"ZeRO with experts \(MoE\) {WAY_OUT}"),
     "tensor parallelism": ({"autotp_size": lambda: 2}, f"ZeRO with tensor parallelism {WAY_OUT}"),
@@ -153,11 +153,8 @@ def test_refuses_by_name(
 
 
 def refused(engine: Any, optimizer: Lamb, message: str) -> None:
-    with pytest.raises(ShardingError) as caught:
+    with one_line(ShardingError, message):
         zero.layouts(engine, optimizer)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert re.search(message, line), line
 
 
 def test_refuses_a_model_parallel_unit(optimizer: Lamb, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,27 +172,27 @@ def test_refuses_what_needs_a_norm_that_nobody_computes(
     engine = cardboard(monkeypatch, optimizer)
     engine.optimizer.compute_grad_norm = False
     name = "max_grad_norm" if option else "skip_nonfinite"
-    refused(engine, optimizer, f'{name} needs the norm.*set "compute_grad_norm": true.*, or {name}=(None|False)$')
+    refused(engine, optimizer, f'set "compute_grad_norm": true.*, or {name}=(None|False): {name} needs the norm')
 
 
 def test_refuses_weights_that_are_elsewhere(optimizer: Lamb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the version: offsets that are read wrong, or weights that were loaded behind DeepSpeed's back."""
     engine = cardboard(monkeypatch, optimizer)
     engine.optimizer.round_robin_bit16_offsets = [[4, 0]]
-    with pytest.raises(ShardingError, match=r"weights of a are not where DeepSpeed ZeRO should have them: load"):
+    with pytest.raises(ShardingError, match=r"load weights before.*weights of a are not where DeepSpeed"):
         zero.layouts(engine, optimizer)
 
 
 def test_refuses_insides_that_have_changed(optimizer: Lamb, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = cardboard(monkeypatch, optimizer)
     del engine.optimizer.round_robin_bit16_offsets
-    with pytest.raises(ShardingError, match=r"DeepSpeed 0.19.8 differs from 0.19, .*_bit16_offsets.*pip install"):
+    with pytest.raises(ShardingError, match=r"pip install.*DeepSpeed 0.19.8 differs.*_bit16_offsets"):
         zero.layouts(engine, optimizer)
 
 
 def test_warns_of_versions_that_were_not_tested(optimizer: Lamb, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = cardboard(monkeypatch, optimizer, version="0.21.0")
-    with pytest.warns(UserWarning, match=r"this is DeepSpeed 0.21.0, but 0.19 was tested"):
+    with pytest.warns(UserWarning, match=r"tested with DeepSpeed 0.19, this is 0.21.0"):
         assert zero.layouts(engine, optimizer)
 
 
@@ -226,7 +223,7 @@ def test_trainer_refuses_cpu_adam_before_it_trains(monkeypatch: pytest.MonkeyPat
     args = TrainingArguments(optim="lamb", use_cpu=True)
     config: dict[str, Any] = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     monkeypatch.setattr(args, "deepspeed_plugin", SimpleNamespace(deepspeed_config=config))
-    with pytest.raises(ValueError, match=r'DeepSpeedCPUAdam.*"zero_force_ds_cpu_optimizer": false'):
+    with pytest.raises(ValueError, match=r'"zero_force_ds_cpu_optimizer": false.*DeepSpeedCPUAdam'):
         options_of(args)
     config["zero_force_ds_cpu_optimizer"] = False
     assert options_of(args)

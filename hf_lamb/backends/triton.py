@@ -42,9 +42,8 @@ def check(device: torch.device) -> None:
         ours, theirs = _small_bucket(dtype, device), _small_bucket(dtype, device)
         pairs: tuple[tuple[Bucket, Backend], ...] = ((ours, Triton()), (theirs, Foreach()))
         for bucket, backend in pairs:
-            sums, held = backend.direction(bucket)
-            ratio = (sums[Sum.WEIGHT_SQ] / sums[Sum.UPDATE_SQ]).sqrt()
-            backend.apply(bucket, held, torch.where(sums[Sum.NONZERO] > 0, ratio / 10, 0.0))
+            bucket.clip_factor = backend.squared_gradients(bucket).sum().rsqrt()
+            backend.update(bucket)
         for what in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
             for a, b in zip(getattr(ours, what), getattr(theirs, what), strict=True):
                 if not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
@@ -57,8 +56,8 @@ def check(device: torch.device) -> None:
 def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
     """A whole chunk with a rest, and a tensor smaller than one."""
     generator = torch.Generator().manual_seed(0)
-    group = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True, "maximize": False}
-    group["layer_adaptation"] = True
+    group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True}
+    group |= {"layer_adaptation": True, "min_trust_ratio": None, "max_trust_ratio": None, "maximize": False}
     bucket = Bucket(group, finite=torch.tensor(True, device=device))
     for size in (CHUNK + 5, 7):
         w, g, m, root_v = torch.randn(4, size, generator=generator).to(device).unbind()

@@ -1,6 +1,6 @@
-"""Which pieces of which layers lie on this process, and how sums over a layer add up over processes.
+"""Finds the local pieces of each layer and adds up sums of a layer over processes.
 
-`Sharding` is what the optimizer holds and asks. A runtime that hides where layers lie is a file with a `Runtime`, and
+The optimizer holds one `Sharding`. Each runtime whose tensors carry no layout metadata is a file with a `Runtime`, and
 a row of `RUNTIMES` in `sharding.py`.
 """
 

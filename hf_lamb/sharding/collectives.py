@@ -1,4 +1,4 @@
-"""Adding up over processes."""
+"""All-reduces of the sums of layers."""
 
 from __future__ import annotations
 
@@ -11,30 +11,36 @@ from torch.distributed import ProcessGroup
 
 
 class ShardingError(RuntimeError):
-    """A parameter whose layer cannot be put together, so that its norm would be another algorithm's."""
+    """The shards of a layer cannot be put together, so `Lamb` cannot compute the layer's norm. Nothing was updated."""
 
 
 class Reduction(NamedTuple):
-    """A process group over which the sums of a layer's pieces add up, each piece exactly once."""
+    """A process group that holds each piece of a layer exactly once, so that an all-reduce sums over the layer."""
 
     group: ProcessGroup
-    device_type: str  # where its communication happens: CPU-offloaded shards go there and back
+    device_type: str  # the device that the group communicates on; CPU-offloaded sums are copied there and back
 
 
-# Of a layer that is cut along several dimensions of a mesh; empty for a layer that is whole on every process.
+# The process groups of a layer: several if it is sharded along several mesh dimensions, none if it is whole.
 Reductions = tuple[Reduction, ...]
 
 
 def reduction_of(group: ProcessGroup, device: torch.device) -> Reduction:
-    """A sum over a process group of what lies on a device, done there if the group can."""
+    """Return a `Reduction` that communicates on `device` if the group can, else on the group's first device type."""
     types = [device.type for device in group._device_types]
     return Reduction(group, device.type if device.type in types else types[0])
 
 
 def sum_over_processes(parts: dict[Reductions, Tensor]) -> dict[Reductions, Tensor]:
-    """Add up what the processes hold of each tensor, over the groups it is filed under; one all-reduce per group.
+    """Sum each tensor over the process groups that are its key, with one all-reduce per group.
 
-    All processes must file tensors of the same shapes under corresponding groups, in the same order.
+    All processes must call it with tensors of the same shapes, under corresponding groups, in the same order.
+
+    Args:
+        parts: the local tensors, by the groups to sum over; the sums replace them.
+
+    Returns:
+        `parts`.
     """
     for reduction in dict.fromkeys(reduction for reductions in parts for reduction in reductions):
         concerned = [reductions for reductions in parts if reduction in reductions]

@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO: where the layers lie in the flat partitions that it gives the optimizer instead of parameters.
+"""DeepSpeed ZeRO: the layouts of the flat partitions that the optimizer updates in place of the parameters.
 
-ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole into one partition a process; ZeRO-3 cuts every
-parameter for itself and lays the pieces of a sub-group end to end. Both pad, and both call `step` once for each flat
-tensor. None of this is public in DeepSpeed: what is read here is compared with the weights before it is believed.
+ZeRO-1 and 2 concatenate the parameters of a group and give each process one partition of the result. ZeRO-3 partitions
+every parameter and concatenates the partitions of a sub-group. Both add padding, and both call `step` once for each
+flat tensor. DeepSpeed documents none of this, so this module checks the layouts against the model's weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TESTED = "0.19"
 
 
 class DeepSpeed:
-    """An engine of DeepSpeed.
+    """A DeepSpeed engine; a `Runtime`.
 
-    With ZeRO one of its steps is several calls of `step`, one for each parameter group (ZeRO-1, 2) or sub-group
+    With ZeRO, one optimizer step is several calls of `step`: one for each parameter group (ZeRO-1, 2) or sub-group
     (ZeRO-3), always in the same order.
     """
 
@@ -44,18 +44,18 @@ class DeepSpeed:
 
     @staticmethod
     def wraps(model: Any) -> bool:
-        """Whether it is an engine of `deepspeed.initialize`."""
+        """Return whether `model` is an engine of `deepspeed.initialize`."""
         module = sys.modules.get("deepspeed")
         return module is not None and isinstance(model, module.DeepSpeedEngine)
 
     def starts_step(self, params: Sequence[Tensor]) -> bool:
-        """Whether a call with these parameters is the first of a step."""
+        """Return whether a call with these parameters is the first one of a step."""
         return self._first is None or any(param is self._first for param in params)
 
     def gradient_norm_sq(self, device: torch.device) -> Tensor | None:
-        """Of all gradients of all processes, as this step's calls get them: DeepSpeed has clipped them, if it clips.
+        """Return the squared norm of all gradients of all processes, after DeepSpeed's clipping; None without ZeRO.
 
-        Infinite where one is not finite, of which DeepSpeed may make a -1. None without ZeRO.
+        It is infinite if a gradient is not finite. (DeepSpeed may give -1 as the norm then.)
         """
         if self._first is None:
             return None
@@ -68,15 +68,18 @@ class DeepSpeed:
 
 
 class Whole(NamedTuple):
-    """A layer: its name, where it starts in the tensor that is cut into partitions, its elements."""
+    """A layer in the tensor that ZeRO-1 and 2 partition."""
 
     name: str
-    offset: int
-    size: int
+    offset: int  # index of its first element
+    size: int  # number of elements
 
 
 def cut_together(layers: Sequence[Whole], start: int, stop: int) -> tuple[Segment, ...]:
-    """What elements `start` to `stop` of a group's flat tensor hold (ZeRO-1, 2); nothing of layers elsewhere."""
+    """Return the segments in elements `start` to `stop` of a group's flat tensor (ZeRO-1, 2).
+
+    There is one for each layer; it is empty for layers outside of that range.
+    """
     return tuple(
         Segment(name, _within(offset, start, stop) - start, _within(offset + size, start, stop) - start, size)
         for name, offset, size in layers
@@ -84,7 +87,10 @@ def cut_together(layers: Sequence[Whole], start: int, stop: int) -> tuple[Segmen
 
 
 def cut_one_by_one(names: Sequence[str], sizes: Sequence[int], parts: Sequence[int], rank: int) -> tuple[Segment, ...]:
-    """What a process holds of a sub-group (ZeRO-3): of each layer its rank-th part, end to end, the last padded."""
+    """Return the segments of a sub-group on a process (ZeRO-3): the rank-th partition of each layer, concatenated.
+
+    The last partition of a layer may end with padding.
+    """
     starts = accumulate(parts, initial=0)
     return tuple(
         Segment(name, start, start + _within(size - rank * part, 0, part), size)
@@ -103,24 +109,23 @@ Names = Mapping[Tensor, str]
 
 
 class Flat(NamedTuple):
-    """A tensor that DeepSpeed lets the optimizer update, and the processes with the rest of its layers, if any.
-
-    With its segments, and beside each the model's weights that should be in it.
-    """
+    """A tensor that the optimizer updates under DeepSpeed."""
 
     tensor: Tensor
-    group: ProcessGroup | None
+    group: ProcessGroup | None  # the processes that hold the rest of its layers; None if layers are whole
     segments: tuple[Segment, ...]
-    weights: list[Tensor]
+    weights: list[Tensor]  # for each segment, the model's weights that should be in it
 
 
 def layouts(engine: Any, optimizer: Optimizer) -> dict[Tensor, Layout]:
-    """The layouts of the tensors that a DeepSpeed engine lets `optimizer` update; none where they are the parameters.
+    """Return the layouts of the tensors that `optimizer` updates under a DeepSpeed engine.
+
+    The result is empty if DeepSpeed lets the optimizer update the parameters themselves.
 
     Raises:
-        ShardingError: an engine that steps with another optimizer, that has MoE layers, tensor or pipeline
-            parallelism, offloads to NVMe or in part, or is of another kind than those tested; options of the optimizer
-            that DeepSpeed has to serve; weights that are not where they should be.
+        ShardingError: the engine steps with another optimizer; it has MoE layers, tensor or pipeline parallelism, or
+            offloads to NVMe or in part; its type is unknown; an option of the optimizer needs the gradient norm, and
+            DeepSpeed does not compute it; the weights are not where the layouts say.
     """
     _check_optimizer(engine, optimizer)
     zero, names = engine.optimizer, engine.param_names
@@ -135,8 +140,8 @@ def layouts(engine: Any, optimizer: Optimizer) -> dict[Tensor, Layout]:
     version = sys.modules["deepspeed"].__version__
     if not version.startswith(f"{TESTED}."):
         warnings.warn(
-            f"Lamb: this is DeepSpeed {version}, but {TESTED} was tested: where layers lie has been compared with the "
-            "weights, the rest of what is private there has not",
+            f"Lamb: hf_lamb was tested with DeepSpeed {TESTED}, this is {version}. The layouts of layers are checked "
+            "against the weights; other private parts of DeepSpeed are not checked",
             stacklevel=2,
         )
     try:
@@ -147,8 +152,8 @@ def layouts(engine: Any, optimizer: Optimizer) -> dict[Tensor, Layout]:
         if isinstance(error, ShardingError):
             raise
         raise ShardingError(
-            f"Lamb: DeepSpeed {version} differs from {TESTED}, which was tested ({error}): "
-            f"pip install 'deepspeed=={TESTED}.*'"
+            f"Lamb: pip install 'deepspeed=={TESTED}.*': DeepSpeed {version} differs from it, and hf_lamb does not "
+            f"know it ({error})"
         ) from error
     return {
         tensor: Layout(segments, tensor.numel(), () if group is None else (reduction_of(group, tensor.device),))
@@ -160,7 +165,7 @@ _WAY_OUT = "use ZeRO-1, 2 or 3 without it, or FSDP2 (accelerate's fsdp_version 2
 
 
 def _stage_1_and_2(zero: Any, names: Names) -> Iterator[Flat]:
-    """Not by `_hp_mapping`, which is in another order than the flat tensor where gradients go round robin."""
+    """Do not use `_hp_mapping`: with round-robin gradients its order is not that of the flat tensor."""
     for tensor, group, params, offsets in zip(
         zero.single_partition_of_fp32_groups,
         zero.real_dp_process_group,
@@ -194,7 +199,7 @@ def _together(
 
 
 def _stage_3(zero: Any, names: Names) -> Iterator[Flat]:
-    """Not by `padding_size`, which knows of the last process' padding only."""
+    """Do not use `padding_size`: it counts the padding of the last process only."""
     for tensor, group, params in zip(
         zero.fp32_partitioned_groups_flat, zero.sub_group_process_groups, zero.fp16_groups, strict=True
     ):
@@ -208,7 +213,7 @@ def _stage_3(zero: Any, names: Names) -> Iterator[Flat]:
 
 
 def _unfused(zero: Any, names: Names) -> Iterator[Flat]:
-    """ZeRO-0 in bf16 or fp16: whole fp32 copies, of trainable parameters only, so the groups' names do not fit."""
+    """ZeRO-0 in bf16 or fp16: whole fp32 copies of the trainable parameters, so `param_names` of the groups differ."""
     for tensors, params in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
         for tensor, param in zip(tensors, params, strict=True):
             segment = Segment(names[param], 0, param.numel(), param.numel())
@@ -223,15 +228,15 @@ _READERS = {
 }
 
 
-# -- what cannot be done right ---------------------------------------------------------------------------------------
+# -- what is not supported -------------------------------------------------------------------------------------------
 
 
 def _check_optimizer(engine: Any, optimizer: Optimizer) -> None:
     if engine.basic_optimizer is not optimizer:
         raise ShardingError(
-            f"Lamb: DeepSpeed steps with {type(engine.basic_optimizer).__name__}, not with this Lamb. accelerate puts "
-            'CPU-Adam in its place where the optimizer is offloaded: set "zero_force_ds_cpu_optimizer": false in the '
-            "DeepSpeed configuration"
+            'Lamb: set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration: DeepSpeed steps with '
+            f"{type(engine.basic_optimizer).__name__}, not with this Lamb, because accelerate replaces an offloaded "
+            "optimizer by CPU-Adam"
         )
 
 
@@ -255,14 +260,17 @@ def _check_engine(engine: Any) -> None:
 
 
 def _check_norm(zero: Any, optimizer: Optimizer) -> None:
-    """DeepSpeed steps one flat tensor after the other: what needs all gradients is taken from the norm it computes."""
+    """Raise ShardingError if an option needs the norm of all gradients and DeepSpeed does not compute it.
+
+    DeepSpeed steps one flat tensor after the other, so `Lamb` cannot compute this norm itself.
+    """
     if getattr(zero, "compute_grad_norm", True):
         return
     for option, off in (("max_grad_norm", None), ("skip_nonfinite", False)):
         if any(group[option] != off for group in optimizer.param_groups):
             raise ShardingError(
-                f"Lamb: {option} needs the norm of all gradients, which DeepSpeed has been told not to compute: set "
-                f'"compute_grad_norm": true in its configuration, or {option}={off}'
+                f'Lamb: set "compute_grad_norm": true in the DeepSpeed configuration, or {option}={off}: {option} '
+                "needs the norm of all gradients"
             )
 
 
@@ -271,9 +279,9 @@ def _check_weights(flat: Flat) -> None:
         held = flat.tensor.detach().view(-1)[segment.start : segment.stop]
         if held.shape != weight.shape or not torch.equal(held.to(weight.dtype), weight.to(held.device)):
             raise ShardingError(
-                f"Lamb: the weights of {segment.name} are not where DeepSpeed ZeRO should have them: load weights "
-                "before deepspeed.initialize; if they were, this version is not understood: "
-                f"pip install 'deepspeed=={TESTED}.*'"
+                "Lamb: load weights before deepspeed.initialize; if you did, hf_lamb does not know this version: "
+                f"pip install 'deepspeed=={TESTED}.*' (the weights of {segment.name} are not where DeepSpeed ZeRO "
+                "should have them)"
             )
 
 
@@ -281,7 +289,7 @@ def _check_weights(flat: Flat) -> None:
 
 
 def calling_engine() -> Any:
-    """The DeepSpeed engine whose step this is, if it is one's."""
+    """Return the DeepSpeed engine that is calling `step`, or None; found on the call stack."""
     if "deepspeed" not in sys.modules or torch.compiler.is_compiling():
         return None
     frame: FrameType | None = sys._getframe()
@@ -293,8 +301,8 @@ def calling_engine() -> Any:
 
 
 def is_trial_step(engine: Any) -> bool:
-    """Whether DeepSpeed is still building its optimizer: without ZeRO it then does a step with gradients of zero.
+    """Return whether DeepSpeed is still building its optimizer: without ZeRO it then does a step with zero gradients.
 
-    It would count as the first step, and take what is not adapted the share lr*λ closer to zero.
+    `Lamb` must ignore this step: it would count as the first one and apply weight decay to layers without adaptation.
     """
     return engine.optimizer is None

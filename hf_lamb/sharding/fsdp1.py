@@ -1,4 +1,4 @@
-"""FSDP1 (`FullyShardedDataParallel`): which piece of which layer each process holds, read from its private handles."""
+"""FSDP1 (`FullyShardedDataParallel`): the layouts of its tensors, read from its private handles."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from hf_lamb.sharding.layout import Layout, Segment
 
 __all__ = ["FSDP1", "clean_name", "flat_tensors", "layouts", "unwrapped", "whole_shapes"]
 
-# What FSDP1 and activation checkpointing put into the names of the modules that they wrap.
+# FSDP1 and activation checkpointing insert these into the names of the modules that they wrap.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def clean_name(name: str) -> str:
-    """The name that a parameter, or a module, has in the model that nothing wraps."""
+    """Return the name that a parameter or module has in the unwrapped model."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 class FSDP1:
-    """A model that FSDP1 has wrapped, or that has parts which it has."""
+    """A model that FSDP1 wraps, as a whole or in parts; a `Runtime`."""
 
-    state_from_the_start = True  # without any, accelerate 1.15 loads none from a sharded checkpoint, silently
+    state_from_the_start = True  # else accelerate 1.15 silently loads no state from a sharded checkpoint
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.layouts = layouts(model)
         params = {id(param) for group in optimizer.param_groups for param in group["params"]}
         if not any(id(tensor) in params for tensor in self.layouts):
             raise ShardingError(
-                "Lamb.attach: FSDP1 has put flat tensors in the place of this optimizer's parameters, so it would "
-                "train nothing: build Lamb(lamb_param_groups(model)) on the wrapped model, or set use_orig_params=True"
+                "Lamb.attach: build Lamb(lamb_param_groups(model)) on the wrapped model, or set use_orig_params=True: "
+                "FSDP1 has replaced the optimizer's parameters by flat tensors, so it would train nothing"
             )
 
     @staticmethod
     def wraps(model: Any) -> bool:
-        """Whether FSDP1 has flattened parameters of this model."""
+        """Return whether FSDP1 has flattened parameters of this model."""
         return isinstance(model, nn.Module) and any(True for _ in _handles(model))
 
     def starts_step(self, params: Sequence[Tensor]) -> bool:
-        """Every call is a step."""
+        """Return True: every call is a step."""
         return True
 
     def gradient_norm_sq(self, device: torch.device) -> None:
-        """FSDP1 computes no norm by itself."""
+        """Return None: FSDP1 computes no norm, `Lamb` does."""
 
 
 def layouts(model: nn.Module) -> dict[Tensor, Layout]:
-    """Of every tensor that an optimizer of this model is given by FSDP1; nothing where there is no FSDP1.
+    """Return the layout of every tensor that FSDP1 gives to an optimizer of this model; empty without FSDP1.
 
-    With `use_orig_params=True` those are the layers' own, each cut to the part that is here, else the flat tensors, in
-    each of which are the parts of many layers. HYBRID_SHARD's replicas have the same parts, and the same gradients:
-    the parts of one replica add up. NO_SHARD's layers are whole.
+    With `use_orig_params=True` there is one tensor for each layer, with this process's shard of it. Otherwise there
+    are flat tensors, each with the shards of many layers. With HYBRID_SHARD the replicas have the same shards and the
+    same gradients, so the sums go over the processes of one replica. With NO_SHARD layers are whole.
 
     Raises:
-        ShardingError: FSDP1 on top of tensor parallelism; a version of torch in which these private names are others.
+        ShardingError: FSDP1 is combined with tensor parallelism; this version of torch has other private names.
     """
     found: dict[Tensor, Layout] = {}
     groups: dict[tuple[int, ...], Reduction] = {}
@@ -70,8 +70,8 @@ def layouts(model: nn.Module) -> dict[Tensor, Layout]:
             flat = handle.flat_param
             if any(extension is not None for extension in flat._param_extensions):
                 raise ShardingError(
-                    f"Lamb.attach: {prefix}{flat._fqns[0]} is cut by tensor parallelism and by FSDP1, which does not "
-                    "say how: use FSDP2 with tensor parallelism"
+                    "Lamb.attach: use FSDP2 with tensor parallelism: FSDP1 does not record how it shards "
+                    f"{prefix}{flat._fqns[0]}, which tensor parallelism has sharded already"
                 )
             reductions = _reductions(handle, groups)
             if handle._use_orig_params:
@@ -82,14 +82,14 @@ def layouts(model: nn.Module) -> dict[Tensor, Layout]:
                 found[flat] = Layout(tuple(_segments(prefix, flat)), flat._sharded_size.numel(), reductions)
         except AttributeError as error:
             raise ShardingError(
-                f"Lamb.attach: this version of torch has another FSDP1 than hf_lamb knows (no {error.name}): "
-                "use FSDP2 (accelerate's fsdp_version 2), or DDP"
+                "Lamb.attach: use FSDP2 (accelerate's fsdp_version 2), or DDP: hf_lamb does not support the FSDP1 of "
+                f"this version of torch (no {error.name})"
             ) from error
     return found
 
 
 def flat_tensors(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
-    """The flat tensors of `use_orig_params=False`: of each, the names of its layers and the modules that own them."""
+    """Return, for each flat tensor of `use_orig_params=False`, the name and the owner module of each of its layers."""
     return {
         handle.flat_param: [
             (name, info.module)
@@ -101,7 +101,7 @@ def flat_tensors(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
 
 
 def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """By name, the shapes that FSDP1's layers have when they are whole."""
+    """Return the unsharded shape of each layer that FSDP1 has sharded, by name."""
     return {
         name: tuple(shape)
         for prefix, handle in _handles(model)
@@ -110,16 +110,16 @@ def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside FSDP1, where it has wrapped all of it."""
+    """Return the module inside of FSDP1's wrapper, or the model itself if it has no such wrapper."""
     module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     inner: nn.Module = model.module if module and isinstance(model, module.FullyShardedDataParallel) else model
     return inner
 
 
 def _handles(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """FSDP1's handles of the flat tensors in this model, in its order, and the prefix of their layers' names."""
+    """Yield FSDP1's handle of each flat tensor of this model, after the prefix of the names of its layers."""
     module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if module is None:  # not imported: there can be no FSDP1
+    if module is None:  # if it is not imported, no module is wrapped
         return
     for name, part in model.named_modules():
         if isinstance(part, module.FullyShardedDataParallel) and part._handle is not None:
@@ -138,7 +138,10 @@ def _segments(prefix: str, flat: Any) -> Iterator[Segment]:
 
 
 def _reductions(handle: Any, groups: dict[tuple[int, ...], Reduction]) -> Reductions:
-    """The group that the handle's tensor is sharded over. Units may have groups of their own of the same processes."""
+    """Return the process group that a handle's tensor is sharded over.
+
+    FSDP1 units may have different groups of the same processes: `groups` keeps one of them, for one all-reduce.
+    """
     if not handle.uses_sharded_strategy or handle.process_group.size() == 1:
         return ()
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Where the layers lie in the tensors of FSDP1 and DeepSpeed ZeRO, which flatten or cut them and say nothing."""
+"""The layout of layers in the tensors of FSDP1 and DeepSpeed ZeRO, which carry no layout metadata."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ __all__ = ["Layout", "Segment", "check_layouts"]
 
 
 class Segment(NamedTuple):
-    """The part of a layer (an original parameter) that is in a local tensor; empty where it is on other processes."""
+    """The part of a layer (an original parameter) in a local tensor; empty if other processes hold the whole layer."""
 
     name: str  # of the layer
-    start: int  # in the flattened local tensor, the elements from here
-    stop: int  # to here
-    size: int  # elements of the whole layer
+    start: int  # first element, in the flattened local tensor
+    stop: int  # end (exclusive)
+    size: int  # number of elements of the whole layer
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one tensor that the optimizer is given holds.
+    """The layers in one tensor that the optimizer updates.
 
     Args:
-        segments: every layer of which any process holds a part, in the same order on all of them, which is also their
-            order here. Elements in no segment are padding: never updated, in no norm, their gradient not looked at.
-        numel: elements of the local tensor, padding too.
-        reductions: the process groups over which the parts of a layer add up to all of it; none for whole layers.
+        segments: one for each layer of which any process holds a part, in the order of the tensor's elements, and in
+            the same order on all processes. Elements in no segment are padding: `Lamb` neither updates nor reads them.
+        numel: number of elements of the local tensor, including padding.
+        reductions: the process groups over which a layer's segments add up to the layer. Default: none, for whole
+            layers.
 
     Raises:
-        ShardingError: segments that overlap or lie outside of the tensor.
+        ShardingError: segments overlap or lie outside of the tensor.
     """
 
     segments: tuple[Segment, ...]
     numel: int
     reductions: Reductions = ()
-    _cuts: list[int] = field(init=False, repr=False, compare=False)  # sizes: padding, segment, padding, ...
+    _cuts: list[int] = field(init=False, repr=False, compare=False)  # sizes of: padding, segment, padding, ...
 
     def __post_init__(self) -> None:
         cuts, end = [], 0
@@ -49,8 +50,8 @@ class Layout:
                 start = stop = end
             if not end <= start <= stop <= self.numel:
                 raise ShardingError(
-                    f"Lamb: elements {start} to {stop} of a tensor of {self.numel} should be {name}'s, but those up "
-                    f"to {end} are another layer's: this version of the runtime is not understood, so use FSDP2 or DDP"
+                    f"Lamb: use FSDP2 or DDP: this version of the runtime has an unknown layout (elements {start} to "
+                    f"{stop} of a tensor of {self.numel} should be {name}, but another layer ends at {end})"
                 )
             cuts += [start - end, stop - start]
             end = stop
@@ -61,15 +62,15 @@ class Layout:
         return len(self.segments) == 1 and self._cuts[1] == self.numel
 
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Views of the segments in a tensor that lies as the one described: it, its gradient or its moments."""
+        """Return views of the segments in a tensor of this layout: the parameter, its gradient or a moment."""
         return (tensor,) if self.is_one_layer else torch.split(tensor.view(-1), self._cuts)[1::2]
 
 
 def check_layouts(layouts: dict[Tensor, Layout]) -> None:
-    """See that the processes' segments add up to the layers; a collective, which all processes must call.
+    """Check that the segments of all processes add up to the layers. A collective: all processes must call it.
 
     Raises:
-        ShardingError: naming a layer of which the processes hold more or less than there is.
+        ShardingError: the processes together hold more or fewer elements of a layer than it has.
     """
     segments: dict[Reductions, list[Segment]] = {}
     for layout in layouts.values():
@@ -84,6 +85,6 @@ def check_layouts(layouts: dict[Tensor, Layout]) -> None:
         for segment, elements in zip(some, held[reductions].tolist(), strict=True):
             if elements != segment.size:
                 raise ShardingError(
-                    f"Lamb.attach: all processes together hold {elements} elements of {segment.name}, which has "
-                    f"{segment.size}: this version of the runtime is not understood, so use FSDP2 or DDP"
+                    "Lamb.attach: use FSDP2 or DDP: this version of the runtime has an unknown layout (all processes "
+                    f"together hold {elements} elements of {segment.name}, which has {segment.size})"
                 )

@@ -1,4 +1,4 @@
-"""Processes with other parameters of the same model: ZeroRedundancyOptimizer's, the stages of a pipeline."""
+"""Processes that hold other parameters of the same model, as with ZeroRedundancyOptimizer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from hf_lamb.sharding.collectives import Reduction, reduction_of
 
 
 def zero_redundancy_group() -> Reduction | None:
-    """The group of the ZeroRedundancyOptimizer that is constructing an optimizer right now, if one is.
+    """Return the process group of the ZeroRedundancyOptimizer that is constructing this optimizer, or None.
 
-    It gives each process's optimizer some of the parameters and no other word, but all must skip a step together.
+    ZeroRedundancyOptimizer gives the optimizer of each process some of the parameters, but does not pass its process
+    group. All processes must skip a step together, so this function finds the group on the call stack.
     """
     module = sys.modules.get("torch.distributed.optim")
     if module is None:

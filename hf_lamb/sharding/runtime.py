@@ -1,4 +1,4 @@
-"""What a runtime tells that has cut or flattened the parameters and left no word of it on them."""
+"""The interface to a runtime that shards or flattens parameters without layout metadata on the tensors."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from hf_lamb.sharding.layout import Layout
 
 
 class Runtime(Protocol):
-    """One wrapped model: where the layers of its parameters lie, and how its steps are cut into calls.
+    """One model that the runtime wraps: the layouts of its tensors, and which calls of `step` form one step."""
 
-    Built from what wraps the model and the optimizer of its parameters. All processes build it together.
-    """
-
-    layouts: dict[Tensor, Layout]  # of the tensors that the optimizer is given
-    state_from_the_start: bool  # whether their state must exist before the first step
+    layouts: dict[Tensor, Layout]  # of each tensor that the optimizer updates
+    state_from_the_start: bool  # whether the optimizer's state must exist before the first step
 
     @staticmethod
     def wraps(model: Any) -> bool:
-        """Whether this runtime wraps the model."""
+        """Return whether this runtime wraps the model."""
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Read where the layers lie.
+        """Read the layouts. All processes call it together.
+
+        Args:
+            model: the wrapped model, for which `wraps` returned True.
+            optimizer: the optimizer of its parameters.
 
         Raises:
-            ShardingError: what this runtime does that cannot be done right, or that is not understood.
+            ShardingError: the runtime does something that `Lamb` does not support, or has an unknown version.
         """
 
     def starts_step(self, params: Sequence[Tensor]) -> bool:
-        """Whether a call of `step` with these parameters is the first of an optimizer step."""
+        """Return whether a call of `step` with these parameters is the first one of an optimizer step."""
 
     def gradient_norm_sq(self, device: torch.device) -> Tensor | None:
-        """Squared norm of all gradients of all processes where the runtime has it, else None; 0-dim, on `device`."""
+        """Return the squared norm of all processes' gradients, 0-dim, on `device`; None if `Lamb` shall compute it."""

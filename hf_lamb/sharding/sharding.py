@@ -1,4 +1,4 @@
-"""Where the layers of an optimizer's parameters lie, and how what is summed over a layer adds up over processes."""
+"""`Sharding`: finds the local pieces of each layer and adds up sums of a layer over processes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hf_lamb.sharding.peers import zero_redundancy_group
 from hf_lamb.sharding.plain import local_grad, local_shard
 from hf_lamb.sharding.runtime import Runtime
 
-# The runtimes that hide where layers lie; the first that wraps the model is asked.
+# The runtimes whose tensors carry no layout metadata. `attach` uses the first one that wraps the model.
 RUNTIMES: tuple[type[Runtime], ...] = (DeepSpeed, FSDP1)
 
 
 class Piece(NamedTuple):
-    """The part of one layer that lies on this process, as tensors of one shape, and the layer's step count."""
+    """This process's part of one layer: tensors of one shape, and the layer's step count."""
 
     name: str  # of the layer
     param: Tensor
@@ -34,22 +34,22 @@ class Piece(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    cut: int | None  # which of `Sharding.cuts` the layer belongs to; None for a layer that is whole here
-    place: int  # the layer's place there
-    decays: bool = True  # False: it does not, whatever its group says
-    adapts: bool = True
+    cut: int | None  # index into `Sharding.cuts`; None if the whole layer is on this process
+    place: int  # the layer's index in that `Cut`
+    decays: bool = True  # False overrides the group's weight_decay
+    adapts: bool = True  # False overrides the group's layer_adaptation
 
 
 @dataclass
 class Cut:
-    """The layers that are cut over the same process groups, in the same order on every process."""
+    """All layers that are sharded over the same process groups, in the same order on every process."""
 
     reductions: Reductions
     layers: int = 0
-    dtype: torch.dtype = torch.float32  # in which processes speak of them: float64 if one of them is
+    dtype: torch.dtype = torch.float32  # of the all-reduce: float64 if any of the layers is
 
     def add(self, dtype: torch.dtype) -> int:
-        """Count one more layer, whose arithmetic has this dtype; its place."""
+        """Count one more layer, whose arithmetic uses `dtype`, and return its index."""
         if dtype == torch.float64:
             self.dtype = dtype
         self.layers += 1
@@ -57,21 +57,21 @@ class Cut:
 
 
 class Places(NamedTuple):
-    """The places of some layers, as a list and as a tensor."""
+    """The indices of some layers in a `Cut`, as a list and as a tensor."""
 
     numbers: list[int]
     tensor: Tensor
 
 
 class CutBucket(Protocol):
-    """What a bucket tells of how its layers are cut."""
+    """The attributes of a bucket that `Sharding` reads, see `Piece`."""
 
     cut: int | None
     places: list[int]
 
 
 class Sharding:
-    """What the optimizer asks: which pieces of which layers are here, and what sums are over all processes."""
+    """Gives the optimizer the local pieces of each layer, and sums over all processes."""
 
     def __init__(self, shapes: Iterable[torch.Size] = ()) -> None:
         self.shapes = set(shapes)  # of the parameters that the optimizer was built with
@@ -79,12 +79,12 @@ class Sharding:
         self.layouts: dict[Tensor, Layout] = {}
         self.peer_group: Reduction | None = zero_redundancy_group()
         self.cuts: list[Cut] = []
-        self._indices: dict[int, Places] = {}  # of the n-th bucket that is cut
+        self._indices: dict[int, Places] = {}  # by the number of the sharded bucket
 
-    # -- what it is told ---------------------------------------------------------------------------------------------
+    # -- set up ------------------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: Optimizer, model: Any, process_group: ProcessGroup | None) -> list[Tensor]:
-        """As `Lamb.attach`, and returns the parameters whose state must exist from now on."""
+        """Do what `Lamb.attach` documents, and return the parameters whose state must exist from now on."""
         params = _params(optimizer)
         if process_group is not None:
             self.peer_group = reduction_of(process_group, device_of(params))
@@ -98,18 +98,18 @@ class Sharding:
         runtime = kind(model, optimizer)
         check_layouts(runtime.layouts)
         self.runtime = runtime
-        # An engine that replaces another one has other tensors.
+        # A second DeepSpeed engine has new tensors: drop the layouts of the first one's.
         self.layouts = {param: self.layouts[param] for param in params if param in self.layouts} | runtime.layouts
         return [p for p in params if p in runtime.layouts and p.requires_grad] if runtime.state_from_the_start else []
 
     def shapes_of_a_copy(self) -> set[torch.Size]:
-        """The shapes that a copy of the optimizer was built with: its flat tensors are others, to be attached anew."""
+        """Return `shapes` for a copy of the optimizer: without the flat tensors, which need a new `attach`."""
         return self.shapes - {tensor.shape for tensor in self.layouts}
 
     def begin_step(self, optimizer: Optimizer) -> bool | None:
-        """Whether this call of `step` begins an optimizer step; None where it is no step at all.
+        """Return whether this call of `step` is the first one of an optimizer step, or None if it must do nothing.
 
-        DeepSpeed steps a few tensors a call, and tries a step with zero gradients while it starts.
+        DeepSpeed calls `step` several times for one optimizer step, and once with zero gradients while it starts.
         """
         engine = deepspeed.calling_engine()
         if engine is not None:
@@ -119,7 +119,7 @@ class Sharding:
                 self.attach(optimizer, engine, None)
         return self.runtime is None or self.runtime.starts_step(_params(optimizer))
 
-    # -- which pieces are here ---------------------------------------------------------------------------------------
+    # -- local pieces ------------------------------------------------------------------------------------------------
 
     def pieces(
         self,
@@ -127,13 +127,15 @@ class Sharding:
         name_of: Callable[[int, int], str],
         state_of: Callable[[Tensor], dict[str, Tensor]],
     ) -> Iterator[tuple[int, Piece]]:
-        """The pieces that have a gradient, each with the index of its group.
+        """Yield the pieces that have a gradient, each with the index of its group.
 
-        `cuts` counts all layers that are cut, with a gradient here or not, so that all processes speak of the same.
+        `cuts` counts all sharded layers, also those without a gradient on this process, so that the vectors of the
+        all-reduce have the same length on every process.
 
         Raises:
-            ShardingError: a parameter that this optimizer was not built with, or whose layer nobody can put together.
-            RuntimeError: a sparse gradient.
+            ShardingError: a parameter has a shape that this optimizer was not built with, or its layer cannot be put
+                together.
+            RuntimeError: a gradient is sparse.
         """
         self.cuts = []
         for group_index, group in enumerate(param_groups):
@@ -188,21 +190,21 @@ class Sharding:
             _refuse_sparse(grad, layout.segments[0].name)
             state = state_of(param)
         elif param.numel() == 0 and param.requires_grad and layout.reductions:
-            # Other processes have the layer, and FSDP1 hands no gradient of it here. Take part in its sums all the
-            # same: layer_stats is then alike on all processes.
+            # Other processes hold this layer, and FSDP1 gives this process no gradient of it. Take part in the layer's
+            # sums nevertheless: `layer_stats` is then the same on all processes.
             grad = param.detach()
             step = torch.zeros((), dtype=torch.float32, device=param.device)
             state = {"step": step, "exp_avg": grad.to(math_dtype(param)), "exp_avg_sq": grad.to(math_dtype(param))}
         else:
             return
-        # One step counts for all of the tensor: the first segment advances it, the others copies.
+        # The tensor has one step count for all its segments: the first one advances it, the others advance copies.
         steps = [state["step"], *state["step"].repeat(len(layout.segments) - 1).unbind()]
         pieces = (layout.pieces(tensor) for tensor in (param, grad, state["exp_avg"], state["exp_avg_sq"]))
         for segment, w, g, m, v, step, (cut, place) in zip(layout.segments, *pieces, steps, places, strict=True):
             yield Piece(segment.name, w, g, m, v, step, cut, place)
 
     def _place(self, reductions: Reductions, dtype: torch.dtype) -> tuple[int | None, int]:
-        """The cut of a layer, and its place there."""
+        """Count a layer in its `Cut`, and return the cut's index and the layer's index in it."""
         if not reductions:
             return None, 0
         index = next((i for i, cut in enumerate(self.cuts) if cut.reductions == reductions), len(self.cuts))
@@ -213,9 +215,14 @@ class Sharding:
     # -- sums over processes -----------------------------------------------------------------------------------------
 
     def add_up(self, buckets: Sequence[CutBucket], sums: list[Tensor]) -> list[Tensor]:
-        """The sums `[k, n]` of whole layers, from those of the pieces in each bucket: one all-reduce a process group.
+        """Add up the sums of each layer's pieces over the processes, with one all-reduce per process group.
 
-        A layer without a gradient on this process adds nothing to it.
+        Args:
+            buckets: all sharded buckets of this step, or one bucket of whole layers.
+            sums: for each bucket a tensor `[k, n]`: k named sums for each of its n layers.
+
+        Returns:
+            The same for whole layers. A layer without a gradient on this process adds zero.
         """
         device = sums[0].device if sums else None
         whole = {
@@ -234,7 +241,7 @@ class Sharding:
         return () if bucket.cut is None else self.cuts[bucket.cut].reductions
 
     def _index(self, number: int, places: list[int], device: torch.device) -> Tensor:
-        """The places of a bucket's layers as a tensor, made when they change: a copy to a GPU costs a launch."""
+        """Return the places of a bucket's layers as a tensor. It is cached, because copying to a GPU takes time."""
         known = self._indices.get(number)
         if known is None or known.numbers != places or known.tensor.device != device:
             known = self._indices[number] = Places(places, torch.tensor(places, device=device))
@@ -243,7 +250,7 @@ class Sharding:
     def gradient_norm_sq(
         self, buckets: Sequence[CutBucket], squares: Callable[[int], Tensor], device: torch.device
     ) -> Tensor:
-        """Squared norm of all gradients of all processes, 0-dim, on `device`.
+        """Return the squared norm of all gradients of all processes, as a 0-dim tensor on `device`.
 
         Args:
             buckets: the pieces that are here.
@@ -265,13 +272,13 @@ class Sharding:
                 parts[reductions] = parts[reductions] + squared.sum().reshape(1)  # 0-dim, it would not promote
         norm_sq = torch.cat([*of_whole, *sum_over_processes(parts).values()]).sum()
         if self.peer_group is not None:
-            # In one dtype whatever this process has: others have other parameters.
+            # All processes must use one dtype, and other processes may have parameters of another dtype.
             norm_sq = sum_over_processes({(self.peer_group,): norm_sq.double()})[(self.peer_group,)]
         return norm_sq
 
     @property
     def takes_part(self) -> bool:
-        """Whether other processes wait for this one, even where it has no gradient."""
+        """Whether this process must take part in all-reduces, even if it has no gradient."""
         return bool(self.cuts) or self.peer_group is not None
 
 
@@ -280,7 +287,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 
 def device_of(params: Sequence[Tensor]) -> torch.device:
-    """Of the first parameter; ZeroRedundancyOptimizer may leave a process without any."""
+    """Return the device of the first parameter; the CPU if ZeroRedundancyOptimizer leaves this process without any."""
     return params[0].device if params else torch.device("cpu")
 
 

@@ -1,13 +1,14 @@
-"""Did the large batch land in a sharper minimum? Measures of sharpness for any module and any loss over fixed batches.
+"""Measures of sharpness, for any module and any loss over fixed batches: is the large batch's minimum sharper?
 
     from hf_lamb.sharpness import adaptive_sharpness, cross_entropy
     adaptive_sharpness(model, cross_entropy, [(inputs, classes), ...])    # Sharpness(value, loss, highest_loss)
 
     python -m hf_lamb.sharpness SMALL_BATCH_CHECKPOINT LARGE_BATCH_CHECKPOINT --data text.txt
 
-Every result holds the loss at which it was measured: sharpness falls with the loss, so two networks compare only at
-the same loss. No figure here says that a network generalises worse (Andriushchenko et al. 2023, arXiv 2302.07011).
-docs/sharpness.md explains each. Needs torch only, `SharpnessCallback` and loading checkpoints transformers as well.
+Every result holds the loss at which it was measured. Compare networks at the same loss only, because sharpness falls
+with the loss. A sharper network need not generalise worse (Andriushchenko et al. 2023, arXiv 2302.07011).
+docs/sharpness.md explains each measure. `SharpnessCallback` and loading checkpoints need transformers; the rest needs
+torch only.
 """
 
 from __future__ import annotations

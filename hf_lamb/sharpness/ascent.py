@@ -1,11 +1,12 @@
-"""How much the loss can rise within a box round the weights: Keskar's sharpness, and the scale-invariant one.
+"""Keskar's sharpness and adaptive sharpness: the largest rise of the loss within a box around the weights.
 
 Both maximise L over a box |yᵢ - wᵢ| ≤ bᵢ by projected sign-gradient ascent,
 
     y ← clamp(y + η b sign ∇L(y), w - b, w + b)
 
-η = 2 goes from corner to corner, and for a convex L never downhill. It is halved whenever the loss has not risen. A
-corner that the gradient at it points to is a local maximum: what steps remain go on from a random corner.
+With η = 2 a step goes from corner to corner, and for a convex L it never decreases L. η is halved whenever the loss
+has not risen. If the gradient at a corner points to that corner, it is a local maximum; the remaining steps then start
+from a random corner.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from hf_lamb.sharpness.objective import LossFn, Objective, check_loss, objective
 
 
 class Sharpness(NamedTuple):
-    """A sharpness, the loss at the weights themselves, the highest loss found nearby, and what the slope accounts for.
+    """A sharpness and what it was computed from.
 
-    slope: Σ bᵢ|∂L/∂wᵢ|, the value that the gradient alone would give, in the value's unit. Where it is most of the
-    value, the weights are not at a minimum, and what was measured is how far training is from having settled.
+    Attributes:
+        value: the sharpness.
+        loss: the loss at the weights, in nats.
+        highest_loss: the highest loss that was found in the box, in nats.
+        slope: Σ bᵢ|∂L/∂wᵢ|, the sharpness of a linear loss with this gradient, in the unit of `value`. If it is most
+            of `value`, the weights are not at a minimum: training has not converged.
     """
 
     value: float
@@ -48,27 +53,28 @@ def epsilon_sharpness(
 ) -> Sharpness:
     """Keskar's sharpness: φ = 100 (max L(w + Az) - L(w)) / (1 + L(w)) over |zᵢ| ≤ ε(|(A⁺w)ᵢ| + 1).
 
-    Not comparable between networks of different size or scale, and not invariant: `alpha_scale` changes it and
-    leaves the function as it is (Dinh et al. 2017). `adaptive_sharpness` is the one to judge by.
+    Use `adaptive_sharpness` to compare networks. Keskar's sharpness depends on the size and scale of a network, and
+    `alpha_scale` changes it although the function stays the same (Dinh et al. 2017).
 
     Args:
-        model: any module; under DistributedDataParallel every process passes its share of the batches.
-        loss_fn: `loss_fn(model, batch)` gives the batch's mean loss, or a `BatchLoss`. See `cross_entropy`,
+        model: any module. Under DistributedDataParallel every process passes its share of the batches.
+        loss_fn: `loss_fn(model, batch)` returns the batch's mean loss or a `BatchLoss`. See `cross_entropy` and
             `labels_loss`.
-        batches: the data, fixed; read once.
-        epsilon: ε, half the box's width where a weight is zero. The paper has 1e-3 and 5e-4.
-        subspace: None for A = I, the whole space; else the number p of columns of a random n x p matrix A with
-            standard normal entries (the paper has p = 100 and leaves the distribution open). A is drawn anew
-            whenever it is needed, which takes 2np random numbers a step.
-        steps: K, gradients over all batches.
-        seed: of A, and of the signs to leave a point without a gradient by.
-        process_group: processes that share the batches; by default those of a DistributedDataParallel model.
+        batches: the fixed data; read once.
+        epsilon: ε, half the box's width where a weight is zero. The paper has 1e-3 and 5e-4. Default 1e-3.
+        subspace: the number p of columns of a random n x p matrix A with standard normal entries. (The paper has
+            p = 100 and does not name the distribution.) A is drawn again whenever it is needed, which takes 2np random
+            numbers per step. Default None: A = I, the whole space.
+        steps: number of gradients over all batches. Default 20.
+        seed: of A, and of random signs where the gradient is zero. Default 0.
+        process_group: processes that share the batches. Default: those of a DistributedDataParallel model.
 
     Returns:
-        `Sharpness`, its value in percent of 1 + L(w).
+        `Sharpness`, with `value` in percent of 1 + L(w).
 
     Raises:
-        ValueError: an option out of range; what `objective` refuses. ShardingError: sharded parameters.
+        ValueError: an option is out of range; there are no batches or no trainable parameters; the loss is not finite.
+        hf_lamb.ShardingError: parameters are sharded.
 
     Source: Keskar et al. 2017 (arXiv 1609.04836), Metric 2.1; there with ten iterations of L-BFGS-B.
     """
@@ -95,12 +101,15 @@ def adaptive_sharpness(
 ) -> Sharpness:
     """Adaptive sharpness: max L(w + δ) - L(w) over |δᵢ| ≤ ρ|wᵢ|, in nats.
 
-    The box scales with the weights, so that no rescaling that leaves the function as it is, `alpha_scale` among
-    them, changes the value. A weight that is zero stays where it is.
+    The box scales with the weights. Therefore no rescaling that keeps the function, such as `alpha_scale`, changes the
+    value. A weight that is zero does not move.
 
     Args:
-        rho: ρ, the largest relative change of a weight.
-        model, loss_fn, batches, steps, seed, process_group: as for `epsilon_sharpness`, and so are the errors raised.
+        rho: ρ, the largest relative change of a weight. Default 1e-2.
+        model, loss_fn, batches, steps, seed, process_group: see `epsilon_sharpness`, which raises the same errors.
+
+    Returns:
+        `Sharpness`, with `value` in nats.
 
     Source: Kwon et al. 2021 (arXiv 2102.11600) with the maximum norm; Andriushchenko et al. 2023 (arXiv 2302.07011),
     who find that it does not predict generalisation either.
@@ -120,10 +129,17 @@ def layer_sharpness(
     steps: int = 10,
     seed: int = 0,
 ) -> dict[str, Sharpness]:
-    """`adaptive_sharpness` of each layer by itself, the others staying as they are: `{module's name: Sharpness}`.
+    """Measure `adaptive_sharpness` of each layer alone, with all other layers fixed.
 
-    A layer is a module that owns trainable parameters; a tied one counts where it comes first. The parts need not
-    add up to the whole. Costs as much as `adaptive_sharpness` for every layer.
+    A layer is a module that owns trainable parameters; a tied parameter belongs to the first one. The values need not
+    add up to the sharpness of the whole network. Each layer costs as much as one `adaptive_sharpness`.
+
+    Args:
+        model, loss_fn, batches, rho, steps, seed: see `adaptive_sharpness`, which raises the same errors. `steps` has
+            the default 10.
+
+    Returns:
+        `{name of the module: Sharpness}`.
     """
     _check("rho", rho, steps)
     found = {}
@@ -144,19 +160,21 @@ def layer_sharpness(
 
 
 class Move(NamedTuple):
-    """What a step of the ascent has seen and done: Σ bᵢ|gᵢ| along the box's sides, and whether anything moved."""
+    """The result of one step of the ascent."""
 
-    slope: float
-    moved: bool
+    slope: float  # Σ bᵢ|gᵢ|, with b the half widths of the box
+    moved: bool  # whether any weight changed
 
 
 class Region(Protocol):
     """The box that the weights may move in."""
 
     def move(self, step: float, at_random: bool) -> Move:
-        """One step of sign-gradient ascent, `step` half widths of the box, by the gradient in `y.grad`.
+        """Do one step of sign-gradient ascent with the gradient in `y.grad`.
 
-        at_random: where the gradient is zero, go up or down by lot; else stay.
+        Args:
+            step: the length, in half widths of the box.
+            at_random: if the gradient of a weight is zero, move it in a random direction instead of not at all.
         """
 
 
@@ -177,7 +195,7 @@ class WholeSpace:
             assert y.grad is not None
             b, g = self.half_width(w), y.grad
             slope += torch.linalg.vector_norm(b * g, ord=1, dtype=torch.float64)
-            # In the gradient's place, which is not needed any more: an embedding is a large part of a model.
+            # Overwrites the gradient, which is not needed any more, to save memory.
             offset = _to_signs(g, self.random if at_random else None).mul_(b).mul_(step).add_(y).sub_(w)
             torch.minimum(offset, b, out=offset)
             torch.maximum(offset, b.neg_(), out=offset)
@@ -188,13 +206,13 @@ class WholeSpace:
 
     @torch.no_grad()
     def back(self) -> None:
-        """To the center."""
+        """Move back to the center."""
         for w, y in self.problem.pairs():
             y.copy_(w)
 
 
 class RandomSubspace:
-    """The box |zᵢ| ≤ ε(|(A⁺w)ᵢ| + 1) in the span of a random matrix A, y = w + Az; A is never held as a whole."""
+    """The box |zᵢ| ≤ ε(|(A⁺w)ᵢ| + 1) in the span of a random matrix A, y = w + Az. Memory has only blocks of A."""
 
     def __init__(self, problem: Objective, epsilon: float, columns: int, seed: int) -> None:
         size = sum(y.numel() for y in problem.weights.values())
@@ -227,7 +245,7 @@ class RandomSubspace:
         return Move(slope, not torch.equal(self.z, before))
 
     def _blocks(self, rows: int = 8192) -> Iterator[tuple[tuple[Tensor, nn.Parameter], slice, Tensor]]:
-        """((w, y), rows, A's entries for them), drawn from the same seed every time."""
+        """Yield ((w, y), rows, A's entries for these rows), drawn from the same seed every time."""
         generator = torch.Generator(self.problem.device).manual_seed(self.seed)
         for w, y in self.problem.pairs():
             for start in range(0, y.numel(), rows):
@@ -241,12 +259,12 @@ class RandomSubspace:
 
 
 def ascend(problem: Objective, region: Region, steps: int, description: str) -> Sharpness:
-    """From the center up: the value is the highest L met on the way less that at the center."""
+    """Maximise L from the center; the value is the highest L of any step minus L at the center."""
     loss = highest = previous = check_loss(problem.gradient())
     slope, step = 0.0, 2.0
     with progress(steps, description) as advance:
         for k in range(steps):
-            # At a minimum there is no slope to follow, so the first step goes by lot where there is none.
+            # At a minimum the gradient is zero, so the first step is random where the gradient is zero.
             move = region.move(step, at_random=k == 0)
             slope = slope if k else move.slope
             if not move.moved:
@@ -254,7 +272,7 @@ def ascend(problem: Objective, region: Region, steps: int, description: str) -> 
                     y.grad = torch.zeros_like(y)
                 region.move(2.0, at_random=True)
                 previous, step = -math.inf, 2.0
-            # The last point needs no gradient to go on from.
+            # No step follows the last point, so it needs no gradient.
             here = problem.gradient() if k < steps - 1 else problem.value()
             advance()
             if not math.isfinite(here):
@@ -267,7 +285,7 @@ def ascend(problem: Objective, region: Region, steps: int, description: str) -> 
 
 @contextmanager
 def progress(total: int, description: str) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal, on the first process only; yields the function that advances it by one."""
+    """Show a progress bar on a terminal, on the first process only; yield the function that advances it by one."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -276,7 +294,7 @@ def progress(total: int, description: str) -> Iterator[Callable[[], object]]:
 
 
 def _to_signs(gradient: Tensor, random: torch.Generator | None) -> Tensor:
-    """Make it its own signs, in place; where it is zero, a random sign, unless `random` is None."""
+    """Replace a gradient by its signs, in place; zeros get a random sign unless `random` is None."""
     signs = gradient.sign_()
     if random is not None:
         coin = torch.empty_like(signs).bernoulli_(0.5, generator=random).mul_(2).sub_(1)

@@ -1,4 +1,4 @@
-"""Sharpness against loss while Trainer trains: Keskar's figure 6. Needs transformers."""
+"""A callback that logs sharpness and loss while Trainer trains, as in Keskar's figure 6. Needs transformers."""
 
 from __future__ import annotations
 
@@ -7,34 +7,39 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lamb.lamb import Lamb
 from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness
 from hf_lamb.sharpness.objective import LossFn, labels_loss, refuse_sharded
-from hf_lamb.trainer.callbacks import add_to_logs
+from hf_lamb.trainer.callbacks import TrainingLogCallback, add_to_logs
 
 __all__ = ["SharpnessCallback"]
 
 
-class SharpnessCallback(TrainerCallback):
+class SharpnessCallback(TrainingLogCallback):
     """Adds `sharpness/loss`, `sharpness/adaptive` and `sharpness/epsilon` to the log every `interval` steps.
 
-    On fixed batches, in eval mode and float32; weights, gradients and random numbers of the training are left as they
-    are, bit for bit, so a run with this callback is the run without it. `hf_lamb.sharpness.compare` and the command
-    line draw the curves from the `trainer_state.json` of a checkpoint. A logging step is added where one measures.
+    It measures on fixed batches, in eval mode and float32. It changes no weight, gradient or random number generator,
+    so the run gives the same result to the bit with or without it. It makes Trainer log at each measurement.
+    `hf_lamb.sharpness.compare` and the command line draw the curves from the `trainer_state.json` of a checkpoint.
 
-    In a run on several processes each takes its share of the batches. FSDP and ZeRO-3 are refused when training
-    starts. With a stock Trainer it reaches the console and `trainer_state.json`; for TensorBoard and W&B put it before
-    the reporters: `trainer.callback_handler.callbacks.insert(0, SharpnessCallback(...))`.
+    With several processes each one measures on its share of the batches. FSDP and ZeRO-3 are not supported. In a stock
+    Trainer the console and `trainer_state.json` have the values; for TensorBoard and W&B put the callback before the
+    reporters: `trainer.callback_handler.callbacks.insert(0, SharpnessCallback(...))`.
 
     Args:
-        batches: a list of batches, the same on every process; `fixed_batches` makes one with masks that stay.
-        interval: optimizer steps between measurements, each of 2 * (`steps` + 1) passes over the batches.
-        loss_fn: default `labels_loss`, the model's own.
-        rho, epsilon, steps: of `adaptive_sharpness` and `epsilon_sharpness`.
+        batches: a list of batches, the same on every process. `fixed_batches` makes one with constant masks.
+        interval: optimizer steps between measurements. Each measurement makes 2 * (`steps` + 1) passes over the
+            batches.
+        loss_fn: see `epsilon_sharpness`. Default `labels_loss`, the model's own loss.
+        rho: see `adaptive_sharpness`. Default 1e-2.
+        epsilon: see `epsilon_sharpness`. Default 1e-3.
+        steps: see both. Default 20.
 
     Raises:
-        ValueError: in the constructor, for no batches or an interval below 1. ShardingError: in `on_train_begin`.
+        ValueError: in the constructor, if there are no batches or the interval is below 1.
+        hf_lamb.ShardingError: in `on_train_begin`, if parameters are sharded.
     """
 
     def __init__(
@@ -49,7 +54,7 @@ class SharpnessCallback(TrainerCallback):
     ) -> None:
         self.batches = list(batches)
         if not self.batches:
-            raise ValueError("SharpnessCallback: no batches; pass a list, as fixed_batches makes it")
+            raise ValueError("SharpnessCallback: no batches; pass a list of batches, such as fixed_batches returns")
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f"SharpnessCallback: interval={interval!r}: expected a whole number of steps, at least 1")
         self.interval = interval
@@ -70,16 +75,8 @@ class SharpnessCallback(TrainerCallback):
         self._measured = self._measure(model)
         control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
+    def on_training_log(self, logs: dict[str, float], state: TrainerState, lamb: Lamb | None) -> None:
+        """Log the last measurement, once, with any optimizer."""
         add_to_logs(logs, state, self._measured)
         self._measured = {}
 

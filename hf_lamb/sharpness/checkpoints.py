@@ -1,4 +1,4 @@
-"""Checkpoints and texts from disk, for `compare` and the command line. Needs transformers."""
+"""Loads checkpoints and texts, for `compare` and the command line. Needs transformers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModel
 
 from hf_lamb.sharpness.objective import fixed_batches
 
+__all__ = ["check_one_tokenizer", "has_tokenizer", "load_batches", "load_model", "one_tokenizer"]
+
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
-    """The model of a checkpoint that `save_pretrained` or Trainer wrote, in float32 and eval mode.
+    """Load the model of a checkpoint that `save_pretrained` or Trainer wrote, in float32 and eval mode.
 
-    Raises ValueError, in one line, where there is none or where it lacks weights.
+    Raises:
+        ValueError: there is no model, or weights are missing.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -28,28 +31,27 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
         if kind is None:
             raise ValueError(f"its architecture is {architecture}, which transformers does not have")
         model, loading = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # files of all kinds are read, by several libraries
+    except Exception as error:  # several libraries read these files and raise different errors
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{os.fspath(path)} cannot be loaded ({reason}): name a folder that save_pretrained or Trainer wrote"
+            f"{os.fspath(path)} cannot be loaded ({reason}): give a folder that save_pretrained or Trainer wrote"
         ) from None
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise ValueError(
-            f"{os.fspath(path)} lacks weights of {architecture} ({missing}), which would be random: name a checkpoint "
-            "of the whole model"
+            f"{os.fspath(path)} lacks weights of {architecture} ({missing}): give a checkpoint of the whole model"
         )
     model.eval()
     return model  # type: ignore[no-any-return]
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds one; transformers makes an empty one up where it does not."""
+    """Return whether a folder has a tokenizer. Without one transformers would create an empty tokenizer."""
     return any(Path(folder).glob("*token*"))
 
 
 def one_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give every text the same ids."""
+    """Return whether two tokenizers give every text the same ids."""
 
     def facts(tokenizer: PreTrainedTokenizerBase) -> Any:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -62,26 +64,34 @@ def one_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> boo
 
 
 def check_one_tokenizer(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> None:
-    """Raise ValueError where two checkpoints have a tokenizer each, and not the same: their ids mean other tokens."""
+    """Raise ValueError if two checkpoints have different tokenizers: their ids then mean different tokens."""
     if any(os.path.isdir(path) and not has_tokenizer(path) for path in (a, b)):
         return
     tokenizers = [_tokenizer(os.fspath(path)) for path in (a, b)]
     if not one_tokenizer(*tokenizers):
         raise ValueError(
-            f"{os.fspath(a)} and {os.fspath(b)} have different tokenizers, so that no text makes the same batches for "
-            "both: compare checkpoints that were trained with one"
+            f"{os.fspath(a)} and {os.fspath(b)} have different tokenizers, so a text gives different batches: compare "
+            "checkpoints that were trained with the same tokenizer"
         )
 
 
 def load_batches(
     data: str, checkpoint: str, model: nn.Module, rows: int, batch_size: int, max_length: int
 ) -> list[Any]:
-    """Fixed batches for this model from a file: up to `rows` rows, evenly over it, with masks that never change.
+    """Make fixed batches for a model from a file, with constant masks.
 
-    data: `.txt`, text for masked or causal language models; `.jsonl`, lines with "text", and "label" for models that
-    classify sequences; `.pt`, a list of batches that `torch.save` wrote, taken as it is.
+    Args:
+        data: a `.txt` file with text, for masked or causal language models; a `.jsonl` file with lines that have
+            "text", and "label" for models that classify sequences; or a `.pt` file with a list of batches from
+            `torch.save`, which is used as it is.
+        checkpoint: the folder with the tokenizer.
+        model: the model; its class decides what the batches are.
+        rows: the largest number of rows, taken evenly from the file.
+        batch_size: rows per batch.
+        max_length: tokens per row.
 
-    Raises ValueError, in one line, for what cannot be read or does not suit the model.
+    Raises:
+        ValueError: the file cannot be read or does not suit the model.
     """
     path = Path(data)
     if path.suffix == ".pt":
@@ -96,7 +106,7 @@ def load_batches(
         collate: Any = DataCollatorForLanguageModeling(tokenizer, mlm=masked)
     elif "ForSequenceClassification" in kind:
         if labels is None:
-            raise ValueError(f'{data}: a {kind} needs lines like {{"text": "...", "label": 1}}, in a .jsonl file')
+            raise ValueError(f'{data}: give a .jsonl file with lines like {{"text": "...", "label": 1}} for a {kind}')
         known = getattr(model.config, "label2id", {})
         encoded = [
             {**tokenizer(text, truncation=True, max_length=longest), "labels": known.get(label, label)}
@@ -104,7 +114,7 @@ def load_batches(
         ]
         collate = transformers.DataCollatorWithPadding(tokenizer)
     else:
-        raise ValueError(f"no batches can be made of text for a {kind}: give --data as .pt batches")
+        raise ValueError(f"give --data as .pt batches: text cannot be turned into batches for a {kind}")
     count = min(rows, len(encoded))
     batch_size = min(batch_size, count)
     return fixed_batches(encoded, batch_size, max(count // batch_size, 1), collate)
@@ -135,7 +145,7 @@ def _saved_batches(path: Path) -> list[Any]:
 
 
 def _texts(path: Path) -> tuple[list[str], list[Any] | None]:
-    """(texts, labels), labels None where there are none."""
+    """Return texts and labels; the labels are None if there are none."""
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"cannot read {path}: give a .txt, .jsonl or .pt file")
     try:
@@ -157,14 +167,14 @@ def _texts(path: Path) -> tuple[list[str], list[Any] | None]:
                 ) from None
         labels = None if None in found else found
     if not texts:
-        raise ValueError(f"{path} holds no text: name another")
+        raise ValueError(f"{path} holds no text: give another file")
     return texts, labels
 
 
 def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
-    """Rows of up to `length` ids with the tokenizer's special tokens; a text fills row after row.
+    """Cut texts into rows of up to `length` ids, with the tokenizer's special tokens.
 
-    Lines are joined, because text wrapped to a width would else make rows of a few words.
+    The lines are joined first: otherwise text that is wrapped to a width would give rows of a few words.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

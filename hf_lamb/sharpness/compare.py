@@ -1,4 +1,4 @@
-"""Two networks side by side: every metric, at which loss, and whether the losses allow a comparison at all."""
+"""Comparison of two networks: every metric, the losses, and whether the losses are close enough to compare."""
 
 from __future__ import annotations
 
@@ -12,36 +12,33 @@ from typing import Any
 
 from torch import nn
 
-from hf_lamb.files import replacing
+from hf_lamb.files import atomic_write
 from hf_lamb.sharpness.ascent import adaptive_sharpness, epsilon_sharpness, layer_sharpness
 from hf_lamb.sharpness.flatness import epsilon_flatness
 from hf_lamb.sharpness.hessian import hessian_trace, lambda_max, weighted_trace
 from hf_lamb.sharpness.objective import LossFn, Scores, objective
 from hf_lamb.sharpness.paths import ALPHAS, Point, check_one_architecture, interpolate
 
-# The largest relative difference of two training losses at which a comparison of sharpness means something.
-# docs/sharpness.md: at unequal loss the network with the lower one measures flatter, whatever the batch size.
+# The largest relative difference of two training losses at which sharpness can be compared. See docs/sharpness.md: at
+# unequal loss the network with the lower loss measures flatter, at any batch size.
 COMPARABLE = 0.10
 
 
 @dataclass
 class Measured:
-    """One network: scores on the training batches and held-out ones, and its metrics there.
-
-    history: `(training loss, adaptive sharpness)` along its training, where a `SharpnessCallback` has kept it.
-    """
+    """The measurements of one network."""
 
     name: str
-    train: Scores
-    held_out: Scores | None
-    metrics: dict[str, float]
-    layers: dict[str, float]
-    history: list[tuple[float, float]]
+    train: Scores  # on the training batches
+    held_out: Scores | None  # on the held-out batches
+    metrics: dict[str, float]  # on the training batches, by name
+    layers: dict[str, float]  # adaptive sharpness by layer
+    history: list[tuple[float, float]]  # (training loss, adaptive sharpness) during training; [] if not logged
 
 
 @dataclass
 class Comparison:
-    """What `compare` found. `table()` for people, `to_json()` for machines, `save(folder)` for both, and pictures."""
+    """The result of `compare`: `table()` is text, `to_json()` is data, `save(folder)` writes both and plots."""
 
     small: Measured
     large: Measured
@@ -57,7 +54,7 @@ class Comparison:
 
     @property
     def warning(self) -> str | None:
-        """One line where the training losses are too far apart to compare sharpness; else None."""
+        """One line if the training losses are too far apart to compare sharpness; else None."""
         if self.loss_difference <= COMPARABLE:
             return None
         return (
@@ -68,7 +65,7 @@ class Comparison:
 
     @property
     def note(self) -> str | None:
-        """One line where more than half of an adaptive sharpness is slope; else None."""
+        """One line if more than half of an adaptive sharpness is slope; else None."""
         metrics = [side.metrics for side in (self.small, self.large)]
         shares = [m["adaptive sharpness, slope alone"] / (m["adaptive sharpness"] or math.inf) for m in metrics]
         if max(shares) <= 0.5:
@@ -80,12 +77,12 @@ class Comparison:
 
     @property
     def losses(self) -> str:
-        """Both training losses, to stand beside every figure."""
+        """Both training losses in words; they are printed with every measure."""
         return f"{self.small.name} {self.small.train.loss:.4g}, {self.large.name} {self.large.train.loss:.4g}"
 
     @property
     def verdict(self) -> str:
-        """One sentence by adaptive sharpness; none at unequal loss."""
+        """One sentence that compares adaptive sharpness, if the training losses are close enough."""
         a, b = (side.metrics["adaptive sharpness"] for side in (self.small, self.large))
         beside = f"by adaptive sharpness at training losses {self.losses}"
         if self.warning:
@@ -96,7 +93,7 @@ class Comparison:
         return f"{sharper.name} is sharper, {ratio:.2f} times, {beside}."
 
     def table(self) -> str:
-        """Text, every metric with the ratio of the two and whether a rescaling of the weights changes it."""
+        """Return a text table: every metric, its ratio, and whether rescaling the weights changes it."""
         small, large = self.small, self.large
         rows = [("", small.name, large.name, "ratio", ""), *_score_rows("training", small.train, large.train)]
         if small.held_out is not None and large.held_out is not None:
@@ -112,7 +109,7 @@ class Comparison:
         return "\n".join([*lines, "", *filter(None, (self.warning, self.note)), self.verdict])
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; a number that is infinite is null."""
+        """Return everything in JSON's types; infinite numbers become null."""
         record: dict[str, Any] = asdict(self) | {
             "loss_difference": self.loss_difference,
             "warning": self.warning,
@@ -128,9 +125,13 @@ class Comparison:
         return {key: finite(value) for key, value in record.items()}
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """report.json, report.txt and the pictures; each is there as a whole or not at all. Returns their paths.
+        """Write report.json, report.txt and the plots, each completely or not at all.
 
-        Raises ValueError where matplotlib is missing, before anything is written.
+        Returns:
+            The paths of the files.
+
+        Raises:
+            ValueError: matplotlib is missing; nothing has been written then.
         """
         from hf_lamb.sharpness import plots
 
@@ -150,12 +151,12 @@ class Comparison:
             **pictures,
         }
         for name, write in writers.items():
-            with replacing(root / name) as unfinished:
+            with atomic_write(root / name) as unfinished:
                 write(unfinished)
         return [root / name for name in writers]
 
 
-# What alpha_scale and every other rescaling that leaves the function alone does not change.
+# Metrics that do not change under rescalings that keep the function, such as alpha_scale.
 INVARIANT = ("adaptive sharpness", "adaptive sharpness, slope alone", "weighted trace")
 
 
@@ -177,20 +178,27 @@ def compare(
     seed: int = 0,
     say: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
-    """Both networks by every metric on the same batches, and the straight line between them.
+    """Compare two networks on the same batches with every metric, and measure the line between them.
 
     Args:
-        small, large: modules of one architecture, or checkpoints (folders that `save_pretrained` or Trainer wrote).
-        loss_fn, batches: training data, as for `epsilon_sharpness`.
-        held_out: other data, to tell the gap between training and held-out loss; default none.
-        epsilon, subspace: of `epsilon_sharpness`; rho: of `adaptive_sharpness`; steps, seed: of both.
-        layers: also `layer_sharpness`, with half the steps.
-        curvature: also `lambda_max`, `hessian_trace` and `weighted_trace`.
-        alphas: of `interpolate`.
-        say: called with a line before each thing that is measured; default nothing.
+        small, large: modules of the same architecture, or checkpoints (folders that `save_pretrained` or Trainer
+        wrote).
+        loss_fn, batches: the training data, see `epsilon_sharpness`.
+        held_out: held-out batches. Default none.
+        names: names of the two networks in the report. Default ("small batch", "large batch").
+        epsilon, subspace: see `epsilon_sharpness`. Defaults 1e-3 and None.
+        rho: see `adaptive_sharpness`. Default 1e-2.
+        steps, seed: of both. Defaults 20 and 0.
+        layers: measure `layer_sharpness` too, with half the steps. Default True.
+        curvature: measure `lambda_max`, `hessian_trace` and `weighted_trace` too. Default False.
+        alphas: see `interpolate`.
+        say: a function that is called with one line before each measurement. Default: nothing is called.
+
+    Returns:
+        `Comparison`.
 
     Raises:
-        ValueError: two architectures, checkpoints that cannot be loaded, what the metrics refuse.
+        ValueError: the architectures differ; a checkpoint cannot be loaded; a metric refuses its arguments.
     """
     batches, held_out = list(batches), list(held_out)
     sides, a, b = [], _load(small), _load(large)
@@ -241,7 +249,7 @@ def compare(
 
 
 def recorded_history(checkpoint: Path) -> list[tuple[float, float]]:
-    """(training loss, adaptive sharpness) as `SharpnessCallback` kept them in trainer_state.json; [] without one."""
+    """Return (training loss, adaptive sharpness) that `SharpnessCallback` logged to trainer_state.json; [] if none."""
     states = [checkpoint / "trainer_state.json", *checkpoint.glob("checkpoint-*/trainer_state.json")]
     logs = [json.loads(path.read_text())["log_history"] for path in states if path.is_file()]
     lines: list[dict[str, float]] = max(logs, key=len, default=[])
@@ -249,7 +257,7 @@ def recorded_history(checkpoint: Path) -> list[tuple[float, float]]:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every infinite or undefined number in it: JSON has no word for them."""
+    """Replace infinities and NaNs in nested values by None, because JSON cannot represent them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""How far the weights can go before the loss has risen by ε: Hochreiter's question, asked along lines."""
+"""Flatness along lines, after Hochreiter: how far the weights can move before the loss has risen by ε."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ from hf_lamb.sharpness.objective import LossFn, Objective, check_loss, objective
 
 
 class Flatness(NamedTuple):
-    """Distances (L2, in weight space) at which the loss has risen by ε; inf where it had not within 10‖w‖.
+    """Distances (L2 norm of the change of all weights) at which the loss has risen by ε; inf if beyond 10‖w‖."""
 
-    random: in each of the random directions. worst: in the worst direction found. weight_norm: ‖w‖, to compare with.
-    """
-
-    random: list[float]
-    worst: float
-    loss: float
-    weight_norm: float
+    random: list[float]  # in each of the random directions
+    worst: float  # in the worst direction that was found
+    loss: float  # at the weights, in nats
+    weight_norm: float  # ‖w‖, for comparison
 
     @property
     def median(self) -> float:
-        """Of the random directions."""
+        """The median of the distances in the random directions."""
         return median(self.random)
 
 
@@ -41,21 +38,25 @@ def epsilon_flatness(
     steps: int = 10,
     seed: int = 0,
 ) -> Flatness:
-    """The distance t at which L(w + td) = L(w) + ε: for random unit directions d, and for the worst that is found.
+    """Measure the distance t at which L(w + td) = L(w) + ε, for random unit directions d and for a worst direction.
 
-    The worst direction is looked for from the steepest one: go to its ε-level, turn to the gradient there, `steps`
-    times over. For a quadratic at its minimum that is power iteration, and t = √(2ε/λmax).
+    The search for the worst direction starts with the gradient. In each of `steps` turns it goes to the distance t in
+    the present direction, and takes the gradient there as the next direction. For a quadratic loss at its minimum this
+    is power iteration, and t = √(2ε/λmax).
 
-    Distances change under `alpha_scale` while the function does not; and Dinh et al. 2017 show that for a rectifier
-    network the whole region within ε is unbounded, its volume infinite. So a distance says something about these
-    weights, nothing about the function.
+    `alpha_scale` changes distances although the function stays the same. Dinh et al. 2017 show that for a rectifier
+    network the region within ε is unbounded and has infinite volume. So a distance describes these weights, not the
+    function.
 
     Args:
-        epsilon: ε, the rise of the loss, in nats.
-        directions: how many random directions, uniform on the sphere.
-        steps: turns in the search for the worst direction; 0 for the gradient's own.
-        seed: of the random directions.
-        model, loss_fn, batches: as for `epsilon_sharpness`, and so are the errors raised.
+        epsilon: ε, the rise of the loss, in nats. Default 0.1.
+        directions: number of random directions, uniform on the sphere. Default 10.
+        steps: turns in the search for the worst direction; 0 uses the gradient's direction. Default 10.
+        seed: of the random directions. Default 0.
+        model, loss_fn, batches: see `epsilon_sharpness`, which raises the same errors.
+
+    Returns:
+        `Flatness`.
 
     Source: Hochreiter and Schmidhuber 1997, "Flat Minima", who ask for a large region in which the error stays within
     a tolerance; Dinh et al. 2017 (arXiv 1703.04933), Definition 1 and Theorem 2.
@@ -82,7 +83,7 @@ def epsilon_flatness(
         problem.gradient()
         for _ in range(steps + 1):
             if not _normalize(problem):
-                _randomize(problem, generator)  # at a minimum there is no steepest direction to start from
+                _randomize(problem, generator)  # the gradient is zero: start from a random direction
             distance = _distance(problem, loss + epsilon, weight_norm)
             advance()
             worst = min(worst, distance)
@@ -93,9 +94,9 @@ def epsilon_flatness(
 
 
 def _distance(problem: Objective, level: float, weight_norm: float) -> float:
-    """The smallest t found with L(w + td) ≥ level, d in `y.grad`: by doubling, then by halving the last interval.
+    """Return the smallest t that was found with L(w + td) ≥ level, with d in `y.grad`; the weights are then at w + td.
 
-    Leaves the weights at w + td.
+    It doubles t until the level is reached, then bisects the last interval.
     """
     low, high = 0.0, 1e-3 * (weight_norm or 1.0)
     while _go(problem, high) < level:
@@ -111,7 +112,7 @@ def _distance(problem: Objective, level: float, weight_norm: float) -> float:
 
 @torch.no_grad()
 def _go(problem: Objective, distance: float) -> float:
-    """L(w + td), d in `y.grad`."""
+    """Move the weights to w + td, with d in `y.grad`, and return the loss there."""
     for w, y in problem.pairs():
         y.copy_(w)
         if distance:
@@ -121,14 +122,14 @@ def _go(problem: Objective, distance: float) -> float:
 
 
 def _randomize(problem: Objective, generator: torch.Generator) -> None:
-    """A random unit direction into `y.grad`."""
+    """Write a random unit direction into `y.grad`."""
     for y in problem.weights.values():
         y.grad = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
     _normalize(problem)
 
 
 def _normalize(problem: Objective) -> bool:
-    """Scale `y.grad` to norm 1; False where it is zero."""
+    """Scale `y.grad` to norm 1; return False if it is zero or not finite."""
     norm = _norm(y.grad for y in problem.weights.values() if y.grad is not None)
     if norm == 0 or not math.isfinite(norm):
         return False

@@ -1,8 +1,8 @@
 """Curvature by Hessian-vector products: the largest eigenvalue, the trace, and the trace weighted by w².
 
-Second derivatives: the metrics here need about four copies of the weights beside the model's own, and the graph of a
-batch's gradient. Attention is computed without fused kernels meanwhile, which cannot be differentiated twice. For
-spectra see hessian-eigenthings and curvlinops.
+These metrics need second derivatives: memory for about four more copies of the weights and for the graph of a batch's
+gradient. Attention runs without fused kernels, because those cannot be differentiated twice. For whole spectra see
+hessian-eigenthings and curvlinops.
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ Vector = dict[str, Tensor]
 
 
 class Curvature(NamedTuple):
-    """A number made of second derivatives, the loss where they were taken, and whether the iteration had settled.
-
-    For traces `converged` is True always; their error is statistical.
-    """
+    """A measure of second derivatives."""
 
     value: float
-    loss: float
-    converged: bool = True
+    loss: float  # at the weights, in nats
+    converged: bool = True  # whether the power iteration converged; always True for traces, whose error is statistical
 
 
 def lambda_max(
@@ -40,22 +37,25 @@ def lambda_max(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> Curvature:
-    """The largest eigenvalue of the loss's Hessian, by power iteration; of a saddle too.
+    """Compute the largest eigenvalue of the loss's Hessian by power iteration, also at a saddle.
 
-    Changes under `alpha_scale`, without bound, while the function does not (Dinh et al. 2017, Theorem 4).
+    `alpha_scale` can change it to any size although the function stays the same (Dinh et al. 2017, Theorem 4).
 
     Args:
-        iterations: at most so many Hessian-vector products, twice as many where the eigenvalue that is largest in
-            magnitude is negative; each about two gradients.
-        tolerance: relative change of the estimate at which to stop.
-        seed: of the vector to start from.
-        model, loss_fn, batches: as for `epsilon_sharpness`, and so are the errors raised.
+        iterations: the largest number of Hessian-vector products, each of which costs about two gradients. It is twice
+            that number if the eigenvalue with the largest magnitude is negative. Default 100.
+        tolerance: stop when the relative change of the estimate is at most this. Default 1e-4.
+        seed: of the start vector. Default 0.
+        model, loss_fn, batches: see `epsilon_sharpness`, which raises the same errors.
+
+    Returns:
+        `Curvature`.
     """
     _check("iterations", iterations)
     with objective(model, loss_fn, batches) as problem, progress(iterations, "largest eigenvalue") as advance:
         loss = check_loss(problem.scores().loss)
         value, settled = _power_iteration(problem, 0.0, iterations, tolerance, seed, advance)
-        if value < 0:  # the most negative eigenvalue: shift it to zero, and the largest one stands out
+        if value < 0:  # this is the most negative eigenvalue: shift it to zero, then iterate to the largest one
             value, settled = _power_iteration(problem, value, iterations, tolerance, seed, advance)
     return Curvature(value, loss, settled)
 
@@ -63,13 +63,16 @@ def lambda_max(
 def hessian_trace(
     model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], *, samples: int = 20, seed: int = 0
 ) -> Curvature:
-    """tr H = Σ Hᵢᵢ of the loss, estimated as the mean of zᵀHz over random signs z (Hutchinson).
+    """Estimate tr H = Σ Hᵢᵢ of the loss as the mean of zᵀHz over random signs z (Hutchinson).
 
-    Changes under `alpha_scale` while the function does not. Exact where H is diagonal.
+    `alpha_scale` changes it although the function stays the same. The estimate is exact if H is diagonal.
 
     Args:
-        samples: Hessian-vector products.
-        model, loss_fn, batches, seed: as for `lambda_max`.
+        samples: number of Hessian-vector products. Default 20.
+        model, loss_fn, batches, seed: see `lambda_max`.
+
+    Returns:
+        `Curvature`.
     """
     return _weighted(model, loss_fn, batches, samples, seed, lambda w: torch.ones_like(w))
 
@@ -77,9 +80,15 @@ def hessian_trace(
 def weighted_trace(
     model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], *, samples: int = 20, seed: int = 0
 ) -> Curvature:
-    """Σ wᵢ² Hᵢᵢ: how the loss curves when every weight changes by a share of itself. `alpha_scale` leaves it alone.
+    """Estimate Σ wᵢ² Hᵢᵢ, the trace for relative changes of the weights. `alpha_scale` does not change it.
 
-    Estimated as the mean of (wz)ᵀH(wz) over random signs z. Args: as for `hessian_trace`.
+    The estimate is the mean of (wz)ᵀH(wz) over random signs z.
+
+    Args:
+        model, loss_fn, batches, samples, seed: see `hessian_trace`.
+
+    Returns:
+        `Curvature`.
     """
     return _weighted(model, loss_fn, batches, samples, seed, lambda w: w)
 
@@ -111,7 +120,7 @@ def _weighted(
 def _power_iteration(
     problem: Objective, shift: float, iterations: int, tolerance: float, seed: int, advance: Callable[[], object]
 ) -> tuple[float, bool]:
-    """(eigenvalue of H farthest from `shift`, whether it settled): v ← (H - shift)v / ‖(H - shift)v‖."""
+    """Return the eigenvalue of H that is farthest from `shift`, and whether v ← (H - shift)v / ‖·‖ converged."""
     generator = torch.Generator(problem.device).manual_seed(seed)
     v = {
         name: torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
@@ -130,13 +139,13 @@ def _power_iteration(
             v[name] = v[name].mul_(-shift).add_(y.grad)
         norm = _norm(v)
         if norm == 0:
-            return estimate, True  # H v = shift v: a flat direction, or an eigenvector by luck
+            return estimate, True  # H v = shift v: v is an eigenvector already
         _divide(v, norm)
     return estimate, False
 
 
 def _dot(v: Vector, problem: Objective) -> float:
-    """vᵀg, g in `y.grad`, summed in float64."""
+    """Return vᵀg, with g in `y.grad`, summed in float64."""
     total = 0.0
     for name, y in problem.weights.items():
         assert y.grad is not None

@@ -1,8 +1,8 @@
-"""The loss as a function of the weights: L(y), ∇L(y) over fixed batches, at a copy y of a model's weights.
+"""The loss as a function of the weights: L(y) and ∇L(y) over fixed batches, for a copy y of a model's weights.
 
-The model's own parameters are never written to. While an `Objective` is open the model computes with copies, which
-are what the metrics move; afterwards its parameters, modes and buffers are the very objects they were. Memory: y and
-∇L(y), two copies of the trainable weights.
+An `Objective` never writes to the model's parameters. While it is open, the model computes with copies, which the
+metrics move. When it closes, the model has its own parameters, modes and buffers again, the same objects as before.
+Memory: y and ∇L(y), two copies of the trainable weights.
 """
 
 from __future__ import annotations
@@ -24,29 +24,27 @@ from hf_lamb.sharding import ShardingError
 
 
 class BatchLoss(NamedTuple):
-    """What a loss function gives for a batch: its mean `loss` over `items`, and how many of them were right.
+    """What a loss function returns for a batch."""
 
-    items: what the mean is over (rows, or labelled tokens); a batch counts in the mean over batches by its items.
-    correct: None where there is no right and wrong.
-    """
-
-    loss: Tensor
-    items: Tensor | int = 1
-    correct: Tensor | int | None = None
+    loss: Tensor  # the mean over the items, 0-dim
+    items: Tensor | int = 1  # number of rows or labelled tokens that the mean is over: the batch's weight
+    correct: Tensor | int | None = (
+        None  # number of items that were predicted correctly; None if there is no such thing
+    )
 
 
 class Scores(NamedTuple):
-    """Mean loss and accuracy over all items of all batches; accuracy is None where the loss function counts none."""
+    """Mean loss and accuracy over all items of all batches."""
 
     loss: float
-    accuracy: float | None
+    accuracy: float | None  # None if the loss function returns no `correct`
 
 
 LossFn = Callable[[Any, Any], Tensor | BatchLoss]
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> BatchLoss:
-    """The mean cross-entropy, in nats, of `(inputs, classes)`: `model(inputs)` are logits [rows, classes]."""
+    """Return the mean cross-entropy, in nats, of a batch `(inputs, classes)`; `model(inputs)` are logits [rows, n]."""
     inputs, classes = batch
     logits = model(inputs)
     correct = (logits.argmax(dim=-1) == classes).sum()
@@ -54,20 +52,20 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> BatchLoss:
 
 
 def labels_loss(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
-    """The loss that a Hugging Face model gives for inputs with `labels`, a mean over the labels that are not -100.
+    """Return the loss of a Hugging Face model for inputs with `labels`: the mean over the labels that are not -100.
 
-    Accuracy where labels are classes, of causal language models too.
+    The accuracy is returned too if labels are classes, also for causal language models.
 
     Raises:
-        ValueError: a batch that is no mapping with labels, or a model that gives no loss for it.
+        ValueError: the batch is not a mapping with labels, or the model returns no loss.
     """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         what = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"a batch has no labels ({what}): give mappings with labels, or a loss_fn of your own")
+        raise ValueError(f"a batch has no labels ({what}): give mappings with labels, or your own loss_fn")
     outputs = model(**batch)
     loss = getattr(outputs, "loss", None)
     if loss is None:
-        raise ValueError(f"{type(model).__name__} gives no loss for these labels: pass a loss_fn of your own")
+        raise ValueError(f"{type(model).__name__} returns no loss for these labels: pass your own loss_fn")
     labels, logits = batch["labels"], getattr(outputs, "logits", None)
     if labels.is_floating_point():
         return BatchLoss(loss, labels.shape[0])
@@ -81,10 +79,10 @@ def labels_loss(model: nn.Module, batch: Mapping[str, Any]) -> BatchLoss:
 
 
 class Objective:
-    """L and ∇L at `weights`, which start as copies of the model's trainable parameters and are there to be moved.
+    """L and ∇L at `weights`, which are copies of the model's trainable parameters that callers may change.
 
-    Under DistributedDataParallel every process brings batches of its own, and all get the loss, the accuracy and the
-    gradient over the batches of all.
+    Under DistributedDataParallel every process has its own batches, and all get the loss, the accuracy and the
+    gradient over the batches of all processes.
     """
 
     def __init__(
@@ -105,12 +103,12 @@ class Objective:
         self.device = next(iter(weights.values())).device
 
     def pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
-        """(w, y) of every trainable tensor: where it was, in y's dtype, and where it is."""
+        """Yield (w, y) for every trainable tensor: its original value, in y's dtype, and its present value."""
         for name, y in self.weights.items():
             yield self.centers[name].to(y.dtype), y
 
     def gradient(self) -> float:
-        """L(y); ∇L(y) is then in `y.grad`."""
+        """Return L(y), and write ∇L(y) to `y.grad`."""
         for y in self.weights.values():
             y.grad = torch.zeros_like(y) if y.grad is None else y.grad.zero_()
         loss, _, items = self._total(self._backward)
@@ -122,18 +120,18 @@ class Objective:
         return loss
 
     def scores(self) -> Scores:
-        """L(y) and the accuracy there; `y.grad` is left alone."""
+        """Return L(y) and the accuracy; `y.grad` does not change."""
         with torch.no_grad():
             loss, accuracy, _ = self._total(None)
         return Scores(loss, accuracy)
 
     def value(self) -> float:
-        """L(y); inf where it is not a number, so that it may stand in comparisons."""
+        """Return L(y), or inf if it is NaN, so that comparisons work."""
         loss = self.scores().loss
         return math.inf if math.isnan(loss) else loss
 
     def hessian_times(self, v: Mapping[str, Tensor]) -> None:
-        """Hv at y, into `y.grad`: the gradient of ∇L·v, by differentiating twice."""
+        """Write Hv at y to `y.grad`: the gradient of ∇L·v, by differentiating twice."""
         for y in self.weights.values():
             y.grad = torch.zeros_like(y) if y.grad is None else y.grad.zero_()
         ys = list(self.weights.values())
@@ -159,18 +157,18 @@ class Objective:
             y.grad.div_(items)
 
     def _backward(self, loss: Tensor) -> None:
-        if loss.requires_grad:  # not where it does not depend on these weights, which then have the gradient zero
+        if loss.requires_grad:  # False if the loss does not depend on these weights: their gradient is then zero
             loss.backward(inputs=list(self.weights.values()))  # type: ignore[no-untyped-call]
 
     def _total(self, visit: Callable[[Tensor], None] | None) -> tuple[float, float | None, float]:
-        """(mean loss, accuracy, items) over all batches of all processes; `visit` sees each batch's summed loss."""
-        _seed(0)  # a loss that draws random numbers is the same function every time
+        """Return mean loss, accuracy and items over all processes' batches; call `visit` with each summed loss."""
+        _seed(0)  # so that a loss that draws random numbers is the same function every time
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, items, correct, batches that count it
         for batch in self.batches:
             given = self.loss_fn(self.model, _to(batch, self.device))
             loss, items, correct = given if isinstance(given, BatchLoss) else BatchLoss(given)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(f"loss_fn gave {_shown(loss)} for a batch: expected the mean loss, one number")
+                raise ValueError(f"loss_fn returned {_shown(loss)} for a batch: expected the mean loss, one number")
             total = loss * items
             if visit is not None:
                 visit(total)
@@ -181,7 +179,9 @@ class Objective:
             dist.all_reduce(sums, group=self.group)
         loss_sum, items_sum, right, counted = sums.tolist()
         if items_sum == 0:
-            raise ValueError("the batches hold no label to compute a loss of: check them, and that they are not empty")
+            raise ValueError(
+                "the batches have no labels: check that they are not empty and that labels are not all -100"
+            )
         return loss_sum / items_sum, right / items_sum if counted else None, items_sum
 
 
@@ -189,16 +189,20 @@ class Objective:
 def objective(
     model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], group: ProcessGroup | None = None
 ) -> Iterator[Objective]:
-    """The loss of a model over fixed batches as a function of its trainable weights, in eval mode and float32.
+    """Yield the loss of a model over fixed batches as a function of its trainable weights, in eval mode and float32.
 
-    batches: read once, whatever they come from, and then kept. float64 models stay float64. Autocast is off.
-    group: processes that share the batches; by default those of a DistributedDataParallel model.
+    float64 models stay float64. Autocast is off. When the block ends, also by an exception, the model and all random
+    number generators are as before, to the bit.
 
-    On leaving, by an exception too, the model and all random number generators are as they were, bit for bit.
+    Args:
+        model: any module; wrappers are removed.
+        loss_fn: see `epsilon_sharpness`.
+        batches: read once and kept.
+        group: processes that share the batches. Default: those of a DistributedDataParallel model.
 
     Raises:
-        ShardingError: FSDP, tensor-parallel or ZeRO-3 parameters.
-        ValueError: no batches, no trainable parameters, a loss that is not finite to begin with.
+        hf_lamb.ShardingError: parameters are sharded by FSDP, tensor parallelism or ZeRO-3.
+        ValueError: there are no batches or no trainable parameters.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         group = model.process_group
@@ -217,9 +221,9 @@ def objective(
 
 
 def check_loss(loss: float) -> float:
-    """The loss at the model's own weights; raises ValueError where there is none to compare with."""
+    """Return the loss at the model's own weights; raise ValueError if it is not finite."""
     if not math.isfinite(loss):
-        raise ValueError(f"the loss at the given weights is {loss}: sharpness compares with it, so check the batches")
+        raise ValueError(f"the loss at the given weights is {loss}: check the batches, it must be finite")
     return loss
 
 
@@ -230,13 +234,19 @@ def fixed_batches(
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     seed: int = 0,
 ) -> list[Any]:
-    """`count` batches of rows that lie evenly over the dataset, collated once: masks drawn by `collate_fn` stay.
+    """Make batches of rows that are spread evenly over a dataset. `collate_fn` runs once, so its masks are constant.
 
-    count: None for as many as the dataset fills. The same seed gives the same batches; the global random number
-    generators, and what `collate_fn` draws from them later, are not affected.
+    The global random number generators are not affected.
+
+    Args:
+        dataset: the rows.
+        batch_size: rows per batch.
+        count: number of batches. Default None: as many as the dataset fills.
+        collate_fn: turns a list of rows into a batch. Default torch's.
+        seed: for random numbers in `collate_fn`; the same seed gives the same batches. Default 0.
 
     Raises:
-        ValueError: fewer rows than one batch.
+        ValueError: the dataset has fewer rows than one batch.
     """
     most = len(dataset) // batch_size
     count = most if count is None else min(count, most)
@@ -251,7 +261,7 @@ def fixed_batches(
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Python's, NumPy's and torch's generators, of all devices in use, are on leaving what they were."""
+    """Restore the random number generators of Python, NumPy and torch (all devices in use) when the block ends."""
     numpy = sys.modules.get("numpy.random")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.get_state()
@@ -269,7 +279,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def _seed(seed: int) -> None:
-    """The generators that `preserved_random_state` puts back; `torch.manual_seed` would seed CUDA for later, too."""
+    """Seed the generators that `preserved_random_state` restores; `torch.manual_seed` would seed CUDA for later."""
     random.seed(seed)
     if (numpy := sys.modules.get("numpy.random")) is not None:
         numpy.seed(seed)
@@ -280,20 +290,22 @@ def _seed(seed: int) -> None:
 
 @contextmanager
 def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, nn.Parameter]]]:
-    """Let the model compute with copies of its parameters, in eval mode; put everything back on leaving.
+    """Make the model compute with copies of its parameters, in eval mode; restore everything when the block ends.
 
-    Yields (the trainable parameters as they are, the copies), by name. float16 and bfloat16 become float32 in the
-    copies, and in frozen parameters and buffers for the time being.
+    float16 and bfloat16 become float32 in the copies and, in this block, in frozen parameters and buffers.
+
+    Yields:
+        The trainable parameters and their copies, by name.
     """
     refuse_sharded(model)
     names = {id(p): name for name, p in model.named_parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     if not trainable:
-        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to perturb")
+        raise ValueError(f"unfreeze some parameters: {type(model).__name__} has none that requires a gradient")
 
     stand_ins: dict[int, nn.Parameter] = {}
 
-    def stand_in(p: nn.Parameter) -> nn.Parameter:  # one for each parameter, however many modules share it
+    def stand_in(p: nn.Parameter) -> nn.Parameter:  # one copy for each parameter, even if several modules share it
         if id(p) not in stand_ins:
             data = p.detach().to(_wide(p.dtype), copy=names[id(p)] in trainable)
             stand_ins[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
@@ -303,16 +315,16 @@ def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict
     modes = [module.training for module in modules]
     parameters = [(m, n, p) for m in modules for n, p in m._parameters.items() if p is not None]
     buffers = [(m, n, b) for m in modules for n, b in m._buffers.items() if b is not None]
-    # accelerate's mixed precision wraps `forward` in an autocast of its own and keeps the original beside it.
+    # accelerate's mixed precision wraps `forward` in its own autocast and keeps the original in `_original_forward`.
     wrapped = {m: m.__dict__["forward"] for m in modules if {"_original_forward", "forward"} <= vars(m).keys()}
-    # Compiled for the original parameters, and not to be differentiated twice.
+    # Compiled code uses the original parameters and cannot be differentiated twice.
     compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
     try:
         for module in modules:
             module.training = False
         for module, name, p in parameters:
             if p.is_floating_point():
-                setattr(module, name, stand_in(p))  # setattr, because recurrent layers keep a list beside it
+                setattr(module, name, stand_in(p))  # setattr, because recurrent layers also keep a list of them
         for module, name, buffer in buffers:
             module._buffers[name] = buffer.to(_wide(buffer.dtype), copy=True)
         for module in wrapped:
@@ -335,7 +347,7 @@ def _moved_to_copies(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise ShardingError, with the name, for a parameter of which this process holds a part only."""
+    """Raise ShardingError if this process has only a shard of a parameter."""
     for name, p in unwrapped(model).named_parameters():
         if hasattr(p, "placements"):
             kind = f"a DTensor with placements {tuple(p.placements)}"
@@ -346,13 +358,13 @@ def refuse_sharded(model: nn.Module) -> None:
         else:
             continue
         raise ShardingError(
-            f"sharpness: parameter {name} is {kind}, which cannot be perturbed in place: save the whole model and "
-            "measure the checkpoint (python -m hf_lamb.sharpness), or train with DDP"
+            "sharpness: save the whole model and measure the checkpoint (python -m hf_lamb.sharpness), or train with "
+            f"DDP: parameter {name} is {kind}, which cannot be perturbed in place"
         )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile."""
+    """Return the module inside of DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -367,7 +379,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device; floating-point ones keep their dtype."""
+    """Return a batch with its tensors on a device; dtypes stay the same."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):

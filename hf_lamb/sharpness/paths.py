@@ -1,4 +1,4 @@
-"""The straight line from one network to another, and other weights for the same function."""
+"""The loss on the straight line between two networks, and rescaled weights that compute the same function."""
 
 from __future__ import annotations
 
@@ -16,30 +16,35 @@ ALPHAS = tuple(-1 + 3 * i / 24 for i in range(25))
 
 
 class Point(NamedTuple):
-    """Loss (nats) and accuracy, None where the loss function counts none, at (1 - alpha) a + alpha b."""
+    """Loss and accuracy at (1 - alpha) a + alpha b."""
 
     alpha: float
-    loss: float
-    accuracy: float | None
+    loss: float  # in nats
+    accuracy: float | None  # None if the loss function returns no accuracy
 
 
 def interpolate(
     a: nn.Module, b: nn.Module, loss_fn: LossFn, batches: Iterable[Any], alphas: Sequence[float] = ALPHAS
 ) -> list[Point]:
-    """Keskar's parametric plot: loss and accuracy at (1 - α)a + αb, where a and b are networks of one shape.
+    """Measure loss and accuracy at (1 - α)a + αb: Keskar's parametric plot of two networks of the same shape.
 
-    α = 0 is a (the small batch, in the paper), 1 is b; beyond them the line goes on. What lies between says nothing
-    of either: a network and itself with hidden units in another order, or with signs flipped by `alpha_scale(-1)`,
-    have a hill between them.
+    α = 0 is a (the small batch, in the paper), α = 1 is b; the line continues beyond both. The loss between them tells
+    nothing about a or b: there is also a hill between a network and the same network with permuted hidden units, or
+    with signs flipped by `alpha_scale(-1)`.
 
-    Buffers (running statistics of batch norm) go from a's to b's with α and stay at the nearer end beyond.
+    Buffers (running statistics of batch norm) are interpolated too; outside of [0, 1] they are those of the nearer
+    end.
 
     Args:
-        alphas: default 25 from -1 to 2, as in the paper.
-        loss_fn, batches: as for `epsilon_sharpness`, and so are the errors raised.
+        a, b: the two networks.
+        alphas: the values of α. Default: 25 from -1 to 2, as in the paper.
+        loss_fn, batches: see `epsilon_sharpness`, which raises the same errors.
+
+    Returns:
+        One `Point` for each α.
 
     Raises:
-        ValueError: parameters of different names or shapes.
+        ValueError: the parameters have different names or shapes.
 
     Source: Keskar et al. 2017 (arXiv 1609.04836), figure 3; Goodfellow et al. 2015 (arXiv 1412.6544).
     """
@@ -63,46 +68,48 @@ def interpolate(
 
 
 def check_one_architecture(a: nn.Module, b: nn.Module) -> None:
-    """Raise ValueError for two networks whose parameters differ in names or shapes."""
+    """Raise ValueError if the parameters of two networks differ in names or shapes."""
     here, there = ({name: tuple(p.shape) for name, p in unwrapped(model).named_parameters()} for model in (a, b))
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise ValueError(
-                f"the networks differ: {name} has shape {here.get(name, 'none')} in one and "
-                f"{there.get(name, 'none')} in the other; give two of one architecture"
+                f"give two networks of the same architecture: {name} has shape {here.get(name, 'none')} in one and "
+                f"{there.get(name, 'none')} in the other"
             )
 
 
 def alpha_scale(
     model: nn.Module, alpha: float, first: str, second: str, inputs: Tensor | Mapping[str, Any]
 ) -> nn.Module:
-    """Dinh's transform, a copy of the model with (αA, B/α) for (A, B): the same function, other parameters.
+    """Apply Dinh's transform: return a copy of the model with (αA, B/α) in place of (A, B), the same function.
 
-    A and its bias are the layer `first`, B is the weight of the layer `second` that follows, and what lies between
-    must let α pass: for α > 0 a rectifier, leaky or not, max- or mean-pooling, nothing; for α = -1 any odd function,
-    such as tanh. In a transformer `value` and the attention's output projection are such a pair for any α.
+    A and its bias belong to the layer `first`, B is the weight of the layer `second` that follows it. The function f
+    between them must satisfy f(αx) = αf(x). For α > 0 that holds for rectifiers, leaky ones too, for max- and
+    mean-pooling and for the identity; for α = -1 it holds for odd functions such as tanh. In a transformer `value` and
+    the attention's output projection are such a pair for any α.
 
     Args:
-        alpha: α, any number but zero.
+        model: the model; it is not changed.
+        alpha: α, any number except zero.
         first, second: names of modules with a `weight`, as in `model.named_modules()`.
-        inputs: what to call the model with to see that its outputs have not changed.
+        inputs: inputs to test with: the outputs of the model and of the copy must be the same.
 
     Returns:
-        A deep copy; the model is left as it is.
+        A deep copy.
 
     Raises:
-        ValueError: no such module; α = 0; outputs that differ by more than 1e-4 of their largest entry.
+        ValueError: there is no such module; α is 0; the outputs differ by more than 1e-4 of their largest entry.
 
     Source: Dinh et al. 2017 (arXiv 1703.04933), Definition 5.
     """
     if alpha == 0:
-        raise ValueError("alpha=0: expected any other number, it is divided by")
+        raise ValueError("alpha=0: expected a number that is not zero")
     scaled = copy.deepcopy(model)
     modules = dict(scaled.named_modules())
     for name in (first, second):
         if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
             having = [n for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)]
-            raise ValueError(f"{name!r} is no module with a weight: expected one of {', '.join(having)}")
+            raise ValueError(f"{name!r} is no module with a weight: choose one of {', '.join(having)}")
     with torch.no_grad():
         modules[first].weight.mul_(alpha)
         if isinstance(getattr(modules[first], "bias", None), Tensor):
@@ -112,9 +119,9 @@ def alpha_scale(
     difference, largest = (after - before).abs().max().item(), before.abs().max().item()
     if not difference <= 1e-4 * largest:
         raise ValueError(
-            f"{first!r} times {alpha:g} and {second!r} divided by it is another function: outputs differ by "
-            f"{difference:.2g}, the largest is {largest:.2g}; what lies between them must let the factor pass, "
-            "as a rectifier does"
+            f"choose two layers with a function between them that the factor passes, such as a rectifier: {first!r} "
+            f"times {alpha:g} and {second!r} divided by it is another function (outputs differ by {difference:.2g}, "
+            f"the largest is {largest:.2g})"
         )
     return scaled
 

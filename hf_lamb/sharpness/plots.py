@@ -1,4 +1,4 @@
-"""Pictures of a comparison. Every one says at which training losses it was measured."""
+"""Plots of a comparison. Each plot shows the training losses at which it was measured."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ from hf_lamb.sharpness.paths import Point
 if TYPE_CHECKING:
     from hf_lamb.sharpness.compare import Comparison
 
+__all__ = [
+    "BLUE",
+    "ORANGE",
+    "draw_against_loss",
+    "draw_path",
+    "plot_comparison_against_loss",
+    "plot_layers",
+    "plot_path",
+    "require_matplotlib",
+]
+
 BLUE, ORANGE = "#2066a8", "#d1661f"
 
 
 def require_matplotlib() -> Any:
-    """pyplot, drawing to files only; ValueError with the remedy where matplotlib is missing."""
+    """Return pyplot, set to draw to files.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("the pictures need matplotlib: pip install 'hf_lamb[recipes]'") from None
+        raise ValueError("pip install 'hf_lamb[recipes]': the plots need matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -27,7 +42,7 @@ def require_matplotlib() -> Any:
 
 
 def draw_path(axes: Any, train: Sequence[Point], held_out: Sequence[Point], ends: tuple[str, str]) -> None:
-    """Keskar's parametric plot into one panel: loss on the left axis (logarithmic), accuracy on the right."""
+    """Draw Keskar's parametric plot into one panel: loss on the left axis, accuracy on the right axis."""
     for points, style, label in ((train, "-", "training"), (held_out, "--", "held out")):
         if points:
             alphas = [point.alpha for point in points]
@@ -57,7 +72,7 @@ def draw_against_loss(
     styles: Mapping[str, Mapping[str, Any]],
     ylabel: str = "adaptive sharpness (nats)",
 ) -> None:
-    """Sharpness against training loss, one curve a run; the loss falls from left to right."""
+    """Draw sharpness against training loss, one curve for each run; the loss falls from left to right."""
     for name, points in curves.items():
         ordered = [(loss, value) for loss, value in points if loss > 0 and value > 0]
         if ordered:
@@ -71,7 +86,7 @@ def draw_against_loss(
 
 
 def plot_path(comparison: Comparison, path: Path) -> None:
-    """The parametric plot as a PNG."""
+    """Save the parametric plot as a PNG."""
     plt = require_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     figure.suptitle("The straight line between the two networks")
@@ -81,7 +96,7 @@ def plot_path(comparison: Comparison, path: Path) -> None:
 
 
 def plot_comparison_against_loss(comparison: Comparison, path: Path) -> None:
-    """Both networks as points, and the curves that led there where a `SharpnessCallback` kept them."""
+    """Save a plot of both networks as points, with the curves of their training if `SharpnessCallback` logged them."""
     plt = require_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     figure.suptitle("Adaptive sharpness at the training loss where it was measured")
@@ -100,7 +115,7 @@ def plot_comparison_against_loss(comparison: Comparison, path: Path) -> None:
 
 
 def plot_layers(comparison: Comparison, path: Path) -> None:
-    """Bars: the adaptive sharpness of each layer by itself."""
+    """Save a bar plot of the adaptive sharpness of each layer."""
     plt = require_matplotlib()
     layers = list(comparison.small.layers)
     figure, axes = plt.subplots(figsize=(8, 1.8 + 0.32 * len(layers)), layout="constrained")
@@ -119,7 +134,7 @@ def plot_layers(comparison: Comparison, path: Path) -> None:
 
 
 def _scale(values: Sequence[float]) -> str:
-    """Logarithmic where the values span more than a factor of five: below that its ticks are hard to read."""
+    """Return "log" if the values span more than a factor of five; else "linear", whose ticks are easier to read."""
     return "log" if values and 0 < 5 * min(values) < max(values) else "linear"
 
 

@@ -1,4 +1,4 @@
-"""LambTrainer and its arguments: `trainer` has the hooks of Trainer, the other modules the steps that they call."""
+"""LambTrainer and its arguments. `trainer.py` overrides Trainer's hooks; the other modules do the work of a hook."""
 
 from hf_lamb.trainer.arguments import LambTrainingArguments
 from hf_lamb.trainer.trainer import LambTrainer

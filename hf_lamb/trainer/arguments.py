@@ -20,27 +20,28 @@ __all__ = ["LambTrainingArguments"]
 class LambTrainingArguments(TrainingArguments):
     """`TrainingArguments` with LAMB's defaults: `optim="lamb"`, `learning_rate=1e-3`, `weight_decay=0.01`.
 
-    No trainer writes a run's own numbers into them, so that they can be used again, copied and read back. Of
-    `learning_rate` and `base_learning_rate` the one that is set last, as a hyperparameter search does, holds.
+    `LambTrainer` never changes its arguments, so you can reuse, copy, save and load them. If both `learning_rate` and
+    `base_learning_rate` are set after construction, as a hyperparameter search may do, the last one counts.
 
     Args:
         adam_epsilon: ε. Default 1e-6 with LAMB, and Trainer's 1e-8 with any other optimizer.
-        base_learning_rate, base_batch_size: a rate and the global batch (sequences in an optimizer step) it was found
-            at; in place of `learning_rate`, which does not count then: `LambTrainer` trains at the rate of this run's
-            global batch, micro-batch x accumulation x data-parallel processes. Default none.
-        learning_rate_scaling: how: `sqrt`, `linear` or `none`, see `hf_lamb.scaling`. Default "sqrt".
-        decay_power: after a linear warm-up let the rate fall to 0 as (1 - t)**decay_power; in place of
-            `lr_scheduler_type`. 1 is the paper's decay (and Trainer's default "linear"), 0.5 NVIDIA's. Default none.
-        decay_from_first_step: t is the share of all steps, not of those after warm-up, so that the rate drops at the
-            end of the warm-up, as NVIDIA's does. Default False.
-        log_noise_scale: measure the gradient noise scale, see `hf_lamb.trainer.noise_scale`. Default True.
-        log_trust_ratio_per_layer: log `lamb/trust_ratio/NAME` of every adapted parameter beside the summary.
-            Default False.
+        base_learning_rate: a learning rate that works at the global batch `base_batch_size`. `LambTrainer` scales it
+            to this run's global batch (micro-batch x accumulation steps x data-parallel processes) and ignores
+            `learning_rate`. Default None.
+        base_batch_size: the global batch of `base_learning_rate`, in sequences per optimizer step. Default None.
+        learning_rate_scaling: the rule for scaling: `sqrt`, `linear` or `none`, see `hf_lamb.scaling`. Default "sqrt".
+        decay_power: after a linear warm-up, decay the rate to 0 as (1 - t)**decay_power; it replaces
+            `lr_scheduler_type`. 1 is the paper's decay (and Trainer's default "linear"), 0.5 NVIDIA's. Default None.
+        decay_from_first_step: t is the fraction of all steps instead of the steps after warm-up. The rate then drops
+            at the end of the warm-up, as NVIDIA's does. Default False.
+        log_noise_scale: log the gradient noise scale, see `hf_lamb.trainer.noise_scale`. Default True.
+        log_trust_ratio_per_layer: log `lamb/trust_ratio/NAME` of every adapted parameter, in addition to minimum,
+            median and maximum. Default False.
 
     Raises:
-        ValueError: what `TrainingArguments` refuses; options that LAMB does not understand or that are out of range;
-            `base_learning_rate` beside `learning_rate` or without `base_batch_size`; a warm-up longer than the run;
-            `decay_power` beside another `lr_scheduler_type`.
+        ValueError: `TrainingArguments` refuses an argument; an option of LAMB is unknown or out of range;
+            `base_learning_rate` is given together with `learning_rate` or without `base_batch_size`; the warm-up is
+            longer than the run; `decay_power` is given together with another `lr_scheduler_type`.
     """
 
     optim: OptimizerNames | str = field(default="lamb", metadata={"help": "The optimizer to use."})
@@ -49,7 +50,7 @@ class LambTrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; not of biases and norms."})
     adam_epsilon: float = field(
-        default=cast(float, None),  # until __post_init__, which knows the optimizer
+        default=cast(float, None),  # `__post_init__` sets it, because it depends on `optim`
         metadata={"help": "Epsilon of LAMB, default 1e-6, or of Adam, default 1e-8."},
     )
     base_learning_rate: float | None = field(
@@ -73,7 +74,7 @@ class LambTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Log the gradient noise scale, in sequences, as lamb/noise_scale."}
     )
     log_trust_ratio_per_layer: bool = field(
-        default=False, metadata={"help": "Log the trust ratio of every adapted parameter beside the summary."}
+        default=False, metadata={"help": "Also log the trust ratio of every adapted parameter."}
     )
 
     def __post_init__(self) -> None:
@@ -82,11 +83,11 @@ class LambTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.check_scaling()
         if self.optim == "lamb":
-            options_of(self)  # now, not when the data are there; and Trainer does not name a malformed item
+            options_of(self)  # raises now instead of after the data are loaded
         self._last_rate_holds = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """The last of the two rates that is set holds; without that a search's suggestion would be of no effect."""
+        """Set an attribute. Setting one of the two learning rates resets the other: a search can then set either."""
         super().__setattr__(name, value)
         if value is None or not vars(self).get("_last_rate_holds"):
             return
@@ -99,24 +100,31 @@ class LambTrainingArguments(TrainingArguments):
                 self.base_batch_size = vars(self).get("_base_batch_size")
 
     def to_dict(self) -> dict[str, Any]:
-        """As Trainer's, for JSON and reports, without the `learning_rate` that `base_learning_rate` replaces."""
+        """Return the arguments as Trainer does, without `learning_rate` if `base_learning_rate` replaces it."""
         options: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         if self.base_learning_rate is not None:
             del options["learning_rate"]
         return options
 
     def check_scaling(self) -> None:
-        """Refuse what cannot be or contradicts itself; also when training begins, as all of it can be set later."""
+        """Check the options of rate and decay. `LambTrainer` calls it again, because users can set them later.
+
+        Raises:
+            ValueError: an option is out of range, or two options contradict each other.
+        """
         rate, batch = self.base_learning_rate, self.base_batch_size
         if (rate is None) != (batch is None):
-            given, missing = ("base_learning_rate", "base_batch_size")[:: -1 if rate is None else 1]
+            if rate is None:
+                given, missing = "base_batch_size", "base_learning_rate"
+            else:
+                given, missing = "base_learning_rate", "base_batch_size"
             raise ValueError(f"{given} {getattr(self, given)} without {missing}: give both, or learning_rate alone")
         for name in ("base_learning_rate", "base_batch_size", "decay_power"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}: expected a number, not text (in YAML, write 1.0e-3 for 1e-3)"
                 )
-        # Whatever the batch will be, these and the rule can be checked now.
+        # The run's batch is not known yet; check rate, base batch and rule with a batch of 1.
         base = (1.0, 1) if rate is None or batch is None else (rate, batch)
         scaled_learning_rate(*base, 1, self.learning_rate_scaling)
         if rate is not None and self.learning_rate != default_of(self, "learning_rate"):
@@ -139,5 +147,5 @@ class LambTrainingArguments(TrainingArguments):
 
 
 def default_of(args: TrainingArguments | type[TrainingArguments], name: str) -> Any:
-    """A field's default in a class of arguments."""
+    """Return the default of a field in a class of arguments."""
     return next(field.default for field in fields(args) if field.name == name)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: written under another name, renamed when complete, looked at before a run resumes."""
+"""Complete checkpoints: written to a temporary folder, renamed when complete, checked before a run resumes."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ __all__ = ["CheckpointError", "Checkpoints", "check_checkpoint", "newest_complet
 
 logger = logging.getLogger(__name__)
 
-# Folders beside the checkpoints. transformers takes every checkpoint-* for a checkpoint and uploads all but _*.
-UNFINISHED = "_unfinished_checkpoints"  # being written, or being deleted: of no use to anybody after a kill
-REPLACED = "_replaced_checkpoints"  # whole, and has its name back if its successor did not get it
+# Folders beside the checkpoints. transformers takes every checkpoint-* for a checkpoint, and does not upload _*.
+UNFINISHED = "_unfinished_checkpoints"  # checkpoints that are being written or deleted; useless after a kill
+REPLACED = "_replaced_checkpoints"  # complete ones that are being replaced; they get their name back after a kill
 
-# What LambTrainer's parts keep in `TrainerState.stateful_callbacks` while training. In a checkpoint it has a file of
-# its own: of entries that are no callback of this run Trainer says that they are ignored.
+# Keys of `TrainerState.stateful_callbacks` that belong to LambTrainer. Checkpoints have them in a file of their own,
+# because Trainer warns of entries that belong to no callback of the run.
 KEPT = ("noise_scale", "trust_ratios")
 KEPT_FILE = "lamb_state.json"
 
-# What file systems answer for what they do not have: fsync of a folder (SMB, some FUSE and NFS mounts), renaming one.
+# Errors of file systems that do not support an operation: fsync of a folder (SMB, some FUSE and NFS mounts), rename.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 UNSUPPORTED |= {errno.EISDIR, errno.ENOTTY}
 CANNOT_RENAME = {errno.EXDEV, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMFILE}
 
-# What a run needs to go on exactly; of each line at least one, the usual one first. `latest` is DeepSpeed's; .metadata
-# is what torch.distributed.checkpoint writes last into a folder of shards.
+# The files that a run needs to resume exactly: at least one of each line, the usual one first. DeepSpeed writes
+# `latest`; torch.distributed.checkpoint writes .metadata last into a folder of shards.
 PARTS = (
     ("trainer_state.json",),
     (
@@ -60,24 +60,24 @@ PARTS = (
 READ_TO_RESUME = ("*.json", "*.safetensors", "*.pt", "*.pth", "pytorch_model*.bin", "optimizer*.bin", "*/.metadata")
 
 
-NOT_LAMB = "does not fit this run: it holds the state of LAMB; resume with it"
+NOT_LAMB = "does not fit this run: resume with LAMB, whose state it holds"
 RESUME_AS_SAVED = "resume with the options it was saved with"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that a run cannot go on from, or cannot write. The message says which one, why, and what to do."""
+    """A run cannot resume from a checkpoint, or cannot write it. The message has the path, reason and remedy."""
 
 
 class Checkpoints:
-    """A trainer's checkpoints, and the model that it saves: whole or not there, whenever the run is killed.
+    """Saves a trainer's checkpoints and model completely or not at all, even if the run is killed.
 
-    * A checkpoint is written into `_unfinished_checkpoints/` and gets its name, in one rename, when every process has
-      written its part and all of it is on the disk. One that had the name before stays whole until then. Checkpoints
-      that `save_total_limit` makes superfluous lose their name before they are deleted. What a killed run left in
-      `_unfinished_checkpoints/` is deleted at the next start or save.
-    * The files of `save_model` are renamed into their place when all of them are written.
+    * A checkpoint is written into `_unfinished_checkpoints/`. When every process has written its part and all of it is
+      on the disk, the folder gets its name in one rename. An older checkpoint of that name stays complete until then.
+      Checkpoints above `save_total_limit` are renamed before they are deleted. The next start or save deletes what a
+      killed run left in `_unfinished_checkpoints/`.
+    * `save_model` writes all files first and then renames them.
 
-    The disk must be one that all processes share, or `save_on_each_node` be set.
+    All processes must share the disk; otherwise set `save_on_each_node`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -86,7 +86,11 @@ class Checkpoints:
 
     @contextmanager
     def saving(self, run_dir: str) -> Iterator[None]:
-        """What this block writes into `_unfinished_checkpoints` of `run_dir` gets its name when all of it is there."""
+        """Give what this block writes into `_unfinished_checkpoints` of `run_dir` its name when the block ends.
+
+        Raises:
+            CheckpointError: writing failed. Earlier checkpoints are complete.
+        """
         trainer, name = self.trainer, f"checkpoint-{self.trainer.state.global_step}"
         os.makedirs(run_dir, exist_ok=True)
         if trainer.args.should_save:
@@ -103,9 +107,10 @@ class Checkpoints:
             trainer.accelerator.wait_for_everyone()  # until every process has written its part
             if trainer.args.should_save:
                 publish(Path(run_dir, UNFINISHED, name), Path(run_dir, name))
-        except Exception as error:  # a full disk is an OSError, a RuntimeError of torch's, a SafetensorError
+        except Exception as error:  # a full disk gives an OSError, torch's RuntimeError or a SafetensorError
             shutil.rmtree(os.path.join(run_dir, UNFINISHED), ignore_errors=True)
-            raise CheckpointError(f"{name} was not saved {_why(error, run_dir)}; those before it are whole") from error
+            why = _why(error, run_dir)
+            raise CheckpointError(f"{name} was not saved {why}; earlier checkpoints are complete") from error
         finally:
             self.staging = False
 
@@ -115,7 +120,7 @@ class Checkpoints:
         trainer.accelerator.wait_for_everyone()  # until it can be read under its name
 
     def _record_best(self, run_dir: str, name: str) -> None:
-        """Trainer has looked for the best checkpoint among the unfinished ones."""
+        """Record the path of the best checkpoint: Trainer looked for it in the folder of the unfinished ones."""
         state = self.trainer.state
         best = f"checkpoint-{state.best_global_step}"
         if best == name or os.path.isdir(os.path.join(run_dir, best)):
@@ -125,7 +130,11 @@ class Checkpoints:
 
     @contextmanager
     def saving_model(self, output_dir: str | None) -> Iterator[str | None]:
-        """Where to write the model; its files are renamed into their place at the end of the block."""
+        """Yield the folder to write the model to; move its files to `output_dir` when the block ends.
+
+        Raises:
+            CheckpointError: writing failed.
+        """
         if self.staging:
             yield output_dir
             return
@@ -143,10 +152,10 @@ class Checkpoints:
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | Literal[True], output_dir: str) -> str:
-    """A complete checkpoint: this one, or for True the newest in `output_dir`, also among those of a stock Trainer.
+    """Return the checkpoint to resume from: the given one, or for True the newest complete one in `output_dir`.
 
     Raises:
-        CheckpointError: there is none, or this one is torn or damaged, or of `save_only_model`.
+        CheckpointError: there is none, or the given one is incomplete, damaged or saved with `save_only_model`.
     """
     if isinstance(resume_from_checkpoint, bool):
         newest = newest_complete_checkpoint(output_dir)
@@ -158,23 +167,31 @@ def checkpoint_to_resume(resume_from_checkpoint: str | Literal[True], output_dir
 
 
 def check_optimizer(checkpoint: Path, lamb: bool | None) -> None:
-    """Raise for the state of another optimizer than this run's; `lamb`: whether that is a Lamb, None if not known."""
+    """Check that a checkpoint's optimizer is the run's.
+
+    Args:
+        checkpoint: the folder.
+        lamb: whether the run's optimizer is a `Lamb`; None if not known.
+
+    Raises:
+        CheckpointError: one is a `Lamb` and the other is not.
+    """
     holds_lamb = None if lamb is None else is_of_lamb(checkpoint / "optimizer.pt")
     if lamb and holds_lamb is False:
         raise CheckpointError(
-            f"{checkpoint} does not fit this run: it holds the state of another optimizer than LAMB: resume with "
-            "that one, or see hf_lamb.convert_state_dict"
+            f"{checkpoint} does not fit this run: resume with the optimizer that wrote it, or convert its state with "
+            "hf_lamb.convert_state_dict: it is not LAMB's"
         )
     if lamb is False and holds_lamb:
         raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
 
 
 def check_shapes(checkpoint: Path, model: nn.Module) -> None:
-    """Raise for the weights of another model, by the heads of the files."""
+    """Raise CheckpointError if a weight has another shape than in the model; reads only the headers of the files."""
     own = model.state_dict()
     for file in sorted(checkpoint.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, which it has in place of iteration
+            for name in weights.keys():  # noqa: SIM118 - safe_open is not iterable
                 if name not in own or not isinstance(own[name], Tensor) or is_lazy(own[name]):
                     continue
                 theirs, mine = torch.Size(weights.get_slice(name).get_shape()), own[name].shape
@@ -187,14 +204,14 @@ def check_shapes(checkpoint: Path, model: nn.Module) -> None:
 
 @contextmanager
 def refusing_another_model(checkpoint: str) -> Iterator[None]:
-    """Say in one line that the weights do not fit, where only loading them tells."""
+    """Turn errors about shapes, which loading in this block raises, into a CheckpointError of one line."""
     try:
         yield
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         fault = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line).rstrip(".")
-    except CheckpointException as error:  # which is no Exception
+    except CheckpointException as error:  # not a subclass of Exception
         fault = str(next(iter(error.failures.values()))[0])
     else:
         return
@@ -203,19 +220,19 @@ def refusing_another_model(checkpoint: str) -> Iterator[None]:
 
 @contextmanager
 def refusing_another_optimizer(checkpoint: str | None, optimizer: Any) -> Iterator[None]:
-    """The same for the state of the optimizer."""
+    """Raise CheckpointError if the state that this block loads does not belong to the optimizer."""
     before = has_lamb_options(optimizer)
     try:
         yield
     except ValueError as error:
         raise CheckpointError(f"{checkpoint} does not fit this run: {error}") from error
-    if has_lamb_options(optimizer) and not before:  # torch's own optimizers take what they are given
+    if has_lamb_options(optimizer) and not before:  # torch's optimizers load any options
         raise CheckpointError(f"{checkpoint} {NOT_LAMB}")
 
 
 @contextmanager
 def kept_apart(state: TrainerState) -> Iterator[dict[str, Any]]:
-    """Take what LambTrainer's parts keep out of the state for a while: Trainer does not see it."""
+    """Remove LambTrainer's entries from the state for this block, so that Trainer does not see them."""
     callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
     kept = {key: callbacks.pop(key) for key in KEPT if key in callbacks}
     try:
@@ -225,17 +242,17 @@ def kept_apart(state: TrainerState) -> Iterator[dict[str, Any]]:
 
 
 def load_kept(state: TrainerState, checkpoint: str | None) -> None:
-    """Put what LambTrainer's parts kept in a checkpoint back into the state."""
+    """Put LambTrainer's entries of a checkpoint back into the state."""
     file = Path(checkpoint or "", KEPT_FILE)
     if checkpoint and file.is_file():
         state.stateful_callbacks.update(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[union-attr]
 
 
 def _why(error: Exception, folder: str | os.PathLike[str]) -> str:
-    """Where, and the error's first line."""
+    """Return the folder, its free space and the error's first line."""
     try:
         room = f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)"
-    except OSError:  # the folder could not be made, or its file system does not count
+    except OSError:  # the folder does not exist, or its file system reports no free space
         room = ""
     return f"in {folder}{room}: {str(error).partition(chr(10))[0]}"
 
@@ -245,12 +262,12 @@ def has_lamb_options(optimizer: Any) -> bool:
 
 
 def is_of_lamb(file: Path) -> bool | None:
-    """Whether an optimizer's file is LAMB's, by its options and state; None where it does not tell."""
+    """Return whether an optimizer's file is LAMB's, from its options and state; None if that is unclear."""
     try:
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         groups = saved["param_groups"]
         state: dict[str, Any] = next(iter(saved["state"].values()), {})
-    except Exception:  # there is none, or Trainer will say what is wrong with it
+    except Exception:  # there is no file, or it is damaged and Trainer will raise its own error
         return None
     if any("layer_adaptation" in group for group in groups):
         return True
@@ -261,13 +278,19 @@ def is_of_lamb(file: Path) -> bool | None:
     return False if foreign else None
 
 
-# -- which checkpoints are whole --------------------------------------------------------------------------------------
+# -- which checkpoints are complete -----------------------------------------------------------------------------------
 
 
 def newest_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The checkpoint-N with the highest N that a run can go on from; None if there is none.
+    """Return the complete checkpoint-N with the highest N in a folder.
 
-    Says in one log line each which ones it passes over, and why.
+    It logs one line with the reason for each incomplete checkpoint that it skips.
+
+    Args:
+        folder: an output directory of Trainer or LambTrainer.
+
+    Returns:
+        The path, or None if there is no complete checkpoint.
     """
     folder = Path(folder)
     restore(folder)
@@ -276,41 +299,48 @@ def newest_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         fault = find_fault(checkpoint)
         if fault is None:
             return str(checkpoint)
-        logger.warning(f"{checkpoint} is passed over: it {fault}")
+        logger.warning(f"skipping {checkpoint}: it {fault}")
     return None
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError if a run cannot go on from here."""
+    """Check that a run can resume from a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or unreadable.
+    """
     fault = find_fault(Path(checkpoint))
     if fault is not None:
-        raise CheckpointError(f"{checkpoint} is no checkpoint: it {fault}; resume from an earlier one, or start anew")
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint: it {fault}; resume from an earlier one, or start without one"
+        )
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is missing or unreadable, as the end of a sentence.
+    """Return what is missing or unreadable, as the end of a sentence; None if the checkpoint is complete.
 
-    Files are opened, not read: this finds what is torn, truncated or empty, but no flipped bit.
+    It opens files but does not read them: it finds missing, truncated and empty files, but no flipped bits.
     """
-    if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # of transformers' enable_jit_checkpoint
+    if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # transformers' enable_jit_checkpoint writes this
         return "was still being written"
     for patterns in PARTS:
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return f"has no {patterns[0]}"
     ranks = {int(file.stem[10:]) for file in checkpoint.glob("rng_state_*.pth")}
-    for rank in range(max([1, *ranks]) + 1 if ranks else 0):
+    expected = range(max(2, max(ranks) + 1)) if ranks else ()  # numbered files mean at least two processes
+    for rank in expected:
         if rank not in ranks:
             return f"has no rng_state_{rank}.pth"
     for file in (file for pattern in READ_TO_RESUME for file in sorted(checkpoint.glob(pattern))):
         try:
-            open_briefly(file)
+            check_readable(file)
         except (OSError, ValueError, EOFError, UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
             return f"has a damaged {file.relative_to(checkpoint)} ({error})"
     return None
 
 
-def open_briefly(file: Path) -> None:
-    """Raise if a file is not what its suffix says, or shorter than its index."""
+def check_readable(file: Path) -> None:
+    """Open a file and raise an error if it does not have its suffix's format, or is shorter than its index says."""
     if file.suffix == ".json":
         content = json.loads(file.read_bytes())
         for shard in sorted(set(content["weight_map"].values())) if file.name.endswith(".index.json") else ():
@@ -319,7 +349,7 @@ def open_briefly(file: Path) -> None:
     elif file.name == ".metadata":
         for shard in FileSystemReader(file.parent).read_metadata().storage_data.values():
             if (file.parent / shard.relative_path).stat().st_size < shard.offset + shard.length:
-                raise ValueError(f"{shard.relative_path} is cut short")
+                raise ValueError(f"{shard.relative_path} is truncated")
     elif file.suffix == ".safetensors":
         with safe_open(file, framework="pt"):
             pass
@@ -331,19 +361,22 @@ def open_briefly(file: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; what had the name goes when it has."""
-    write_through(staged)
+    """Rename a complete checkpoint to its final name, then delete an older one of that name."""
+    fsync_tree(staged)
     if final.exists() or final.is_symlink():
         replaced = final.parent / REPLACED
-        replaced.mkdir(exist_ok=True)  # what is open elsewhere cannot be deleted on some file systems
+        replaced.mkdir(exist_ok=True)  # it may exist: some file systems cannot delete files that are open elsewhere
         move(final, replaced / final.name)
     move(staged, final)
-    write_through(final.parent, recurse=False)
+    fsync_tree(final.parent, recurse=False)
     tidy(final.parent)
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename; where the file system cannot, copy, which a kill may leave half-done: such a one is not resumed from."""
+    """Rename a file or folder, or copy it if the file system cannot rename.
+
+    A kill may leave a copy incomplete; `find_fault` detects that.
+    """
     try:
         source.rename(target)
     except OSError as error:
@@ -353,12 +386,12 @@ def move(source: Path, target: Path) -> None:
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
-        write_through(target)
+        fsync_tree(target)
         shutil.rmtree(source) if source.is_dir() else source.unlink()
 
 
 def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest checkpoints but these until no more than `limit` are left; None and 0 are no limit."""
+    """Delete the oldest checkpoints that are not in `keep` until `limit` are left; None and 0 mean no limit."""
     if limit is None or limit <= 0:
         return
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
@@ -367,45 +400,45 @@ def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
         try:
             (folder / UNFINISHED).mkdir(exist_ok=True)
             checkpoint.rename(folder / UNFINISHED / checkpoint.name)
-        except OSError:  # the new one is saved: this is no reason to end the run
+        except OSError:  # do not stop the run for this: the new checkpoint is saved
             shutil.rmtree(checkpoint, ignore_errors=True)
     tidy(folder)
 
 
 def restore(folder: Path) -> None:
-    """Give a replaced checkpoint its name back if the run was killed before its successor got it."""
+    """Give a replaced checkpoint its name back if the run was killed before the new one had that name."""
     for replaced in (folder / REPLACED).glob("*"):
         if not (folder / replaced.name).exists():
-            with suppress(OSError):  # another process did it, or the folder is for reading only
+            with suppress(OSError):  # another process has done it, or the folder is read-only
                 replaced.rename(folder / replaced.name)
 
 
 def tidy(folder: Path) -> None:
-    """Delete what a killed run, or this one, left unfinished or has replaced."""
+    """Delete unfinished and replaced checkpoints, of a killed run or of this one."""
     restore(folder)
     for leftover in (UNFINISHED, REPLACED):
         shutil.rmtree(folder / leftover, ignore_errors=True)
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Rename files into their place, over those that were there."""
-    write_through(source)
+    """Move all files of a folder to another one, replacing those of the same names."""
+    fsync_tree(source)
     for file in [path for path in source.rglob("*") if path.is_file()]:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             file.replace(place)
-        except OSError as error:  # onto another file system, or one that does not rename
+        except OSError as error:  # the target is on another file system, or the file system cannot rename
             if error.errno not in CANNOT_RENAME:
                 raise
             shutil.copy(file, place)
     shutil.rmtree(source, ignore_errors=True)
 
 
-def write_through(folder: Path, recurse: bool = True) -> None:
-    """Wait until a folder, and what is in it, is on the disk, so that no rename is there before what it names.
+def fsync_tree(folder: Path, recurse: bool = True) -> None:
+    """Call fsync on a folder and everything in it, so that the disk has the files before it has a later rename.
 
-    Where a file system has no such thing, as many have none for folders, its answer is no failure to save.
+    Many file systems do not support fsync of folders; their error is ignored.
     """
     if os.name != "posix":
         return

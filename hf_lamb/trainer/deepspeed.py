@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints: resumed as they were written, or refused in a line before anything is loaded."""
+"""Checks of DeepSpeed's configuration and checkpoints, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,76 +18,84 @@ logger = logging.getLogger(__name__)
 
 
 def check_configuration(trainer: Trainer) -> None:
-    """Refuse a DeepSpeed configuration that would train with something else than was asked for.
+    """Check that the DeepSpeed configuration does not override the training arguments.
 
-    Warns where DeepSpeed was asked for and accelerate trains without it.
+    It warns if the run was launched with DeepSpeed but accelerate trains without it.
+
+    Raises:
+        ValueError: the configuration has an optimizer or a scheduler that would replace the one of the arguments.
     """
     args = trainer.args
     wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if wanted and not trainer.is_deepspeed_enabled and args.should_log:
         logger.warning(
-            "this run was launched with DeepSpeed, but accelerate trains without it, as it does where "
-            "ACCELERATE_USE_CPU is set: unset that, DeepSpeed finds the CPU by itself"
+            "unset ACCELERATE_USE_CPU, DeepSpeed finds the CPU without it: this run was launched with DeepSpeed, but "
+            "accelerate trains without it when that variable is set"
         )
 
     config = configuration_of(trainer)
-    instead = config.get("optimizer")
-    if instead and args.optim == "lamb":
+    other = config.get("optimizer")
+    if other and args.optim == "lamb":
         raise ValueError(
-            f"the DeepSpeed configuration's optimizer, {instead.get('type')}, would train in place of "
-            'optim="lamb": remove "optimizer" there'
+            f'remove "optimizer" from the DeepSpeed configuration: its {other.get("type")} would replace optim="lamb"'
         )
-    of_its_own = [name for name in ("base_learning_rate", "decay_power") if getattr(args, name, None)]
-    if config.get("scheduler") and of_its_own:
-        raise ValueError(
-            f'the DeepSpeed configuration\'s scheduler would be in place of {of_its_own[0]}: remove "scheduler" there'
-        )
+    ours = [name for name in ("base_learning_rate", "decay_power") if getattr(args, name, None)]
+    if config.get("scheduler") and ours:
+        raise ValueError(f'remove "scheduler" from the DeepSpeed configuration: it would override {ours[0]}')
 
 
 def configuration_of(trainer: Trainer) -> dict[str, Any]:
-    """The configuration of DeepSpeed; empty in a run without it."""
+    """Return DeepSpeed's configuration; empty in a run without DeepSpeed."""
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     return getattr(plugin, "deepspeed_config", None) or {}
 
 
 def stage_of(trainer: Trainer) -> int | None:
-    """The stage of ZeRO; None in a run without DeepSpeed."""
+    """Return the stage of ZeRO; None in a run without DeepSpeed."""
     return configuration_of(trainer)["zero_optimization"]["stage"] if trainer.is_deepspeed_enabled else None
 
 
 def check_state_was_loaded(trainer: Trainer, checkpoint: str) -> None:
-    """Raise CheckpointError if DeepSpeed has read the checkpoint and left LAMB's state out."""
+    """Raise CheckpointError if DeepSpeed has read the checkpoint but not loaded LAMB's state."""
     lamb = find_lamb(trainer.optimizer)
     if trainer.is_deepspeed_enabled and lamb is not None and not lamb.state:
         raise CheckpointError(
-            f"{checkpoint} has been read by DeepSpeed, but not LAMB's state: resume with the precision (bf16, fp16 or "
-            "neither) it was saved with"
+            f"resume {checkpoint} with the precision (bf16, fp16 or neither) it was saved with: DeepSpeed has not "
+            "loaded LAMB's state"
         )
 
 
 def check_deepspeed_checkpoint(checkpoint: Path, stage: int | None, processes: int) -> None:
-    """Raise CheckpointError unless a run with this stage of ZeRO (None: without DeepSpeed) can go on from here.
+    """Check that a run can resume from this checkpoint, as far as DeepSpeed matters.
 
-    Trainer goes on without the optimizer's state where one side is DeepSpeed and the other is not; DeepSpeed stops
-    with assertions about its own files where stage or number of processes are others.
+    Without this check, Trainer would continue without the optimizer's state if only the run or only the checkpoint is
+    DeepSpeed's, and DeepSpeed would stop with an assertion if the stage or the number of processes differs.
+
+    Args:
+        checkpoint: the folder.
+        stage: the run's stage of ZeRO; None without DeepSpeed.
+        processes: the run's number of processes.
+
+    Raises:
+        CheckpointError: the run cannot resume from this checkpoint.
     """
     if not (checkpoint / "latest").is_file():
         if stage is not None:
             raise CheckpointError(
-                f"{checkpoint} was not written under DeepSpeed, which cannot read it: resume it without (DDP or FSDP2)"
+                f"resume {checkpoint} without DeepSpeed (DDP or FSDP2): DeepSpeed did not write it and cannot read it"
             )
         return
     if stage is None:
         raise CheckpointError(
-            f"{checkpoint} was written under DeepSpeed, which alone can read its optimizer's state: resume it with "
-            "the same configuration of DeepSpeed"
+            f"resume {checkpoint} with the DeepSpeed configuration it was written with: only DeepSpeed can read its "
+            "optimizer's state"
         )
     folder = checkpoint / (checkpoint / "latest").read_text().strip()
     written_by = len(list(folder.glob("*_optim_states.pt")))
     if written_by not in (0, processes):
         raise CheckpointError(
-            f"{checkpoint} was written under DeepSpeed ZeRO on {written_by} processes, this run has {processes}: "
-            f"DeepSpeed cannot divide it anew, so resume on {written_by}"
+            f"resume {checkpoint} on {written_by} processes: DeepSpeed ZeRO cannot change their number, and this run "
+            f"has {processes}"
         )
     if any(folder.glob("zero_pp_rank_*_model_states.pt")):
         stages = "ZeRO-3"
@@ -95,6 +103,5 @@ def check_deepspeed_checkpoint(checkpoint: Path, stage: int | None, processes: i
         stages = "ZeRO-1 or 2" if written_by else "ZeRO-0"
     if str(stage) not in stages:
         raise CheckpointError(
-            f"{checkpoint} was written under DeepSpeed {stages}, this run has ZeRO-{stage}: DeepSpeed cannot turn one "
-            f"into the other, so resume with {stages}"
+            f"resume {checkpoint} with DeepSpeed {stages}: DeepSpeed cannot convert it for this run's ZeRO-{stage}"
         )

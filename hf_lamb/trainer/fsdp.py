@@ -1,4 +1,4 @@
-"""FSDP2: masked LMs with tied heads, and checkpoints that go from DDP to FSDP2 and back. FSDP1: its checkpoints."""
+"""FSDP2: masked LMs with tied heads, and checkpoints that DDP and FSDP2 can both load. FSDP1: sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -32,12 +32,18 @@ __all__ = ["tied_heads_in_one_group"]
 
 @contextmanager
 def tied_heads_in_one_group(model: nn.Module) -> Iterator[None]:
-    """Let `accelerator.prepare(model, optimizer)` shard a masked LM with FSDP2; `LambTrainer` does it by itself.
+    """Make `accelerator.prepare(model, optimizer)` in this block work for a masked LM under FSDP2.
 
-    accelerate groups the tied embeddings with the output layer, but not with the head around it, which holds the
-    output layer's bias a second time in BERT, RoBERTa, ALBERT and most other masked LMs; from 2.13 on torch refuses
-    such a model in its first forward pass: "Parameter is shared with a parameter already managed by another FSDP
-    group" (https://github.com/huggingface/accelerate/pull/4171 mended it for causal LMs).
+    `LambTrainer` uses it already. In a loop of your own: `with tied_heads_in_one_group(model):
+    accelerator.prepare(...)`.
+
+    accelerate puts the tied embeddings and the output layer into one FSDP group, but not the head around the output
+    layer. In BERT, RoBERTa, ALBERT and most other masked LMs the head holds the output layer's bias too. torch 2.13
+    and newer refuse such a model in the first forward pass: "Parameter is shared with a parameter already managed by
+    another FSDP group" (https://github.com/huggingface/accelerate/pull/4171 fixed it for causal LMs).
+
+    Args:
+        model: the model that is prepared in the block.
     """
     stock = fsdp.fully_shard
 
@@ -56,11 +62,12 @@ def tied_heads_in_one_group(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def no_older_checkpoints() -> Iterator[None]:
-    """Let a process load a sharded FSDP1 optimizer of which it has no row of some tensor; `LambTrainer` does it.
+def force_current_dcp_format() -> Iterator[None]:
+    """Make torch load sharded optimizers of FSDP1 as its current format, in this block.
 
-    There the tensor is not in what torch 2.13 asks the checkpoint for, and so torch takes the checkpoint for one of
-    before torch 2.4, in which it then misses "optimizer.param_groups": the token types of BERT are two rows.
+    A process may have no row of some tensor: the token types of BERT are two rows. Then torch 2.13 does not find that
+    tensor in the checkpoint, takes the checkpoint for one written before torch 2.4, and fails because
+    "optimizer.param_groups" is missing.
     """
     stock = default_planner.DefaultLoadPlanner.create_local_plan
 
@@ -77,18 +84,18 @@ def no_older_checkpoints() -> Iterator[None]:
 
 
 def refuse_local_checkpoints(trainer: Trainer) -> None:
-    """Raise ValueError, before the training, where its checkpoints could never be loaded."""
+    """Raise ValueError before training if the checkpoints of this run could not be loaded."""
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin and plugin.state_dict_type == StateDictType.LOCAL_STATE_DICT and trainer.args.save_strategy != "no":
         raise ValueError(
-            "fsdp_state_dict_type LOCAL_STATE_DICT: accelerate 1.15 writes such checkpoints but cannot load them, "
-            "so use SHARDED_STATE_DICT"
+            "use SHARDED_STATE_DICT instead of fsdp_state_dict_type LOCAL_STATE_DICT: accelerate 1.15 writes such "
+            "checkpoints but cannot load them"
         )
 
 
 @contextmanager
 def whole_state_dict(trainer: Trainer) -> Iterator[None]:
-    """Let `save_model` save the whole model also where checkpoints are sharded, when Trainer's does nothing."""
+    """Make `save_model` save the whole model in this block. With sharded checkpoints Trainer's saves nothing."""
     plugin = trainer.accelerator.state.fsdp_plugin
     of_checkpoints, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
     try:
@@ -98,19 +105,19 @@ def whole_state_dict(trainer: Trainer) -> Iterator[None]:
 
 
 def tie(state_dict: dict[str, Any], model: nn.Module) -> None:
-    """Let tied parameters, gathered or copied one by one, be one tensor again, which is written once."""
+    """Replace copies of tied parameters in a state dict by one tensor, which is then written once."""
     first: dict[int, str] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         name = clean_name(name)
         if name in state_dict:
             state_dict[name] = state_dict[first.setdefault(id(param), name)]
     for name, source in getattr(unwrapped(model), "all_tied_weights_keys", {}).items():
-        if name in state_dict:  # FSDP1's flat tensors, which hide the others
+        if name in state_dict:  # needed with FSDP1's flat tensors, where `named_parameters` has no tied parameters
             state_dict[name] = state_dict[source]
 
 
 def is_of_another_layout(checkpoint: str, trainer: Trainer) -> bool:
-    """Whether one of the two is DDP or one process and the other FSDP2, or they are FSDP2's two layouts."""
+    """Return whether the checkpoint and the run differ in layout: whole tensors, or FSDP2's full or sharded one."""
     own = None
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
@@ -121,7 +128,7 @@ def is_of_another_layout(checkpoint: str, trainer: Trainer) -> bool:
 
 
 def layout_of(checkpoint: Path) -> StateDictType | None:
-    """How FSDP2 wrote it; None for a checkpoint of whole tensors that no FSDP wrote."""
+    """Return the layout in which FSDP wrote a checkpoint; None if it has whole tensors and FSDP did not write it."""
     if (checkpoint / "pytorch_model_fsdp_0").is_dir():
         return StateDictType.SHARDED_STATE_DICT
     return StateDictType.FULL_STATE_DICT if (checkpoint / "pytorch_model_fsdp.bin").exists() else None
@@ -167,9 +174,9 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> 
 
 
 def _by_name(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's own state dict, which counts the parameters, as torch.distributed.checkpoint's, which names them.
+    """Convert an optimizer's state dict to that of torch.distributed.checkpoint: names in place of numbers.
 
-    By the names in it, else by the order of the parameters.
+    The names come from `param_names` in the state dict, otherwise from the order of the parameters.
     """
     name_of = {id(param): name for name, param in model.named_parameters()}
     state: dict[str, Any] = {}
@@ -182,7 +189,7 @@ def _by_name(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any])
 
 
 def _aliases(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Tied parameters under the names that save_pretrained leaves out."""
+    """Return the tied parameters under the names that save_pretrained leaves out."""
     param_of = dict(model.named_parameters(remove_duplicate=False))
     saved = {id(param): state_dict[name] for name, param in param_of.items() if name in state_dict}
     return {n: saved[id(p)] for n, p in param_of.items() if n not in state_dict and id(p) in saved}

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: its share of the mean over the global batch, however that batch is split."""
+"""Weights the loss of a micro-batch so that the global batch's loss does not depend on how the batch is split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,35 +24,44 @@ __all__ = ["LossWeighting", "attributes"]
 logger = logging.getLogger(__name__)
 
 
-class LossWeighting:
-    """Weights the loss of each micro-batch by its labels; see `LambTrainer` for which losses it is exact."""
+class MeanOver(NamedTuple):
+    """A mean, and the number of items that it is over; one entry for each of DataParallel's devices."""
 
-    # While a micro-batch is trained: whether Trainer divides its loss, by what, and whether a subclass has told so.
-    _divided, _divided_by, _told = False, 1, False
+    mean: Tensor
+    items: Tensor
+
+
+class LossWeighting:
+    """Weights the loss of each micro-batch by its number of labels. `LambTrainer` lists the losses it is exact for."""
+
+    # These three hold while a micro-batch is trained.
+    _divided = False  # whether Trainer divides the loss by the accumulation steps
+    _divided_by = 1  # the number that Trainer divides by
+    _told = False  # whether the subclass sets `loss_is_scaled_for_ga`
 
     def __init__(self, trainer: LambTrainer) -> None:
         self.trainer = trainer
-        self.active = trainer.get_sp_size() == 1  # sequence parallelism (DeepSpeed's) brings a loss of its own
+        self.active = trainer.get_sp_size() == 1  # with DeepSpeed's sequence parallelism Trainer computes the loss
         self._model_takes_items = trainer.model_accepts_loss_kwargs
         if self.active:
-            trainer.model_accepts_loss_kwargs = True  # Trainer counts the labels of the global batch
-        # None: not tried yet. True: the loss is a mean over the micro-batch, whatever num_items_in_batch says.
+            trainer.model_accepts_loss_kwargs = True  # makes Trainer count the labels of the global batch
+        # None: not tried yet. True: the loss is a mean over the micro-batch and ignores num_items_in_batch.
         self._mean: bool | None = True
         if self._model_takes_items or trainer.compute_loss_func is not None:
             self._mean = None
-        self._counts, self._counts_tried = "labels", False  # what it is the mean over
-        self._other_terms: dict[str, Any] = {}  # other labels, and the outputs whose cross-entropy is added
-        self._items_of_others: dict[str, Any] = {}  # how many of them the global batch has
-        self._trial_mode = False
-        # Of this micro-batch: whether `compute_loss` was asked, and whether a subclass has divided by itself.
-        self._asked = self._own_share = False
-        self._parts: list[tuple[Tensor, Tensor]] = []  # means, and what they are over
-        self._eval_sums: dict[int, Tensor] = {}
+        self._counts, self._counts_tried = "labels", False  # what the loss is the mean over, a key of COUNTS
+        self._other_terms: dict[str, Any] = {}  # name of other labels -> key of their logits; the loss adds their CE
+        self._items_of_others: dict[str, Any] = {}  # name of other labels -> their number in the global batch
+        self._trial_mode = False  # whether trial passes run in training mode
+        self._asked = False  # whether `compute` was called for this micro-batch
+        self._own_share = False  # whether a subclass has used num_items_in_batch for this micro-batch
+        self._parts: list[MeanOver] = []
+        self._eval_sums: dict[int, Tensor] = {}  # number of the term -> float64 [sum of losses, number of items]
 
     # -- what is counted ---------------------------------------------------------------------------------------------
 
     def items_of(self, samples: list[Any], num_items_in_batch: Any) -> Any:
-        """The items of the global batch; on the first one finds out what the loss is a mean over, and counts that."""
+        """Return the number of items of the global batch. On the first batch find out what these items are."""
         if num_items_in_batch is not None and self.active and self.trainer.loss_is_ours() and not self.is_known():
             self._find_out(self.trainer.model_wrapped, self._prepared(samples[0]))
             if self.is_known():
@@ -60,7 +69,7 @@ class LossWeighting:
         return num_items_in_batch
 
     def count(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """As Trainer counts, of what the loss is a mean over; keeps the counts of the other labels it has terms of."""
+        """Count the items that the loss is a mean over, as Trainer counts labels; also count the other labels."""
         self._items_of_others = {
             name: self.trainer.count_labels([{"labels": b[name]} for b in batch_samples], device)
             for name in self._other_terms
@@ -72,7 +81,7 @@ class LossWeighting:
         return items
 
     def share_of(self, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """The part of the global batch that this micro-batch is: by labels where the loss is a mean over labels."""
+        """Return this micro-batch's part of the global batch: its items / all items, or 1 / all micro-batches."""
         args = self.trainer.args
         if num_items_in_batch is None or "labels" not in inputs:
             return float(1 / (self.trainer.current_gradient_accumulation_steps * args.world_size))
@@ -82,7 +91,7 @@ class LossWeighting:
         return share
 
     def total(self, items_in_batch: Tensor | int) -> Tensor | int:
-        """The items of the global batch as one number, where Trainer has prepared it for DataParallel."""
+        """Return the number of items of the global batch; Trainer has changed it if DataParallel is used."""
         if isinstance(items_in_batch, Tensor) and items_in_batch.dim() > 0:
             items_in_batch = items_in_batch.flatten()[0]
         several = self.trainer.args.n_gpu > 1 and not self.trainer.args.average_tokens_across_devices
@@ -92,7 +101,7 @@ class LossWeighting:
         return self._count_labels(self._countable(inputs))
 
     def _count_labels(self, inputs: dict[str, Any]) -> Tensor:
-        """The labels of this micro-batch, counted as Trainer counts those of the global one."""
+        """Count the labels of this micro-batch as Trainer counts those of the global batch."""
         labels: Tensor = inputs.get("shift_labels", inputs["labels"])
         if self.trainer._loss_shifts_labels and "shift_labels" not in inputs:
             labels = labels[..., 1:]
@@ -107,20 +116,21 @@ class LossWeighting:
 
     @contextmanager
     def training(self, num_items_in_batch: Tensor | int | None) -> Iterator[None]:
-        """Let Trainer's `training_step` divide what a subclass's `compute_loss` returns by the accumulation steps.
+        """Make Trainer's `training_step` divide the loss of a subclass's `compute_loss` by the accumulation steps.
 
-        Not where its author has: `loss_is_scaled_for_ga = True`, or a loss computed with num_items_in_batch.
+        It does not divide if the subclass has done so: with `loss_is_scaled_for_ga = True`, or with
+        num_items_in_batch.
         """
         trainer = self.trainer
         by_function = trainer.compute_loss_func is not None
         if num_items_in_batch is None or not self.active or (by_function and not self.trainer.loss_is_ours()):
             yield
             return
-        told = getattr(trainer, "loss_is_scaled_for_ga", None)  # newer versions of transformers look at it
+        told = getattr(trainer, "loss_is_scaled_for_ga", None)  # newer versions of transformers read this
         divided = not told and not by_function
         switches = {"loss_is_scaled_for_ga": not divided}
         if not by_function:
-            switches["model_accepts_loss_kwargs"] = not divided  # older ones at this
+            switches["model_accepts_loss_kwargs"] = not divided  # older versions read this
         accumulation = trainer.current_gradient_accumulation_steps if divided else 1
         self._asked = self._own_share = False
         own = {"_divided_by": accumulation, "_divided": divided, "_told": told is not None}
@@ -128,21 +138,29 @@ class LossWeighting:
             yield
 
     def _leave_undivided(self) -> None:
-        """A subclass computes with num_items_in_batch itself."""
+        """Do not divide the loss of this micro-batch: the subclass has used num_items_in_batch."""
         self._own_share = True
         if self._divided and not self._told and not self._asked:
             self._divided_by, self._divided = 1, False
             self.trainer.loss_is_scaled_for_ga = self.trainer.model_accepts_loss_kwargs = True
 
     def micro_batches_are_equal(self) -> bool:
-        """Whether all count the same in the loss of the step, however many labels each has."""
+        """Return whether all micro-batches have the same weight in the loss, independent of their labels."""
         return self._divided and not self._asked
 
     def compute(self, model: nn.Module, inputs: dict[str, Any], items_in_batch: Tensor | int) -> tuple[Tensor, Any]:
-        """The micro-batch's share of the global batch's mean loss: mean * items / items_in_batch; and the outputs.
+        """Return the micro-batch's part of the global batch's mean loss, and the outputs.
 
-        Times the number of processes, because DDP and FSDP average gradients over them; in `training_step` times the
-        number of accumulation steps, by which Trainer then divides it, and whatever a subclass has added to it.
+        The part is mean * items / items_in_batch.
+
+        The loss is multiplied by the number of processes, because DDP and FSDP average gradients over them. In
+        `training_step` it is also multiplied by the number of accumulation steps, because Trainer then divides it, and
+        whatever a subclass has added, by that number.
+
+        Args:
+            model: the model, or its wrapper.
+            inputs: the micro-batch.
+            items_in_batch: the number of items of the global batch.
         """
         self._asked = True
         if self.is_mean(model, inputs):
@@ -160,12 +178,12 @@ class LossWeighting:
         others = {name: inputs[name] for name in self._items_of_others if isinstance(inputs.get(name), Tensor)}
         counted, items = self._countable(inputs), self._count_items(inputs)
         mean, outputs = self.trainer.unweighted_loss(model, inputs, return_outputs=True)
-        if mean.dim() > 0:  # DataParallel: a loss of each device's rows
+        if mean.dim() > 0:  # DataParallel returns one loss for the rows of each device
             parts = [{"labels": part} for part in counted["labels"].chunk(len(mean))]
             items, others = torch.stack([self._count_labels(part) for part in parts]), {}
         self._parts = []
         loss: Any = 0.0
-        for name, labels in others.items():  # terms that have labels of their own, and so a count of their own
+        for name, labels in others.items():  # these terms have their own labels, so they have their own counts
             term = _term(tensor_items(outputs)[self._other_terms[name]], labels)
             mean = mean - term
             loss = loss + self._share_of_mean(term, counted_labels(labels), self._items_of_others[name])
@@ -175,8 +193,8 @@ class LossWeighting:
         return loss, outputs
 
     def _share_of_mean(self, mean: Tensor, items: Tensor, items_in_batch: Tensor | int) -> Tensor:
-        self._parts.append((mean.detach(), items))
-        # A micro-batch without a single label has the mean 0/0.
+        self._parts.append(MeanOver(mean.detach(), items))
+        # The mean of a micro-batch without labels is 0/0.
         return torch.where(items > 0, mean * (items / self.total(items_in_batch)), 0.0).sum()
 
     # -- what kind of loss it is -------------------------------------------------------------------------------------
@@ -185,41 +203,42 @@ class LossWeighting:
         return self._mean is False or (self._mean is True and self._counts_tried)
 
     def is_mean(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Whether the loss stays the same when `num_items_in_batch` doubles; found out once, by all processes."""
+        """Return whether the loss ignores `num_items_in_batch`; all processes find it out together, once."""
         if not self.is_known():
             self._find_out(model, inputs)
-        return self._mean is not False  # nothing to tell it from, no label: no matter
+        return self._mean is not False  # None: the batch has no labels, so either answer gives the same loss
 
     def _find_out(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Find out what the loss is, by trying; every process makes the same passes and comes to the same result."""
+        """Find out by trial passes what the loss is. Every process makes the same passes and gets the same result."""
         if isinstance(model, DistributedDataParallel):
-            model = model.module  # whose forward pass would wait for the other processes
+            model = model.module  # DDP's forward pass would wait for the other processes
         if self._mean is None:
-            for self._trial_mode in (False, True):  # some models have a loss in training mode only
+            for self._trial_mode in (False, True):  # some models return a loss in training mode only
                 trials = torch.stack([self._trial_loss(model, inputs, n) for n in (1, 2)])
                 trials = self.trainer.accelerator.gather(trials[None])
                 if not trials.isinf().any():
                     break
-            else:  # it cannot be tried: what its source says
+            else:  # the trial passes fail: read the source of `forward` instead
                 self._trial_mode, self._counts_tried = False, True
                 self._mean = inflates_loss(self.trainer.accelerator.unwrap_model(self.trainer.model))
                 return
             one, two = trials[trials.isfinite().all(dim=1)].float().unbind(dim=1)
             if len(one) == 0:
-                return  # no label, no loss
+                return  # no labels, so no loss
             self._mean = torch.allclose(one, two, rtol=1e-3)
             if self._mean:
                 logger.info(
-                    f"The loss of {self._model_name()} ignores num_items_in_batch: each micro-batch is weighted by "
-                    "its number of labels, so that nothing depends on how the global batch is split."
+                    f"The loss of {self._model_name()} ignores num_items_in_batch: LambTrainer weights each micro-"
+                    "batch by its number of labels, so that the loss does not depend on how the global batch is split."
                 )
         if self._mean and not self._counts_tried:
             self._warn_unless_additive(model, inputs)
 
     def _warn_unless_additive(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Find out what the loss is a mean over, and which terms it adds; warn where it is no such mean.
+        """Find out what the loss is a mean over and which terms it adds; warn if nothing fits.
 
-        Such a loss of three rows is the mean of that of the first and that of the others, each weighted by its count.
+        If a guess is right, the loss of three rows is the weighted mean of the loss of the first row and the loss of
+        the other two, with their counts as weights.
         """
         names = [name for name in self.trainer.label_names if name != "labels"]
         others = [name for name in names if isinstance(inputs.get(name), Tensor)]
@@ -240,7 +259,7 @@ class LossWeighting:
         guesses = [(count, names) for names in ([others, []] if others else [[]]) for count in COUNTS]
         fits = self.trainer.accelerator.gather(torch.stack([self._fits(tries, *guess) for guess in guesses])[None])
         told = fits.isfinite().all(dim=1)
-        self._counts_tried = bool(told.any() or fits.isinf().any())  # else there are no labels
+        self._counts_tried = bool(told.any() or fits.isinf().any())  # False if there are no labels
         if fits.isinf().any() or not told.any():
             return
         for (count, names), fit in zip(guesses, fits[told].min(dim=0).values.tolist(), strict=True):
@@ -249,17 +268,18 @@ class LossWeighting:
                 return
         whole, first, rest = (float(loss) for _, loss, _ in tries)
         logger.warning(
-            f"The loss of {self._model_name()} is {whole:.4f} on three rows of the first batch, {first:.4f} on one of "
-            f"them and {rest:.4f} on the others: it is no mean over labels, so it depends on how the global batch is "
-            "split. Pass a compute_loss_func that divides by num_items_in_batch."
+            f"Pass a compute_loss_func that divides by num_items_in_batch: the loss of {self._model_name()} is no "
+            "mean over labels, so it depends on how the global batch is split. On three rows of the first batch it is "
+            f"{whole:.4f}, on one of them {first:.4f}, on the other two {rest:.4f}."
         )
 
     def _fits(
         self, tries: list[tuple[dict[str, Any], Tensor, dict[str, Tensor]]], count: str, names: list[str]
     ) -> Tensor:
-        """1 if the loss is the mean over what `count` says plus the terms of these labels, else 0.
+        """Test a guess: the loss is a mean over `count` plus the cross-entropies of the labels `names`.
 
-        NaN if that cannot be told, without labels; infinite if the loss could not be tried.
+        Returns:
+            1 if the guess fits, 0 if not; NaN if there are no labels to test it with; inf if a trial pass failed.
         """
         whole, first, rest = (loss for _, loss, _ in tries)
         if any(loss.isinf() for _, loss, _ in tries):
@@ -288,7 +308,7 @@ class LossWeighting:
             return self._count_items(inputs)
 
     def _three_rows(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """Rows with as many labels as any; None where a batch cannot be taken apart."""
+        """Return the three rows with the most labels; None if the batch cannot be split into rows."""
         labels = inputs["labels"]
         if not isinstance(labels, Tensor) or labels.dim() == 0 or len(labels) == 0:
             return None
@@ -305,9 +325,9 @@ class LossWeighting:
     def _try_out(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None
     ) -> tuple[Tensor, dict[Any, Tensor]]:
-        """Loss and outputs without gradients, with the random numbers of now; infinite where it cannot be had.
+        """Return loss and outputs of a trial pass without gradients; the loss is inf if the pass fails.
 
-        Leaves no trace, and never raises: a diagnosis must not end a run.
+        It changes nothing, random number generators included, and never raises: a diagnosis must not stop a run.
         """
         with unchanged(self.trainer, model, self.trainer.args.device), torch.no_grad():
             model.train(self._trial_mode)
@@ -322,7 +342,7 @@ class LossWeighting:
         return torch.tensor(math.inf, device=self.trainer.args.device), {}
 
     def _prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On this device, without what a subclass's `_prepare_inputs` adds."""
+        """Move inputs to this device, without what a subclass's `_prepare_inputs` adds."""
         inputs = self.trainer._prepare_input(inputs)  # type: ignore[assignment]
         return inputs
 
@@ -332,11 +352,11 @@ class LossWeighting:
     # -- the loss of an evaluation: the mean over all its labels -----------------------------------------------------
 
     def evaluating(self) -> None:
-        """Forget the sums of the evaluation before."""
+        """Start an evaluation: reset the sums."""
         self._eval_sums.clear()
 
     def evaluated(self, output: EvalLoopOutput, metric_key_prefix: str) -> EvalLoopOutput:
-        """An evaluation's output, with the loss weighted by labels."""
+        """Return an evaluation's output with the loss weighted by labels."""
         metrics = output.metrics or {}
         none = torch.zeros(2, dtype=torch.float64)
         sums = torch.stack([self._eval_sums.get(n, none) for n in range(1 + len(self._other_terms))])
@@ -354,10 +374,11 @@ class LossWeighting:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """What Trainer's `prediction_step` gives; keeps the sums that `evaluated` divides."""
+        """Return what Trainer's `prediction_step` returns, and add to the sums that `evaluated` divides."""
         if not self.is_known() and self.trainer.loss_is_ours():
             self._find_out(model, self._prepared(inputs))
-        # What accelerate has repeated to fill the last batch Trainer drops from the predictions, not from the loss.
+        # accelerate repeats rows to fill the last batch. Trainer drops them from the predictions, but not from the
+        # loss.
         data, own = self._without_padding(inputs)
         if data is not inputs and not prediction_loss_only:
             _, logits, labels = prediction_step(model, inputs, False, ignore_keys)
@@ -372,20 +393,24 @@ class LossWeighting:
             return loss, logits, labels
         count = self._count_items(self._prepared(data))
         parts = self._parts if self.trainer.loss_is_ours() else []
-        if not parts and (self._asked or self._own_share):  # divided by the labels of all processes
+        if not parts and (self._asked or self._own_share):  # the loss is divided by the labels of all processes
             processes = self.trainer.accelerator.num_processes // self.trainer.get_tp_size()
             count = count * (processes if self.trainer.args.average_tokens_across_devices else 1)
-            parts = [(loss * self.total(getattr(items, "plain", items)) / count, count)]
-        for n, (mean, part) in enumerate(reversed(parts or [(loss, count)])):
+            parts = [MeanOver(loss * self.total(getattr(items, "plain", items)) / count, count)]
+        for n, (mean, part) in enumerate(reversed(parts or [MeanOver(loss, count)])):
             sums = torch.where(part > 0, mean * part, 0.0).sum()
             kept = self._eval_sums.setdefault(n, torch.zeros(2, dtype=torch.float64))
             kept += (own > 0) * torch.stack((sums, part.sum().to(sums))).cpu()
         return loss, logits, labels
 
     def _without_padding(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The batch without what accelerate has repeated to fill it, one row at least, and how many rows are data.
+        """Remove the rows that accelerate has repeated to fill the last batch, but keep at least one row.
 
-        The same for all processes, which must make as many passes: the batch itself where one cannot take it apart.
+        All processes must make the same number of passes: if one of them cannot split its batch, all keep their
+        batches.
+
+        Returns:
+            The batch, and how many of its rows are data.
         """
         labels, state = inputs["labels"], self.trainer.accelerator.gradient_state
         rows, processes = len(labels) if labels.dim() else 1, self.trainer.accelerator.num_processes
@@ -399,20 +424,20 @@ class LossWeighting:
         if self.trainer.accelerator.gather(able).all():
             assert data is not None
             return data, own
-        if not labels.is_floating_point():  # most losses leave out what is labelled so
+        if not labels.is_floating_point():  # most losses ignore the label -100
             inputs["labels"] = labels.clone()
             inputs["labels"][own:] = -100
         return inputs, rows
 
 
 def _term(logits: Tensor, labels: Tensor) -> Tensor:
-    """A head's mean loss, as transformers' models compute it."""
+    """Return the mean cross-entropy, as the heads of transformers' models compute it."""
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
 
 
 @contextmanager
 def attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Give an object these attributes for a while, whatever its class says."""
+    """Set attributes of an object for this block."""
     before = {name: vars(owner)[name] for name in values if name in vars(owner)}
     vars(owner).update(values)
     try:
@@ -424,7 +449,7 @@ def attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 
 class Count(Tensor):
-    """num_items_in_batch for a subclass's own `compute_loss`: says when something is computed with it."""
+    """num_items_in_batch for a subclass's `compute_loss`; calls `on_use` when something is computed with it."""
 
     _MOVED = frozenset(
         {"to", "float", "long", "cpu", "cuda", "clone", "detach", "expand", "view", "reshape", "unsqueeze"}
@@ -435,12 +460,12 @@ class Count(Tensor):
     )
 
     plain: Tensor
-    said: Callable[[], None]
+    on_use: Callable[[], None]
 
     @classmethod
-    def of(cls, items: Tensor, said: Callable[[], None]) -> Count:
+    def of(cls, items: Tensor, on_use: Callable[[], None]) -> Count:
         count = items.as_subclass(cls)
-        count.plain, count.said = items, said
+        count.plain, count.on_use = items, on_use
         return count
 
     @classmethod
@@ -449,10 +474,10 @@ class Count(Tensor):
             result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         count = next((x for x in (*args, *(kwargs or {}).values()) if isinstance(x, cls)), None)
-        if count is None or not hasattr(count, "said"):
+        if count is None or not hasattr(count, "on_use"):
             return result
         if name in cls._MOVED and isinstance(result, Tensor):
-            return cls.of(result.as_subclass(Tensor), count.said)
+            return cls.of(result.as_subclass(Tensor), count.on_use)
         if name in cls._READ or (isinstance(result, Tensor) and name != "__get__" and name not in cls._COMPARED):
-            count.said()
+            count.on_use()
         return result

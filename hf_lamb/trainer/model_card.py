@@ -1,4 +1,4 @@
-"""What a model card says of a run with a large batch: optimizer, batch, rate, schedule, plan."""
+"""The model card of a run with a large batch: optimizer, batch, learning rate, schedule, plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lamb._version import __version__
-from hf_lamb.files import replacing
+from hf_lamb.files import atomic_write
 from hf_lamb.trainer.callbacks import find_lamb
 
 if TYPE_CHECKING:
@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["args_in_force", "complete_model_card", "options_in_force"]
 
 
-# What transformers writes of a model without a name, where it means the other.
-OF_NOTHING = "is a fine-tuned version of [](https://huggingface.co/)"
+# transformers writes this for a model that was trained from scratch.
+EMPTY_BASE_MODEL = "is a fine-tuned version of [](https://huggingface.co/)"
 
 
 def options_in_force(optimizer: Any) -> dict[str, Any]:
-    """What an optimizer, also one that accelerate has wrapped, trains with, whatever `args` say: for records.
+    """Return the options that an optimizer really uses, for records of a run.
 
-    A resumed run goes on with the options of its checkpoint, not with those of its command line.
+    A resumed run uses the options of its checkpoint, not those of its command line.
+
+    Args:
+        optimizer: any torch optimizer; accelerate may have wrapped it.
 
     Returns:
-        "learning_rate", at the schedule's peak, and "weight_decay", each the largest of all groups', and the other
-        options of the first group under their own names, such as "betas" and "eps".
+        "learning_rate" (the schedule's peak) and "weight_decay", each the largest of all groups; the other options of
+        the first group under their own names, such as "betas" and "eps".
     """
     groups = options_of_groups(optimizer)
     options = dict(groups[0])
@@ -41,7 +44,7 @@ def options_in_force(optimizer: Any) -> dict[str, Any]:
 
 
 def options_of_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The same group by group, as plain values."""
+    """Return the options of each group as plain values, with "learning_rate" at the schedule's peak."""
     own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted"}
     return [
         {name: _plain(value) for name, value in group.items() if name not in own}
@@ -57,23 +60,23 @@ def _plain(value: Any) -> Any:
 
 
 def complete_model_card(trainer: LambTrainer) -> None:
-    """Add to the card that Trainer wrote what is known, and the section "Large batch" where the optimizer is LAMB."""
+    """Fill in sections of the card that Trainer wrote, and add the section "Large batch" if the optimizer is LAMB."""
     card = Path(str(trainer.args.output_dir), "README.md")
-    text = card.read_text(encoding="utf-8").replace(OF_NOTHING, "was trained from scratch")
+    text = card.read_text(encoding="utf-8").replace(EMPTY_BASE_MODEL, "was trained from scratch")
     for heading, words in {**_known_sections(trainer), **trainer.card_sections}.items():
         text = text.replace(f"## {heading}\n\nMore information needed\n", f"## {heading}\n\n{words}\n")
     if total := _rows_in_words(trainer.train_dataset):
         text = text.replace(" on an unknown dataset.", f" on {total}.")
     if lines := _large_batch(trainer):
         text = text.rstrip("\n") + "\n\n## Large batch\n\n" + "\n".join(lines) + "\n"
-    with replacing(card) as unfinished:
+    with atomic_write(card) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def args_in_force(trainer: LambTrainer) -> TrainingArguments:
-    """The arguments as Trainer's list of hyperparameters shall see them."""
+    """Return a copy of the arguments with the options in force, for the hyperparameters in Trainer's model card."""
     args = copy.copy(trainer.args)
-    args.optim = str(getattr(args.optim, "value", args.optim))  # Python prints the enumeration's member otherwise
+    args.optim = str(getattr(args.optim, "value", args.optim))  # else the card has "OptimizerNames.LAMB"
     in_a_pass = trainer.get_total_train_batch_size(args) // args.gradient_accumulation_steps
     args.per_device_train_batch_size = in_a_pass // args.world_size // max(1, args.n_gpu)
     if trainer.optimizer is None:

@@ -1,11 +1,11 @@
-"""The gradient noise scale: how large a batch still pays, measured from gradients that training computes anyway."""
+"""The gradient noise scale, from gradients that training computes anyway: up to which size a larger batch helps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,24 +24,28 @@ __all__ = ["NoiseMeasurement", "NoiseScale", "noise_scale_in_words"]
 
 
 class NoiseScale:
-    """tr(Σ) / |G|², the batch size at which noise and signal in the gradient are equal, as a moving average.
+    """The noise scale tr(Σ) / |G|²: the batch size at which noise and signal in the gradient are equal.
 
-    From squared norms of gradients of a small batch b and a large one B, whose expectations are |G|² + tr(Σ)/b and
-    |G|² + tr(Σ)/B. Both estimates are unbiased, and are averaged before they are divided::
+    G is the true gradient and Σ the covariance of the gradients of single samples. The squared gradient norms of a
+    small batch b and a large batch B have the expectations |G|² + tr(Σ)/b and |G|² + tr(Σ)/B, so these estimates are
+    unbiased::
 
         tr(Σ) ≈ (‖g_b‖² - ‖g_B‖²) / (1/b - 1/B)          |G|² ≈ ‖g_B‖² - tr(Σ)/B
 
-    decay: of the averages, per update. Default 0.99: they look back about a hundred optimizer steps.
+    The noise scale is the ratio of their moving averages.
+
+    Args:
+        decay: of the averages, per update. Default 0.99, which averages over about a hundred optimizer steps.
 
     Source: McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.
     """
 
     def __init__(self, decay: float = 0.99) -> None:
         self.decay = decay
-        self.averages: Tensor | None = None  # tr(Σ), |G|²; their common bias towards 0 goes away in the ratio
+        self.averages: Tensor | None = None  # [tr(Σ), |G|²]; their common bias towards 0 cancels in the ratio
 
     def update(self, small: Tensor, inverse_b: Tensor | float, large: Tensor, inverse_B: Tensor | float) -> None:
-        """Take in ‖g_b‖², 1/b, ‖g_B‖² and 1/B of one step, without a look at them; what is not finite is left out."""
+        """Add ‖g_b‖², 1/b, ‖g_B‖² and 1/B of one step to the averages; non-finite values are ignored. No host sync."""
         noise = (small - large) / (inverse_b - inverse_B)
         new = torch.stack((noise, large - noise * inverse_B))
         if self.averages is None:
@@ -50,7 +54,7 @@ class NoiseScale:
         self.averages = torch.where(new.isfinite().all(), moved, self.averages)
 
     def value(self) -> float | None:
-        """The noise scale, in the unit of b and B; None where the signal is not told from the noise. Waits."""
+        """Return the noise scale in the unit of b and B; None if an average is not positive yet. Synchronises."""
         if self.averages is None:
             return None
         noise, signal = self.averages.tolist()
@@ -58,11 +62,19 @@ class NoiseScale:
 
 
 def noise_scale_in_words(noise_scale: float, batch_size: int) -> str:
-    """What the noise scale says about this batch: so many times the fewest samples, so many times the fewest steps.
+    """Describe in one line the cost of a batch size at a noise scale.
 
-    To reach a loss takes (1 + B/B_noise) times the fewest samples and (1 + B_noise/B) times the fewest steps. The
-    noise scale is that of plain gradients; with Adam or LAMB it says the order of magnitude of the critical batch. It
-    grows while the loss falls, so it is the last one that counts.
+    To reach a given loss, batch B needs (1 + B/B_noise) times the minimum number of samples and (1 + B_noise/B) times
+    the minimum number of steps. The noise scale is that of plain gradients, so with Adam or LAMB it gives only the
+    order of magnitude of the critical batch. It grows while the loss falls: use the last value of a run.
+
+    Args:
+        noise_scale: B_noise, in sequences.
+        batch_size: B, the global batch, in sequences.
+
+    Returns:
+        "critical batch about ... sequences: ... cost about ... times the fewest samples and ... times the fewest
+        steps".
     """
     samples, steps = 1 + batch_size / noise_scale, 1 + noise_scale / batch_size
     return (
@@ -79,56 +91,65 @@ def _about(number: float) -> str:
     return f"{_two_digits(number / 1000)}k" if number >= 1000 else _two_digits(number)
 
 
-def _look_and_reduce(seen: list[Tensor], bucket: Any) -> Future[Tensor]:
-    """Add the bucket's sum of squares to `seen`, then average it as DDP does by itself."""
+def _record_and_reduce(seen: list[Tensor], bucket: Any) -> Future[Tensor]:
+    """A communication hook of DDP: append the bucket's sum of squares to `seen`, then average the bucket as usual."""
     seen.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float32).square())
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
+class SmallBatch(NamedTuple):
+    """What was measured of the small batch on this process."""
+
+    squared_norm: Tensor  # ‖g_b‖², 0-dim
+    inverse_size: Tensor | float  # 1/b
+
+
 class NoiseMeasurement:
-    """Measures `trainer.noise_scale`, in sequences, while it trains.
+    """Measures `trainer.noise_scale`, in sequences, during training.
 
-    The small batch is the first of a step's micro-batches on each process, or, without accumulation, the share of each
-    DDP process, whose gradient is seen before DDP averages it; the large batch is the global one, whose norm Trainer
-    computes anyway, before clipping. Costs one more norm a step and, on several processes, an all-reduce of two
-    numbers; nothing waits for the device except when a line is logged. The averages are in the checkpoints.
+    The small batch is the first micro-batch of a step on each process. Without accumulation it is the part of the
+    global batch on each DDP process; a communication hook measures its gradient before DDP averages it. The large
+    batch is the global batch, whose gradient norm Trainer computes anyway, before clipping.
 
-    Off where gradients are sharded (FSDP, DeepSpeed, tensor parallelism), where a global batch is one micro-batch, and
+    It costs one more norm a step and, with several processes, an all-reduce of three numbers. It synchronises with the
+    device only when a line is logged. Checkpoints contain the averages.
+
+    It is off if gradients are sharded (FSDP, DeepSpeed, tensor parallelism), if a global batch is one micro-batch, and
     with `log_noise_scale=False`.
     """
 
     def __init__(self, trainer: LambTrainer) -> None:
         self.trainer = trainer
-        self._small: tuple[Tensor, Tensor | float] | None = None  # ‖g_b‖² of this process, and its 1/b
-        self._share: Tensor | float | None = None  # of this step's first micro-batch, in the global batch
-        self._before_all_reduce: list[Tensor] = []  # sums of squares of what DDP is about to average
+        self._small: SmallBatch | None = None
+        self._share: Tensor | float | None = None  # the first micro-batch's part of the global batch
+        self._before_all_reduce: list[Tensor] = []  # sums of squares of DDP's buckets before the all-reduce
         self._rows: int | None = None  # sequences of this step's global batch
         whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         whole = whole and trainer.get_tp_size() == trainer.get_cp_size() == trainer.get_sp_size() == 1
         self._active = whole and getattr(trainer.args, "log_noise_scale", True)
 
     def attach(self, model: nn.Module) -> None:
-        """Begin a training: see the gradients of this model before DDP averages them."""
+        """Prepare for a training of this model: register the communication hook if DDP needs it."""
         self._share = self._small = None
         handler = self.trainer.accelerator.ddp_handler
         hooked = handler is not None and handler.comm_hook.value != "no"
         if not self._active or hooked or not isinstance(model, DistributedDataParallel):
             return
-        seen = vars(model).setdefault("hf_lamb_seen", [])  # trained before: DDP takes one hook, once
+        seen = vars(model).setdefault("hf_lamb_seen", [])  # kept on the model: DDP takes one hook, and only once
         self._before_all_reduce = seen
         if self._averages_at_once() and not vars(model).get("hf_lamb_hooked"):
             vars(model)["hf_lamb_hooked"] = True
-            # Without self: DDP would keep the trainer, and the trainer DDP.
-            model.register_comm_hook(None, lambda state, bucket: _look_and_reduce(seen, bucket))
+            # The hook must not refer to `self`: DDP would then keep the trainer alive, and the trainer DDP.
+            model.register_comm_hook(None, lambda state, bucket: _record_and_reduce(seen, bucket))
 
     def _averages_at_once(self) -> bool:
-        """Whether the first micro-batch's gradient is averaged over processes before it can be seen."""
+        """Return whether DDP averages the first micro-batch's gradient in its backward pass."""
         trainer = self.trainer
         each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return trainer.args.world_size > 1 and (each or trainer.args.gradient_accumulation_steps == 1)
 
     def count_sequences(self, samples: list[Any]) -> None:
-        """Count the sequences of this step, of which the last of an epoch may have fewer."""
+        """Count the sequences of this step; the last step of an epoch may have fewer."""
         trainer = self.trainer
         rows = [find_batch_size(batch) for batch in samples]  # type: ignore[no-untyped-call]
         processes = trainer.args.world_size // (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size())
@@ -138,7 +159,7 @@ class NoiseMeasurement:
     def measuring(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Iterator[None]:
-        """Look at the gradient of the step's first micro-batch, which this block computes."""
+        """Measure the gradient of the step's first micro-batch, which this block computes."""
         if not self._active or self._share is not None:
             yield
             return
@@ -150,7 +171,7 @@ class NoiseMeasurement:
             self._share = trainer.loss_weighting.share_of(inputs, None)
         square = torch.stack(self._before_all_reduce).sum() if self._before_all_reduce else None
         self._before_all_reduce.clear()
-        # More micro-batches follow, and no process has averaged: these are nobody else's gradients.
+        # More micro-batches follow and nothing was averaged, so `grad` has this process's first micro-batch only.
         if not trainer.accelerator.sync_gradients and not self._averages_at_once():
             grads = [param.grad for param in model.parameters() if param.grad is not None]
             if any(isinstance(grad, DTensor) or grad.is_sparse for grad in grads):
@@ -158,15 +179,15 @@ class NoiseMeasurement:
             elif grads:
                 square = get_total_norm(grads).float().square()
         if square is not None:
-            # The loss was multiplied by the number of processes, over which gradients are averaged, and by the scaler.
+            # The loss was multiplied by the number of processes, because gradients are averaged, and by the scaler.
             weight = self._share * trainer.args.world_size
             scaler = trainer.accelerator.scaler
             if scaler is not None and scaler._scale is not None:
                 weight = weight * scaler._scale
-            self._small = square / weight**2, 1 / (self._share * self.global_batch_size())
+            self._small = SmallBatch(square / weight**2, 1 / (self._share * self.global_batch_size()))
 
     def take(self, norm: Any) -> None:
-        """End a step with the norm of the global batch's gradient before clipping."""
+        """Update the noise scale with the norm of the global batch's gradient before clipping."""
         if self._small is not None and isinstance(norm, Tensor):
             square, inverse_b = self._small
             numbers = torch.stack(
@@ -179,7 +200,7 @@ class NoiseMeasurement:
         self._before_all_reduce.clear()
 
     def global_batch_size(self) -> float:
-        """The sequences of this step."""
+        """Return the number of sequences of this step's global batch."""
         if self._rows is not None:
             return self._rows
         trainer = self.trainer
@@ -188,19 +209,19 @@ class NoiseMeasurement:
         return batch * trainer.current_gradient_accumulation_steps / planned
 
     def add_to(self, logs: dict[str, float]) -> None:
-        """Add the noise scale to a training log line once it can be told."""
+        """Add the noise scale to a training log line as soon as it is known."""
         if self._active and "loss" in logs and (value := self.trainer.noise_scale.value()) is not None:
             logs["lamb/noise_scale"] = value
 
     def keep(self) -> None:
-        """Put the averages where the checkpoint keeps them: a resumed run logs what the uninterrupted one does."""
+        """Put the averages into the state, so that a resumed run logs what an uninterrupted one does."""
         kept: Any = self.trainer.state.stateful_callbacks
         averages = self.trainer.noise_scale.averages
         if kept is not None and averages is not None:
             kept["noise_scale"] = {"attributes": {"averages": averages.tolist()}}
 
     def restore(self) -> None:
-        """Take the averages of the checkpoint that the run resumes from, or begin anew."""
+        """Load the averages of the checkpoint that the run resumes from, or reset them."""
         kept: Any = self.trainer.state.stateful_callbacks
         averages = (kept or {}).get("noise_scale", {}).get("attributes", {}).get("averages")
         device = self.trainer.args.device

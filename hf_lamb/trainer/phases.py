@@ -1,4 +1,4 @@
-"""The next phase of a run: it begins with what another run ended with, on a schedule of its own."""
+"""A phase that starts with the weights and moments of another run, on its own schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 from hf_lamb.trainer.checkpoints import check_checkpoint
 from hf_lamb.trainer.deepspeed import check_deepspeed_checkpoint
 
@@ -21,28 +21,33 @@ CARRY_OVER = ("moments", "optimizer", "weights")
 
 
 class PreviousPhase(NamedTuple):
-    """What `LambTrainer.start_from` was told."""
+    """The arguments of `LambTrainer.start_from`."""
 
     checkpoint: str
     carry_over: str
 
     def check(self, trainer: LambTrainer) -> None:
-        """Refuse what cannot be taken over, as far as it can be told before training starts."""
+        """Check everything that can be checked before training starts.
+
+        Raises:
+            ValueError: `carry_over` is unknown, or the run uses DeepSpeed.
+            CheckpointError: the checkpoint is missing, incomplete or DeepSpeed's.
+        """
         if self.carry_over not in CARRY_OVER:
-            hint = near(self.carry_over, CARRY_OVER)
+            hint = did_you_mean(self.carry_over, CARRY_OVER)
             raise ValueError(f"carry_over {self.carry_over!r}{hint}: expected one of {', '.join(CARRY_OVER)}")
         if trainer.is_deepspeed_enabled:
-            raise ValueError("start_from does not work under DeepSpeed: use DDP or FSDP2 for a run in two phases")
+            raise ValueError("use DDP or FSDP2 for a run in two phases: start_from does not work under DeepSpeed")
         check_checkpoint(self.checkpoint)
         if self.carry_over != "weights":
             check_deepspeed_checkpoint(Path(self.checkpoint), None, trainer.args.world_size)
 
     def check_fit(self, trainer: LambTrainer) -> None:
-        """Raise for another model or optimizer while nothing is loaded."""
+        """Raise CheckpointError if the checkpoint has another model or optimizer; load nothing."""
         trainer.check_fit(Path(self.checkpoint), optimizer=self.carry_over != "weights")
 
     def take_over(self, trainer: LambTrainer) -> None:
-        """Load the weights, and of the optimizer's state what is carried over; the schedule stays this run's own."""
+        """Load the weights and the state of the optimizer that `carry_over` names; keep this run's schedule."""
         model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
         trainer._load_from_checkpoint(self.checkpoint, model)
         if self.carry_over == "weights":

@@ -1,4 +1,4 @@
-"""LambTrainer: the stock Trainer, with a loss that does not depend on how a global batch is split."""
+"""LambTrainer: Trainer's hooks, each one a list of steps that the other modules of this package implement."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from hf_lamb.trainer.deepspeed import (
     stage_of,
 )
 from hf_lamb.trainer.fsdp import (
+    force_current_dcp_format,
     is_of_another_layout,
     load_model,
     load_optimizer,
-    no_older_checkpoints,
     refuse_local_checkpoints,
     tie,
     tied_heads_in_one_group,
@@ -64,50 +64,50 @@ logger = logging.getLogger(__name__)
 
 
 class LambTrainer(Trainer):
-    """`transformers.Trainer`, and what training with large batches needs.
+    """`transformers.Trainer` with additions for training with large batches.
 
-    * Parameter groups by `lamb_param_groups` when `optim="lamb"`, as under a stock Trainer.
-    * A loss, logged and differentiated, that is the mean over all labels of the global batch, however that batch is
-      split into micro-batches, accumulation steps and processes. Stock transformers 5 multiplies loss and gradient
-      by accumulation steps and processes for every head that accepts `num_items_in_batch` but ignores it, which
-      most `ForMaskedLM`, sequence and token classification heads do
-      (https://github.com/huggingface/transformers/issues/47688); for heads that do not accept it, it takes the mean
-      of the micro-batches' means. Which kind a model or a `compute_loss_func` is, is found out by trying, on the
-      first batch: what divides by `num_items_in_batch` itself is left alone, and so are batches without `labels`.
-      Also exact: heads whose loss is a mean over what `attention_mask` lets through (ELECTRA's) or over rows, and
-      sums of such a loss and of cross-entropies that have labels of their own (BERT's next sentence). A warning says
-      that a loss is none of these.
-    * A subclass's own `compute_loss` is divided by the accumulation steps, so that it gives the mean of the
-      micro-batches' means. Not if it computes with `num_items_in_batch`, or says `loss_is_scaled_for_ga = True`.
-      What `super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)` returns has its weight
-      already; it may be scaled, and batch means added to it.
-    * `eval_loss` as the mean over all labels too, not over batches, without the rows that pad the last batch.
-    * With `LambTrainingArguments`: the learning rate of this run's global batch from one found at another, polynomial
-      decay, and a warning before the run where the rate lets the weights' norms grow too far, see `hf_lamb.scaling`.
-    * The gradient noise scale, about the critical batch size, in every training log line, see
-      `hf_lamb.trainer.noise_scale.NoiseMeasurement`.
-    * The trust ratios in every training log line, see `TrustRatioCallback`; skipped steps, see `SkippedStepsCallback`.
-    * Checkpoints that are whole whenever the run is killed, see `hf_lamb.trainer.checkpoints.Checkpoints`.
-      `train(resume_from_checkpoint=True)` takes the newest complete one, also among those of a stock Trainer, whose
-      last one may be torn; `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
-      damaged, or of another model or optimizer. Checkpoints of `save_only_model` cannot be resumed. A run resumed from
-      its last checkpoint takes no step more; Trainer's takes one, where the last epoch is not over.
-    * A second phase that begins with the weights and moments of the first, see `start_from`.
-    * A model card, also that of `push_to_hub`, that names optimizer, batch, rate and plan.
-    * FSDP2 with masked LMs whose head is tied, and checkpoints that go from DDP to FSDP2 and back: Trainer's load only
-      their own layout. Sharded checkpoints of FSDP1 load on any number of processes. See `hf_lamb.trainer.fsdp`.
-    * DeepSpeed's checkpoints resumed as they were written, or refused, see `hf_lamb.trainer.deepspeed`.
+    * Parameter groups: `lamb_param_groups` makes them when `optim="lamb"`, as under a stock Trainer.
+    * Loss: the logged loss and its gradient are the mean over all labels of the global batch. They do not depend on
+      the split into micro-batches, accumulation steps and processes. Stock transformers 5 multiplies loss and gradient
+      by accumulation steps x processes for every head that accepts `num_items_in_batch` but ignores it, as most
+      `ForMaskedLM`, sequence and token classification heads do
+      (https://github.com/huggingface/transformers/issues/47688). For heads that do not accept it, stock transformers
+      averages the means of the micro-batches. `LambTrainer` tries the model, or the `compute_loss_func`, on the first
+      batch to find out which kind it is. It changes nothing if the loss divides by `num_items_in_batch` itself, or if
+      batches have no `labels`. These losses are exact too: means over the positions that `attention_mask` keeps
+      (ELECTRA's) or over rows, and sums of such a mean and cross-entropies with their own labels (BERT's next
+      sentence). `LambTrainer` warns if a loss is none of these.
+    * A subclass's `compute_loss`: `LambTrainer` divides its loss by the accumulation steps, which gives the mean of
+      the micro-batches' means. It does not divide if `compute_loss` uses `num_items_in_batch`, or if the subclass sets
+      `loss_is_scaled_for_ga = True`. A subclass may scale what `super().compute_loss(model, inputs,
+      num_items_in_batch=num_items_in_batch)` returns, and may add batch means.
+    * `eval_loss`: the mean over all labels, not over batches, without the rows that pad the last batch.
+    * With `LambTrainingArguments`: a learning rate scaled from another global batch, polynomial decay, and a warning
+      before the run if the rate would make the weights' norms grow too far, see `hf_lamb.scaling`.
+    * Log: the gradient noise scale (`hf_lamb.trainer.noise_scale.NoiseMeasurement`), which is close to the critical
+      batch size; the trust ratios (`TrustRatioCallback`); the skipped steps (`SkippedStepsCallback`).
+    * Checkpoints: they are complete even if the run is killed, see `hf_lamb.trainer.checkpoints.Checkpoints`.
+      `train(resume_from_checkpoint=True)` resumes from the newest complete one, also after a stock Trainer, whose last
+      one may be incomplete. `train(resume_from_checkpoint="checkpoint-8")` raises CheckpointError if that one is
+      damaged or has another model or optimizer. Checkpoints of `save_only_model` cannot be resumed. A run that resumes
+      from its last checkpoint does no further step; Trainer does one if the last epoch is not complete.
+    * Phases: `start_from` begins a run with the weights and moments of another one.
+    * Model card: it has optimizer, batch, learning rate and plan, also with `push_to_hub`.
+    * FSDP: masked LMs with tied heads train under FSDP2; a run under DDP can resume under FSDP2 and the other way
+      round, which Trainer cannot; sharded checkpoints of FSDP1 load on any number of processes. See
+      `hf_lamb.trainer.fsdp`.
+    * DeepSpeed: checkpoints that cannot be resumed exactly are refused, see `hf_lamb.trainer.deepspeed`.
 
-    Takes `Trainer`'s arguments; with plain `TrainingArguments` the trust ratios are not logged per layer. Mixes with
-    other Trainers: `class LambSeq2SeqTrainer(LambTrainer, Seq2SeqTrainer)`.
+    The constructor takes `Trainer`'s arguments. With plain `TrainingArguments` the trust ratios are not logged per
+    layer. It combines with other Trainers: `class LambSeq2SeqTrainer(LambTrainer, Seq2SeqTrainer)`.
 
     Attributes:
-        plan: a plan's name and phase, for the model card. Default none.
-        dataset_name: what it trains on, for the card, where `create_model_card` is not told. Default none.
-        card_sections: what the card's sections say, by their headings, such as "Intended uses & limitations".
-            Default: what the trainer knows; of a section that nobody knows anything about Trainer's "More information
-            needed".
-        learning_rate_why: how the learning rate follows from another batch's; None where it does not.
+        plan: a plan's name and phase, for the model card. Default None.
+        dataset_name: the name of the data set for the model card, if `create_model_card` is called without one.
+            Default None.
+        card_sections: texts for sections of the model card, by heading, such as "Intended uses & limitations".
+            Sections without a text keep Trainer's "More information needed", except those that the trainer can fill.
+        learning_rate_why: one line with the calculation of the learning rate, if it was scaled. Default None.
     """
 
     plan: str | None = None
@@ -115,24 +115,28 @@ class LambTrainer(Trainer):
     card_sections: Mapping[str, str] = MappingProxyType({})
     learning_rate_why: str | None = None
 
-    _previous: PreviousPhase | None = None  # what to begin with
+    _previous: PreviousPhase | None = None  # set by `start_from`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.checkpoints = Checkpoints(self)
         super().__init__(*args, **kwargs)
         check_configuration(self)
         per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
-        # Before the reporters, which then see what these add.
+        # Before the reporters, so that these report the added values.
         self.callback_handler.callbacks[:0] = [TrustRatioCallback(per_layer), SkippedStepsCallback()]
 
         self.noise_scale = NoiseScale()
         self.noise_measurement = NoiseMeasurement(self)
         self.loss_weighting = LossWeighting(self)
 
-    # -- resuming, and beginning with another run's end --------------------------------------------------------------
+    # -- resuming, and starting from another run's checkpoint --------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's, from a complete checkpoint that fits this run, or not at all."""
+        """Train as Trainer does; resume only from a complete checkpoint that fits this run.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint, or this one is damaged or does not fit this run.
+        """
         output_dir = str(self.args.output_dir)
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir)
@@ -143,37 +147,38 @@ class LambTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
-        """Raise for another model or optimizer while nothing is loaded, as far as the heads of the files tell."""
+        """Raise CheckpointError if the headers of the files show another model or optimizer; load nothing."""
         if optimizer:
             check_optimizer(checkpoint, self._trains_lamb())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model_init is not None or self.model is None:
-            return  # the shapes here are not those of the files, or not yet those of the run
+            return  # this process has other shapes than the files, or has no model yet
         check_shapes(checkpoint, self.model)
 
     def _trains_lamb(self) -> bool | None:
-        """Whether this run's optimizer will be a Lamb; None where that is not known before it is made."""
+        """Return whether this run's optimizer is or will be a Lamb; None if that is not known yet."""
         if self.optimizer is not None:
             return has_lamb_options(self.optimizer)
         own = type(self).create_optimizer is LambTrainer.create_optimizer and self.optimizer_cls_and_kwargs is None
         return self.args.optim == "lamb" if own else None
 
     def start_from(self, checkpoint: str, carry_over: str = "moments") -> None:
-        """Let `train()` begin with the weights, and with the optimizer's state, of a checkpoint of another run.
+        """Make `train()` start with the weights and the optimizer's state of another run's checkpoint.
 
-        BERT's second phase, with longer sequences, is such a run. Steps, learning rate and its schedule, warm-up,
-        weight decay, data order and random numbers are this run's own. A run that resumes from a checkpoint of its own
-        takes that one instead.
+        BERT's second phase, with longer sequences, is such a run. Steps, learning rate, schedule, warm-up, weight
+        decay, data order and random numbers are this run's own. If this run resumes from its own checkpoint, it
+        ignores `start_from`.
 
         Args:
-            checkpoint: of the same architecture, and of the same optimizer unless only weights are taken; written by
-                one process or DDP or FSDP2, on any number of processes.
-            carry_over: "moments": the moments, with their step count set to 0, so that the bias correction starts
-                anew, as in NVIDIA's recipe; "optimizer": the step count too; "weights": no state of the optimizer.
-                Default "moments".
+            checkpoint: a folder with a checkpoint of the same architecture, and of the same optimizer unless
+                `carry_over` is "weights". It may come from one process, DDP or FSDP2, with any number of processes.
+            carry_over: "moments" loads the moments and sets their step count to 0, so that the bias correction starts
+                again, as in NVIDIA's recipe; "optimizer" loads the step count too; "weights" loads no state of the
+                optimizer. Default "moments".
 
         Raises:
-            ValueError: an unknown carry_over; DeepSpeed, whose checkpoints cannot be taken over in part.
-            CheckpointError: no complete checkpoint there; when training starts, one of another model or optimizer.
+            ValueError: `carry_over` is unknown; DeepSpeed is used, whose checkpoints cannot be loaded in part.
+            CheckpointError: the checkpoint is missing or incomplete; when training starts, also if it has another
+                model or optimizer.
 
         Source: https://github.com/NVIDIA/DeepLearningExamples/blob/master/PyTorch/LanguageModeling/BERT/run_pretraining.py
         """
@@ -191,7 +196,7 @@ class LambTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As Trainer's, but for weights that are tied to one that was loaded: those are not missing."""
+        """Warn as Trainer does, but not of weights that are tied to one that was loaded: those are not missing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
@@ -205,7 +210,7 @@ class LambTrainer(Trainer):
                 load_optimizer(self.model, self.optimizer, Path(checkpoint))
                 self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
             else:
-                with no_older_checkpoints():
+                with force_current_dcp_format():
                     super()._load_optimizer_and_scheduler(checkpoint)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +220,7 @@ class LambTrainer(Trainer):
         return epochs_and_steps
 
     def _load_callback_state(self) -> None:
-        with kept_apart(self.state):  # of a stock Trainer with a TrustRatioCallback
+        with kept_apart(self.state):  # a stock Trainer with a TrustRatioCallback has written entries there
             super()._load_callback_state()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -239,7 +244,7 @@ class LambTrainer(Trainer):
             self._push_from_checkpoint(os.path.join(run_dir, f"checkpoint-{self.state.global_step}"))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The upload goes on in the background: not from a folder that is about to be renamed.
+        # The upload runs in the background, so it must not read a folder that is about to be renamed.
         if not self.checkpoints.staging:
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -257,18 +262,19 @@ class LambTrainer(Trainer):
     # -- the learning rate of this run's global batch ----------------------------------------------------------------
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The global batch, in sequences: as Trainer counts, but with `split_batches`, where it counts each twice.
+        """Return the global batch in sequences. With `split_batches` the number of processes does not multiply it.
 
-        accelerate then deals each of the loader's batches out to the processes, so that they do not multiply it.
+        accelerate then splits each batch of the data loader between the processes; Trainer counts it for each of them.
         """
         if self.accelerator.split_batches:
             return int(self._train_batch_size * args.gradient_accumulation_steps)
         return int(super().get_total_train_batch_size(args))
 
     def scale_learning_rate(self) -> float:
-        """This run's peak learning rate: `args.learning_rate`, or what follows from `base_learning_rate`, and says so.
+        """Return this run's peak learning rate: `args.learning_rate`, or the scaled `base_learning_rate`.
 
-        Another one where `auto_find_batch_size` halves the batch.
+        It logs the calculation and keeps it in `learning_rate_why`. The result changes when `auto_find_batch_size`
+        halves the batch.
         """
         args = self.args
         if not isinstance(args, LambTrainingArguments):
@@ -310,13 +316,13 @@ class LambTrainer(Trainer):
         self.noise_measurement.attach(prepared[0])
         if previous is not None:
             previous.take_over(self)
-        self._look_at_what_is_in_force(rate, max_steps, resume_from_checkpoint)
+        self._check_options_in_force(rate, max_steps, resume_from_checkpoint)
         return prepared
 
     _asked_for: Sequence[dict[str, Any]] = ()  # the options of the optimizer's groups before a checkpoint was loaded
 
-    def _look_at_what_is_in_force(self, rate: float, max_steps: int, checkpoint: str | None) -> None:
-        """Warn where the optimizer goes on with other options than this run's, and let the schedule end as asked."""
+    def _check_options_in_force(self, rate: float, max_steps: int, checkpoint: str | None) -> None:
+        """Warn if the optimizer uses other options than this run's arguments; adapt the schedule's final rate."""
         if self.optimizer is None or not hasattr(self.lr_scheduler, "base_lrs"):
             return
         in_force = options_of_groups(self.optimizer)
@@ -324,8 +330,8 @@ class LambTrainer(Trainer):
         if not checkpoint and self.learning_rate_why and any(not math.isclose(peak, rate) for peak in peaks):
             if self.args.should_log:
                 logger.warning(
-                    f"the peak learning rate in force is {', '.join(f'{peak:.4g}' for peak in peaks)}, that of the "
-                    f"optimizer that was passed, not {rate:.4g} of base_learning_rate: give one of them"
+                    f"give base_learning_rate or an optimizer, not both: the run uses the optimizer's peak learning "
+                    f"rate {', '.join(f'{peak:.4g}' for peak in peaks)}, not {rate:.4g} of base_learning_rate"
                 )
             return
         differ = {
@@ -336,15 +342,16 @@ class LambTrainer(Trainer):
         }
         if differ and self.args.should_log:
             logger.warning(
-                f"a resumed run goes on with the options of its checkpoint: {'; '.join(differ)}. To train with this "
-                "run's options, begin anew from the checkpoint: trainer.start_from(checkpoint, 'optimizer')"
+                f"a resumed run uses the options of its checkpoint: {'; '.join(differ)}. To train with this run's "
+                "options, start a new run from the checkpoint: trainer.start_from(checkpoint, 'optimizer')"
             )
         if (
             "learning_rate" in differ.values()
             and self._created_lr_scheduler
             and isinstance(self.lr_scheduler, LambdaLR)
         ):
-            # transformers' schedules know the rate they end with as a share of the peak that was asked for.
+            # transformers' schedules store their final rate as a fraction of the requested peak. The checkpoint's peak
+            # differs, so compute the fraction again.
             mine, self.lr_scheduler = self.lr_scheduler, None
             like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1])
             schedule = cast(LambdaLR, self.create_scheduler(max_steps, like_mine))
@@ -352,7 +359,11 @@ class LambTrainer(Trainer):
             self.lr_scheduler = mine
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As Trainer's, and the polynomial of `decay_power`."""
+        """Create the scheduler of `decay_power`, or Trainer's.
+
+        Raises:
+            ValueError: the warm-up is longer than the run.
+        """
         args = self.args
         if isinstance(args, LambTrainingArguments):
             warmup = args.get_warmup_steps(num_training_steps)
@@ -370,14 +381,17 @@ class LambTrainer(Trainer):
                 self.lr_scheduler = LambdaLR(optimizer, factor)
                 self._created_lr_scheduler = True
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed has stand-ins at first
+        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed has a dummy optimizer at first
             self._asked_for = options_of_groups(self.optimizer)
         return scheduler
 
-    _made_optimizer = False  # or the caller has, with rates of its own
+    _made_optimizer = False  # False if the caller passed an optimizer, which has its own learning rates
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As Trainer's, at this run's rate, without the warning about the loss that this trainer puts right."""
+        """Create the optimizer as Trainer does, with this run's learning rate.
+
+        It logs no warning about the loss of models that ignore `num_items_in_batch`: `LambTrainer` corrects that loss.
+        """
         if self.optimizer is not None:
             return super().create_optimizer(model)
         self._made_optimizer = self.optimizer_cls_and_kwargs is None
@@ -386,7 +400,7 @@ class LambTrainer(Trainer):
             self._warn_of_default_optimizer()
         token = loss_is_weighted.set(self.loss_weighting.active)
         try:
-            if rate != args.learning_rate:  # Trainer's handlers read it from the arguments
+            if rate != args.learning_rate:  # Trainer's handlers read the rate from the arguments
                 self.args = copy.copy(args)
                 self.args.learning_rate = rate
             return super().create_optimizer(model)
@@ -399,15 +413,15 @@ class LambTrainer(Trainer):
         if args.optim != "lamb" and args.optim == default_of(args, "optim") and args.should_log:
             name = getattr(args.optim, "value", args.optim)
             logger.warning(
-                f"LambTrainer trains with {name}, the default of {type(args).__name__}, at learning rate "
-                f"{args.learning_rate:g}: for LAMB use LambTrainingArguments, or optim='lamb' and a rate of about "
-                f"1e-3; for {name} without this line LambTrainingArguments(optim='{name}', learning_rate=...)"
+                "for LAMB use LambTrainingArguments, or optim='lamb' and a learning rate of about 1e-3: this run uses "
+                f"{name}, the default of {type(args).__name__}, at rate {args.learning_rate:g}. To use {name} "
+                f"without this warning: LambTrainingArguments(optim='{name}', learning_rate=...)"
             )
 
     # -- a step: the loss of its micro-batches, and their gradients ---------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; looks at the batch before it is trained on."""
+        """Return the micro-batches of a global batch and the number of its items, as Trainer does."""
         samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self.noise_measurement.count_sequences(samples)
         return samples, self.loss_weighting.items_of(samples, num_items_in_batch)
@@ -418,7 +432,7 @@ class LambTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As Trainer's, with the loss divided by the accumulation steps where it is not yet."""
+        """Train on a micro-batch as Trainer does, with the loss divided by the accumulation steps exactly once."""
         with (
             self.loss_weighting.training(num_items_in_batch),
             self.noise_measurement.measuring(model, inputs, num_items_in_batch),
@@ -432,7 +446,7 @@ class LambTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The micro-batch's share of the global batch's mean loss, see `LossWeighting.compute`."""
+        """Return the micro-batch's part of the global batch's mean loss, see `LossWeighting.compute`."""
         items_in_batch = num_items_in_batch.plain if isinstance(num_items_in_batch, Count) else num_items_in_batch
         if items_in_batch is None or not self.loss_weighting.active:
             return super().compute_loss(model, inputs, return_outputs, items_in_batch)
@@ -440,15 +454,15 @@ class LambTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def unweighted_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """What `compute_loss` of Trainer, or of a mix-in, gives."""
+        """Return the loss of `compute_loss` of Trainer or of a mix-in."""
         return super().compute_loss(*args, **kwargs)
 
     def count_labels(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The labels of a global batch as Trainer, or a mix-in, counts them."""
+        """Count the labels of a global batch as Trainer or a mix-in does."""
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def loss_is_ours(self) -> bool:
-        """Whether no subclass has a `compute_loss` of its own."""
+        """Return whether no subclass overrides `compute_loss`."""
         return getattr(self.compute_loss, "__func__", None) is LambTrainer.compute_loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -457,7 +471,7 @@ class LambTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with the noise scale in training log lines once it can be told."""
+        """Log as Trainer does; add the noise scale to training log lines as soon as it is known."""
         self.noise_measurement.add_to(logs)
         super().log(logs, start_time)
 
@@ -471,7 +485,7 @@ class LambTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As Trainer's, with the loss weighted by labels."""
+        """Evaluate as Trainer does, with the loss weighted by labels."""
         self.loss_weighting.evaluating()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         return self.loss_weighting.evaluated(output, metric_key_prefix)
@@ -483,7 +497,7 @@ class LambTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As Trainer's; keeps the sums that `evaluation_loop` divides."""
+        """Predict as Trainer does, and add to the sums from which `evaluation_loop` computes the loss."""
         if not self.loss_weighting.active or not isinstance(inputs.get("labels"), Tensor):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return self.loss_weighting.predict(super().prediction_step, model, inputs, prediction_loss_only, ignore_keys)
@@ -491,7 +505,7 @@ class LambTrainer(Trainer):
     # -- the model card ----------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, from what is in force, with the section "Large batch" where the optimizer is LAMB."""
+        """Create Trainer's model card with the options in force; with LAMB add the section "Large batch"."""
         if len(args) < 8 and kwargs.get("dataset") is None and self.dataset_name is not None:
             kwargs["dataset"] = self.dataset_name
         with attributes(self, args=args_in_force(self)):
@@ -501,9 +515,9 @@ class LambTrainer(Trainer):
 
 
 def set_peak(optimizer: Any, rate: float) -> None:
-    """Another peak learning rate for an optimizer that exists; groups with rates of their own keep their share."""
+    """Set the peak learning rate of an existing optimizer; groups with other rates keep their ratio to it."""
     before, groups = optimizer.defaults["lr"], optimizer.param_groups
-    while optimizer is not None:  # what wraps it may have defaults of its own, and transformers' schedules look there
+    while optimizer is not None:  # wrappers may have their own defaults, and transformers' schedules read those
         if hasattr(optimizer, "defaults"):
             optimizer.defaults["lr"] = rate
         optimizer = getattr(optimizer, "optimizer", None)

@@ -1,4 +1,4 @@
-"""Forward passes that find out what kind of loss a model has, and leave everything as it was."""
+"""Helpers for trial forward passes, which find out what kind of loss a model has and change nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 __all__ = ["COUNTS", "counted_labels", "logits_of", "perturbed", "take_rows", "tensor_items", "unchanged"]
 
-LARGEST_RECORD = 10_000  # of what a trainer may note while it computes a loss; anything longer is its data
+LARGEST_RECORD = 10_000  # longest list or tensor of metrics that is restored; anything longer is taken for data
 
 
 # -- nothing is changed -----------------------------------------------------------------------------------------------
@@ -23,11 +23,16 @@ LARGEST_RECORD = 10_000  # of what a trainer may note while it computes a loss; 
 
 @contextmanager
 def unchanged(owner: Any, model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back afterwards what passes through `model` may change.
+    """Restore, when the block ends, everything that forward passes through `model` may change.
 
-    Random numbers (Python's, NumPy's, torch's on the CPU and on `device`), the mode of every module, its buffers and
-    its plain attributes, and the numbers and containers among the attributes of `owner`, a Trainer, where subclasses
-    keep running metrics.
+    That is: the random number generators of Python, NumPy and torch (on the CPU and on `device`); the mode, the
+    buffers and the plain attributes of every module; numbers and containers among the attributes of `owner`, because
+    subclasses of Trainer keep running metrics there.
+
+    Args:
+        owner: a Trainer, or None.
+        model: the model.
+        device: the device that the passes run on.
     """
     with ExitStack() as after:
         after.callback(random.setstate, random.getstate())
@@ -62,7 +67,7 @@ def _restore_attributes(owner: Any, before: dict[str, Any]) -> None:
 
 
 def _restorer(value: Any, depth: int = 3) -> Callable[[], None]:
-    """What gives a container, and those in it, the items of now."""
+    """Return a function that restores the present items of a container and of the containers in it."""
     if isinstance(value, Tensor) and value.numel() <= LARGEST_RECORD:
         before = value.detach().clone()
         return lambda: _put_back(value.detach(), before)
@@ -89,10 +94,16 @@ def _flat(container: Any) -> Any:
 
 
 def take_rows(batch: Any, rows: int, index: Tensor | slice | None) -> Any:
-    """A copy of a batch, nested or not, that holds the rows of `index` (None: all).
+    """Return a copy of a batch with some of its rows.
+
+    Args:
+        batch: a tensor, or nested mappings, lists or tuples of tensors; anything else is returned as it is.
+        rows: the number of rows of each tensor.
+        index: the rows to take; None for all.
 
     Raises:
-        ValueError: a tensor in it has another number of rows, so it is not known which of them belong together.
+        ValueError: a tensor has another number of rows, or a list holds other things than tensors, so the batch cannot
+            be split into rows.
     """
     if isinstance(batch, Mapping):
         return {key: take_rows(value, rows, index) for key, value in batch.items()}
@@ -111,12 +122,12 @@ def take_rows(batch: Any, rows: int, index: Tensor | slice | None) -> Any:
 
 
 def tensor_items(outputs: Any) -> dict[Any, Tensor]:
-    """The tensors of a model's outputs by name, or by position in a tuple."""
+    """Return the tensors of a model's outputs by name, or by position if the outputs are a tuple."""
     items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
     return {key: value for key, value in items if isinstance(value, Tensor)}
 
 
-# -- which labels a loss is the mean over -----------------------------------------------------------------------------
+# -- what a loss is the mean over -------------------------------------------------------------------------------------
 
 
 def _labelled(batch: Mapping[str, Any]) -> Tensor:
@@ -136,17 +147,17 @@ def _rows(batch: Mapping[str, Any]) -> Tensor:
     return torch.zeros(len(batch["labels"]), dtype=torch.long, device=batch["labels"].device)
 
 
-# What a loss may be the mean over, the likeliest first: labels of a batch, of which those that are not -100 count.
+# What a loss may be the mean over, the most likely first. Each function returns labels; those that are not -100 count.
 COUNTS = {"labels": _labelled, "labels that are attended to": _attended, "rows": _rows}
 
 
 def counted_labels(labels: Tensor) -> Tensor:
-    """How many labels are not -100."""
+    """Return the number of labels that are not -100, as a 0-dim tensor."""
     return labels.ne(-100).sum()
 
 
 def logits_of(outputs: dict[Any, Tensor], labels: Any) -> Any:
-    """The key of the logits that these labels choose from; None if there are none, or no whole-number labels."""
+    """Return the key of the logits in `outputs` that belong to these labels; None if there are none."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() == 0:
         return None
     used = labels[labels.ne(-100)]
@@ -159,11 +170,20 @@ def logits_of(outputs: dict[Any, Tensor], labels: Any) -> Any:
 
 
 def perturbed(batch: dict[str, Any], names: list[str], outputs: dict[Any, Tensor]) -> dict[str, Any]:
-    """Three rows whose first differs from the others in all that a loss may be weighted by.
+    """Change the labels and the attention mask of three rows, so that each way of averaging gives another loss.
 
-    Losses of an untrained head are all ln(classes), whatever they are means over. So the first row gets the most
-    likely labels, and fewer of them, and attends to fewer positions; the others get the least likely ones. Only
-    labels that occur in the batch are used, -100 included: any other may be an error, which ends a run on a GPU.
+    The loss of every row of an untrained head is about ln(classes), so all averages are nearly equal. Therefore the
+    first row gets the most likely labels, fewer labels, and fewer attended positions; the other rows get the least
+    likely labels. Only labels that occur in the batch are used, -100 included: other labels may be invalid, and
+    invalid labels end a run on a GPU.
+
+    Args:
+        batch: a batch of three rows.
+        names: the keys of its labels.
+        outputs: the model's outputs for the batch.
+
+    Returns:
+        The changed batch.
     """
     batch = dict(batch)
     for name in names:

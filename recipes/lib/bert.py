@@ -1,4 +1,4 @@
-"""BERT in named sizes, with logits where they are needed only."""
+"""BERT in named sizes, which computes logits only where they are needed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import ModelOutput
 
-# Devlin et al. 2018 (base, large) and Turc et al. 2019 (tiny, mini). The small ones go without dropout: they underfit.
+# Devlin et al. 2018 (base, large) and Turc et al. 2019 (tiny, mini). The small ones have no dropout: they underfit.
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64},
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},

@@ -22,7 +22,7 @@ HEADER = re.compile(r"^=== (.+) ===$", re.MULTILINE)
 
 
 class Document(NamedTuple):
-    """One whole text: the unit by which a corpus is split and beyond which no block of tokens reaches."""
+    """One whole text. A corpus is split by documents, and no block of tokens holds two of them."""
 
     name: str
     text: str

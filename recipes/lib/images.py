@@ -34,8 +34,8 @@ class Images(NamedTuple):
 
 class Split(NamedTuple):
     train: Images
-    validation: Images  # chooses the learning rates
-    test: Images  # chooses nothing
+    validation: Images  # the learning rates are chosen by it
+    test: Images  # for the results only
 
 
 def load_images(data_dir: str | None) -> Split:

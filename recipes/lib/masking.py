@@ -1,4 +1,4 @@
-"""Masked language modelling whose masks are a function of (seed, epoch, index) and of nothing else."""
+"""BERT's masks: reproducible ones, from (seed, epoch, index) alone, and ones that are drawn on the device."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,9 +126,9 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
     epoch, number of its document, number of the row in it). Every worker reads all documents, and tokenizes those
     whose turn is its own. The order of the rows depends on the number of workers: resume with the same.
 
-    documents: called at the start of every pass, gives the documents in the same order every time. It need not know
-    of workers, and is not told of them: a `datasets.IterableDataset` does not divide its files among them here.
-    With spawned workers it must be picklable. Where there are several processes, accelerate deals out the rows.
+    documents: called at the start of every pass, gives the documents in the same order every time. It need not
+    handle workers, and does not see them: a `datasets.IterableDataset` does not divide its files among them here.
+    With spawned workers it must be picklable. With several processes, accelerate distributes the rows.
     passes: over the documents, each with the masks of the next epoch; None: without end. Trainer counts the whole run
     as one epoch of a stream, so a stream that it resumes must not end before the run.
     """
@@ -192,7 +192,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 
 @contextmanager
 def _as_outside_of_a_worker() -> Iterator[None]:
-    """Hide from what runs here that it is in a worker of a DataLoader.
+    """Run the block as if it were not in a worker of a DataLoader.
 
     `datasets` would give each worker some of the files, and number their rows from 0 in each.
     """
@@ -204,7 +204,7 @@ def _as_outside_of_a_worker() -> Iterator[None]:
 
 
 class MaskEpochCallback(TrainerCallback):
-    """Tells the training set its epoch, which accelerate's loaders do only sometimes.
+    """Sets the epoch of the training set, which accelerate's loaders do not always do.
 
     `DataLoaderShard.set_epoch` of accelerate 1.15 reaches either a sampler two wrappers down or the dataset, not
     both: with several processes, and in the epoch in which a run resumes, the dataset keeps the epoch it had.
@@ -222,7 +222,7 @@ def unigram_baseline(
 ) -> tuple[float, float]:
     """(cross-entropy in nats, accuracy) of guessing each masked held-out token by its frequency in training.
 
-    What a model knows before it reads any context. Frequencies are smoothed by adding one to the count of every
+    This is what a model can know without any context. Frequencies are smoothed by adding one to the count of every
     id below `vocab_size`; `special_ids` count nothing.
     """
     counts = torch.bincount(train_blocks.flatten().long(), minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""Metrics of `evaluate` that need no hub, where `evaluate.load` would look for their scripts."""
+"""Metrics of `evaluate` that work offline: `evaluate.load` would fetch their scripts from the hub."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Classification(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
-    """`accuracy`, and `f1`: the mean over all classes, each weighing the same, absent ones counting zero."""
+    """`accuracy`, and `f1`: the mean over the classes that occur, with equal weights; 0 for a class without a hit."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

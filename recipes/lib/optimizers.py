@@ -45,7 +45,7 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 def trust_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
     """‖w‖/‖u‖ of every weight that decays: what LAMB multiplied the rate by in its last step, or would with AdamW.
 
-    AdamW's is a shadow: u is computed from its moments and used for nothing. Other optimizers have none.
+    For AdamW, u is computed from its moments and does not change the step. Other optimizers have none.
     """
     if isinstance(optimizer, Lamb):
         return {name: stats.trust_ratio for name, stats in optimizer.layer_stats(adapted_only=True).items()}
@@ -53,7 +53,7 @@ def trust_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str
         return {}
     names = {weight: name for name, weight in model.named_parameters()}
     return {
-        names[w]: _shadow_ratio(w, optimizer.state[w], group)
+        names[w]: _adamw_ratio(w, optimizer.state[w], group)
         for group in optimizer.param_groups
         if group["weight_decay"] > 0
         for w in group["params"]
@@ -61,7 +61,7 @@ def trust_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str
     }
 
 
-def _shadow_ratio(w: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> float:
+def _adamw_ratio(w: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> float:
     beta1, beta2 = group["betas"]
     m = state["exp_avg"] / (1 - beta1 ** state["step"].item())
     v = state["exp_avg_sq"] / (1 - beta2 ** state["step"].item())

@@ -1,11 +1,14 @@
-"""The command lines of recipes: a suggestion for what is misspelt."""
+"""The options of a recipe: from the command line and from a plan's file."""
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from hf_lamb.scaling import near
+from hf_lamb.scaling import did_you_mean
 
 
 def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -14,5 +17,34 @@ def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -
     if unknown:
         word = unknown[0].partition("=")[0]
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise ValueError(f"unknown option {word!r}{near(word, known)}: --help lists all")
+        raise ValueError(f"unknown option {word!r}{did_you_mean(word, known)}: --help lists all")
     return tuple(parsed)
+
+
+def checked_options(parser: HfArgumentParser, options: Mapping[str, Any], excluded: Collection[str]) -> dict[str, Any]:
+    """The options of a plan in the types that the parser gives them.
+
+    Raises ValueError for an option that there is not, or is excluded, and for a value that it does not take.
+    """
+    known = {action.dest for action in parser._actions} - {"help", *excluded}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}{did_you_mean(str(name), known)}")
+    return {name: _value(parser._option_string_actions[f"--{name}"], given) for name, given in options.items()}
+
+
+def _value(action: argparse.Action, given: Any) -> Any:
+    """One option's value. A number may be text, as YAML's 1e-3 is; a list may be given as its only item."""
+    values, several = given if isinstance(given, list) else [given], action.nargs == "+"
+    if None in values or not values or (len(values) > 1 and not several):
+        raise ValueError(f"{action.dest} {given!r}: give {'one value or more' if several else 'one value'}")
+    convert: Any = action.type
+    try:
+        # A mapping as JSON, which TrainingArguments reads.
+        typed = [convert(json.dumps(value) if isinstance(value, dict) else str(value)) for value in values]
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        kind = {string_to_bool: "true or false"}.get(convert, f"a value of type {convert.__name__}")
+        raise ValueError(f"{action.dest} {given!r}: expected {kind}") from None
+    if action.choices is not None and any(value not in action.choices for value in typed):
+        raise ValueError(f"{action.dest} {given!r}: expected one of {', '.join(map(repr, action.choices))}")
+    return typed if several else typed[0]

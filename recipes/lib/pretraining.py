@@ -1,4 +1,4 @@
-"""What a pretraining run trains on: the options that name it, tokenizer, masked blocks, and by what it is judged."""
+"""The data of a pretraining run: their options, the tokenizer, masked blocks, the held-out part and its baseline."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
 
 @dataclass
 class PretrainingArguments:
-    """What is pretrained on what."""
+    """Which model is pretrained, and on which data."""
 
     size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
@@ -52,7 +52,7 @@ class Data(NamedTuple):
     held_out: MaskedBlocks
     unigram_loss: float
     unigram_accuracy: float
-    facts: dict[str, Any]  # by which a run that resumes knows whether these are the same data
+    facts: dict[str, Any]  # a resumed run compares them: are these the same data?
 
 
 def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None = None) -> Data:
@@ -75,7 +75,7 @@ def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None
 
 
 def check_held_out(arguments: PretrainingArguments, train: Sequence[Document], held_out: Sequence[Document]) -> None:
-    """Raise where documents that judge the model are among those that train it."""
+    """Raise where a held-out document is in the training corpus too."""
     texts = {document.text for document in train}
     both = [document.name for document in held_out if document.text in texts]
     if both:
@@ -87,7 +87,7 @@ def check_held_out(arguments: PretrainingArguments, train: Sequence[Document], h
 
 
 def stream_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None = None) -> Data:
-    """The same from a hub dataset that is read while training."""
+    """`load_data` for a hub dataset that is read while training."""
     if len(arguments.corpus) != 1 or arguments.corpus == ["embedded"]:
         raise ValueError(
             f"--streaming takes one hub dataset, got --corpus {' '.join(arguments.corpus)}: leave --streaming out"
@@ -118,7 +118,7 @@ def stream_data(arguments: PretrainingArguments, seed: int, checkpoint: str | No
 
 
 def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
-    """Of a hub dataset from the document `first` on; a function that spawned workers can be given."""
+    """The documents of a hub dataset from number `first` on. Spawned workers can pickle this function."""
     return islice(hub_documents(name, streaming=True), first, None)
 
 
@@ -127,7 +127,7 @@ def tokenizer_for(
 ) -> PreTrainedTokenizerBase:
     """The checkpoint's, else the one that was named, else one trained on these documents.
 
-    Raises ValueError where another one than the checkpoint's was asked for: the embeddings are of the latter's tokens.
+    Raises ValueError where the options ask for another one than the checkpoint's, to which its embeddings belong.
     """
     if checkpoint is not None and has_tokenizer(checkpoint):
         own = AutoTokenizer.from_pretrained(checkpoint)
@@ -182,12 +182,12 @@ def with_held_out(
 
 
 def digest(blocks: torch.Tensor) -> str:
-    """Of tokenized text."""
+    """The sha256 of tokenized text."""
     return hashlib.sha256(str(tuple(blocks.shape)).encode() + blocks.numpy().tobytes()).hexdigest()
 
 
 def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """What is not what it was when the checkpoint was written, a line each."""
+    """A line for each part of the data that is not what the checkpoint was trained on."""
     if before is None:
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""The processes of a run: how a batch is split over them, what they run as, their folder, their end."""
+"""The processes of a run: how they share a batch, what runs, their output folder, and how they end."""
 
 import errno
 import fcntl
@@ -22,7 +22,10 @@ LOCK = ".lock"
 
 
 def check_connected(world_size: int) -> None:
-    """Raise where each process would train alone and say nothing, as accelerate lets CPU ranks do without use_cpu."""
+    """Raise where the launched processes would not train together.
+
+    Without --use_cpu, accelerate lets each process on a CPU train a model of its own, and does not warn.
+    """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != world_size:
         raise ValueError(
@@ -83,7 +86,7 @@ def precision_of(accelerator: Accelerator) -> str:
 
 
 def asked_for_and_off(accelerator: Accelerator, precision: str | None = None) -> list[str]:
-    """A line for everything that the launcher or the command line asked for and that does not run.
+    """A line for each thing that the launcher or the command line asked for and that is off.
 
     precision: what the command line asked for; default that of `accelerate launch`.
     """
@@ -143,10 +146,10 @@ def make_output_dir(output_dir: str) -> None:
 
 @contextmanager
 def only_run_in(output_dirs: Sequence[str], is_main_process: bool) -> Iterator[None]:
-    """Make the folders, and keep every other run out of them; raises ValueError where one is there already.
+    """Make the folders and lock them against other runs; raises ValueError where another run has locked one.
 
-    The lock is the kernel's, on a file `.lock`, and ends with the process that holds it, however that ends; workers
-    that it has started do not inherit it. A file system without locks keeps nobody out.
+    The lock is the kernel's, on a file `.lock`. It ends with the process that holds it, also when that is killed;
+    processes that it starts do not inherit it. On a file system without locks nothing is locked.
     """
     held: list[tuple[Path, int]] = []
     try:
@@ -175,14 +178,14 @@ def _lock(path: Path) -> tuple[Path, int]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return path, descriptor
-        os.close(descriptor)  # the run that held it has just ended, and removed it: once more
+        os.close(descriptor)  # the run that held it has just ended and removed the file: try again
 
 
 # ---- The end --------------------------------------------------------------------------------------------------------
 
 
 def free(trainer: Trainer) -> None:
-    """Let go of what a trainer that has done its work holds, its DDP too."""
+    """Free the memory of a trainer that is no longer needed, and its DDP wrapper."""
     assert trainer.model is not None
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
@@ -190,7 +193,7 @@ def free(trainer: Trainer) -> None:
 
 
 def leave_process_group(trainer: Trainer) -> None:
-    """To be called at the end of a script: without it gloo may abort while the interpreter ends.
+    """Call it at the end of a script: without it gloo may abort while the interpreter ends.
 
     DDP goes first. Where its reducer is the last to hold the process group, the two may wait for each other for ever:
     ~ProcessGroupGloo joins a thread that waits for the interpreter's lock, which the reducer's destructor holds (seen

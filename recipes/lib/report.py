@@ -1,4 +1,4 @@
-"""What a run leaves behind: a line of results.jsonl, a picture, and a summary for people."""
+"""What a run writes: a line of results.jsonl, and pictures."""
 
 import argparse
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from hf_lamb.files import replacing
+from hf_lamb.files import atomic_write
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_lamb")
 
 
 def provenance() -> dict[str, Any]:
-    """When, with which command, on what hardware and with which versions; no path of this machine."""
+    """Time, command, hardware and versions of this run. The script is named by its module, not by its path."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
@@ -34,7 +34,7 @@ def hardware() -> str:
 
 
 def no_options(description: str) -> None:
-    """For programs that take none: `--help` says what they do, and does not do it."""
+    """The command line of a program without options: `--help` describes the program and does not run it."""
     argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
@@ -44,7 +44,7 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
     before = path.read_text() if path.exists() else ""
     if before and not before.endswith("\n"):
         before += "\n"
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(before + json.dumps(record) + "\n")
 
 
@@ -80,7 +80,7 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
     if log_history:
         bottom.set_xlim(0, max(1, *(line["step"] for line in log_history)))
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
     finally:
         plt.close(figure)
@@ -110,7 +110,7 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
     axes.set_xlabel("optimizer steps")
     figure.colorbar(mesh, ax=axes, label="trust ratio ‖w‖/‖u‖")
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
     finally:
         plt.close(figure)

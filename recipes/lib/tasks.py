@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
 
 class Task(NamedTuple):
-    """train learns, validation chooses learning rates, test chooses nothing."""
+    """train is for training, validation for choosing learning rates, test for the results only."""
 
     name: str
     labels: list[str]

@@ -28,11 +28,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> BertTokeniz
 
     vocab_size: an upper bound; a small corpus gives fewer tokens, so size the model by `len(tokenizer)`.
     The same texts give the same ids, in every process.
-    Raises ValueError when not even every character of the texts has a place in the vocabulary.
+    Raises ValueError when the vocabulary has no room for every character of the texts.
     """
     texts = list(texts)
     normalizer, pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
-    # Left alone, the trainer numbers the characters in the order of a randomly seeded hash table, and breaks
+    # By default the trainer numbers the characters in the order of a randomly seeded hash table, and breaks
     # ties between merges by these numbers: ids, and now and then tokens, differ from run to run. So we number
     # them. A character that is split off from an "a" before it (punctuation) never continues a word.
     characters = sorted(set().union(*(normalizer.normalize_str(text) for text in texts)) - set(" "))

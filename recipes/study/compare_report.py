@@ -26,13 +26,13 @@ from recipes.study.sweep import (
     standing,
     tuned,
 )
-from recipes.study.tables import markdown_table
+from recipes.study.tables import TUNED, markdown_table, tuned_cells
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
 FIRST_RATES = {"lamb": 2e-2, "adamw": 4e-3, "sgd": 1.0}
 MIN_STEPS = 500  # with fewer, nothing is compared
 TARGET_MARGIN = 0.1  # nats above the best loss of the smallest batch
-HEADER = ("batch", "steps", "optimizer", "trials", "best rate", "loss", "", "√-rule rate", "loss, not tuned", "")
+HEADER = ("batch", "steps", *TUNED, "loss", "", "√-rule rate", "loss, not tuned", "")
 TARGET_HEADER = ("batch", "optimizer", "steps to the target", "sequences to the target")
 
 search_of = partial(over_batch_sizes, FIRST_RATES)
@@ -99,9 +99,7 @@ def rows_of(cells: Sequence[Cell], min_steps: int) -> list[list[str]]:
                 [
                     f"{batch_size:,}",
                     f"{cell.steps:,}",
-                    NAMES[cell.optimizer],
-                    str(cell.best.trials),
-                    cell.best.rate_in_words,
+                    *tuned_cells(cell.optimizer, cell.best),
                     str(cell.loss),
                     standing(cell.loss, losses) if comparable else "too few steps",
                     f"{cell.carried_rate:.3g}" if cell.carried_rate != cell.best.learning_rate else "the best",

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-from recipes.lib.optimizers import NAMES
 from recipes.study import html_report
 from recipes.study.plots import u_curves
 from recipes.study.sweep import Record, Search, Spread, Study, hardware_of, outcomes, search_behind, spread, standing
-from recipes.study.tables import markdown_table
+from recipes.study.tables import TUNED, markdown_table, tuned_cells
 
 # Where the search of the first start begins.
 FIRST_RATES = {"lamb": 1e-2, "adamw": 5e-4, "sgd": 0.1}
 STARTS = {"pretrained": "from the checkpoint", "scratch": "from scratch"}
-HEADER = ("start", "optimizer", "trials", "best rate", "test accuracy", "", "test macro F1")
+HEADER = ("start", *TUNED, "test accuracy", "", "test macro F1")
 
 
 def search_of(optimizers: Sequence[str], starts: Sequence[str], seeds: int) -> Search:
@@ -39,17 +38,17 @@ def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
     found = outcomes(search, records)
     rows = []
     for (start, optimizer), (best, runs) in found.items():
-        accuracy, f1 = (per_cent(runs, name) for name in ("accuracy", "f1"))
-        same_start = [per_cent(r, "accuracy") for (s, _), (_, r) in found.items() if s == start]
+        accuracy, f1 = (tested(runs, name) for name in ("accuracy", "f1"))
+        same_start = [tested(r, "accuracy") for (s, _), (_, r) in found.items() if s == start]
         place = standing(accuracy, same_start, highest=True, digits=1)
-        cells = [f"{s.mean:.1f} ± {s.sd:.1f} %" for s in (accuracy, f1)]
-        rows.append([STARTS[start], NAMES[optimizer], str(best.trials), best.rate_in_words, cells[0], place, cells[1]])
+        rows.append([STARTS[start], *tuned_cells(optimizer, best), accuracy.per_cent, place, f1.per_cent])
     for name, scores in records[0]["baselines"].items():
         rows.append([name, "", "", "", f"{100 * scores['accuracy']:.1f} %", "", f"{100 * scores['f1']:.1f} %"])
     return rows
 
 
-def per_cent(runs: Sequence[Record], metric: str) -> Spread:
+def tested(runs: Sequence[Record], metric: str) -> Spread:
+    """A metric of the test part, in per cent."""
     return spread([100 * run["test"][metric] for run in runs])
 
 

@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nobody for anything: styles and pictures are inside."""
+"""A report as one HTML file that loads nothing else: styles and pictures are inside."""
 
 import base64
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from recipes.lib.report import replacing
+from recipes.lib.report import atomic_write
 from recipes.study.tables import markdown_table
 
 STYLE = """
@@ -25,7 +25,7 @@ th { border-bottom: 2px solid #888; } code { font-size: .85rem; }
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write a page of these parts, in this order."""
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -47,7 +47,8 @@ def write_study(
 ) -> str:
     """report.html of a study; returns the report for the terminal.
 
-    what: was run. outcome: header and rows of the table. notes: what to know of it. more: parts of the page only.
+    what: says what was run. outcome: header and rows of the table. notes: paragraphs below it. more: further parts of
+    the page.
     """
     commands = "; ".join(sorted({record["command"] for record in records}))
     parts = [paragraph(what), table(*outcome), *map(paragraph, notes), *more, paragraph(f"Commands: {commands}.")]

@@ -20,11 +20,11 @@ from recipes.study.sweep import (
     spread,
     standing,
 )
-from recipes.study.tables import markdown_table
+from recipes.study.tables import TUNED, markdown_table, tuned_cells
 
 # Where the search at the smallest batch starts; it goes on from there until the best rate lies inside.
 FIRST_RATES = {"lamb": 2e-2, "adamw": 8e-3, "adam": 8e-3, "sgd": 0.5}
-HEADER = ("batch", "steps", "optimizer", "trials", "best rate", "test accuracy", "", "training accuracy", "test loss")
+HEADER = ("batch", "steps", *TUNED, "test accuracy", "", "training accuracy", "test loss")
 
 search_of = partial(over_batch_sizes, FIRST_RATES)
 
@@ -56,20 +56,14 @@ def rows_of(search: Search, records: Sequence[Record]) -> list[list[str]]:
                 [
                     f"{batch_size:,}",
                     f"{runs[0]['steps']:,}",
-                    NAMES[optimizer],
-                    str(best.trials),
-                    best.rate_in_words,
-                    per_cent(accuracy[optimizer]),
+                    *tuned_cells(optimizer, best),
+                    accuracy[optimizer].per_cent,
                     standing(accuracy[optimizer], list(accuracy.values()), highest=True, digits=1),
-                    per_cent(finals(runs, "train_accuracy")),
+                    finals(runs, "train_accuracy").per_cent,
                     str(finals(runs, "test_loss")),
                 ]
             )
     return rows
-
-
-def per_cent(accuracy: Spread) -> str:
-    return f"{accuracy.mean:.1f} ± {accuracy.sd:.1f} %" if math.isfinite(accuracy.mean) else "diverged"
 
 
 def plot_curves(path: Path, search: Search, records: Sequence[Record]) -> None:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from recipes.lib.optimizers import NAMES
-from recipes.lib.report import replacing
+from recipes.lib.report import atomic_write
 from recipes.study.sweep import Record, Search, best_of, judged, objective_of, spread, trial_of
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and markers for print.
@@ -28,7 +28,7 @@ def picture(path: Path, columns: int = 1, rows: int = 1, size: tuple[float, floa
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
     try:
         yield figure, axes
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
     finally:
         plt.close(figure)

@@ -1,7 +1,7 @@
 """Parts 1 and 2 of sharp_minima: a small network on scikit-learn's digits, and one function in other weights."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from hf_lamb.sharpness import (
     weighted_trace,
 )
 from recipes.lib.images import digits as all_digits
+from recipes.study.sweep import shuffled
 
 # Part 1. Four rates for every optimizer and batch size, two times apart; the one with the lowest validation loss is
 # run again with two more seeds.
@@ -179,9 +180,8 @@ def train(
     )
     (images, classes), curve = digits.train, []
     looks = {round(steps ** (i / 9)) for i in range(10)} | {round(steps * i / 8) for i in range(1, 9)}
-    batches = shuffled(len(images), run.batch_size, run.seed)
-    for step in range(1, steps + 1):
-        rows = next(batches)
+    batches = shuffled(len(images), steps * run.batch_size, run.seed).split(run.batch_size)
+    for step, rows in enumerate(batches, 1):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images[rows]), classes[rows]).backward()
         optimizer.step()
@@ -203,13 +203,6 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         plain = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=run.rate, eps=1e-6)
     return torch.optim.SGD(model.parameters(), lr=run.rate, momentum=0.9)
-
-
-def shuffled(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Indices of batches, epoch after epoch, each in a new order."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(rows, generator=generator).split(batch_size)
 
 
 @torch.no_grad()

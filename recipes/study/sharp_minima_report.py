@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from hf_lamb.sharpness.paths import Point
+from hf_lamb.sharpness import Point
 from hf_lamb.sharpness.plots import BLUE, ORANGE, draw_against_loss, draw_path, require_matplotlib
-from recipes.lib.report import replacing
+from recipes.lib.report import atomic_write
 from recipes.study import html_report
 from recipes.study.sharp_minima_digits import FURTHER, LARGE, ON_THE_WAY, RATES, SMALL, TARGET, Run, best
+from recipes.study.sweep import spread
+from recipes.study.tables import markdown_table
 
 OPTIMIZERS = {"lamb": "LAMB", "adamw": "AdamW", "sgd": "SGD, momentum 0.9"}
 COLORS = {SMALL: BLUE, LARGE: ORANGE}
@@ -27,37 +28,38 @@ def results_of(records: list[Record]) -> list[str]:
 
 def digits_table(records: list[Record]) -> str:
     """The best rate of every optimizer and batch size, over its seeds."""
-    lines = [
-        "| optimizer | batch | rate | steps | training loss | test accuracy | adaptive sharpness "
-        "| Keskar's sharpness | largest eigenvalue | Σ w²H |",
-        "| --- " * 10 + "|",
-    ]
+    columns = {
+        "training loss": "train_loss",
+        "test accuracy": "test_accuracy",
+        "adaptive sharpness": "adaptive",
+        "Keskar's sharpness": "keskar",
+        "largest eigenvalue": "lambda_max",
+        "Σ w²H": "weighted_trace",
+    }
+    rows = []
     for optimizer, title in OPTIMIZERS.items():
         for size in (SMALL, LARGE):
             runs = seeds(records, optimizer, size)
-            columns = ("train_loss", "test_accuracy", "adaptive", "keskar", "lambda_max", "weighted_trace")
-            cells = [spread([run[column] for run in runs], percent="accuracy" in column) for column in columns]
-            steps = spread([run["steps"] for run in runs])
-            lines.append(f"| {title} | {size:,} | {runs[0]['rate']:g} | {steps} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            cells = [in_words([run[column] for run in runs], "accuracy" in column) for column in columns.values()]
+            rows.append([title, f"{size:,}", f"{runs[0]['rate']:g}", in_words([run["steps"] for run in runs]), *cells])
+    return markdown_table(("optimizer", "batch", "rate", "steps", *columns), rows)
 
 
 def unequal_table(records: list[Record]) -> str:
     """AdamW's small batch at the common loss beside its large batch trained on."""
     (further,) = [record for record in records if record.get("target") == FURTHER]
     small, large = (seeds(records, "adamw", size)[0] for size in (SMALL, LARGE))
-    lines = [
-        "| AdamW, seed 0 | training loss | test loss | adaptive sharpness | Keskar's sharpness |",
-        "| --- " * 5 + "|",
-    ]
+    rows = []
     for title, run in (
         (f"batch {SMALL}", small),
         (f"batch {LARGE:,}", large),
         (f"batch {LARGE:,}, {further['steps']:,} steps instead of {large['steps']:,}", further),
     ):
         cells = [number(run[column]) for column in ("train_loss", "test_loss", "adaptive", "keskar")]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([title, *cells])
+    return markdown_table(
+        ("AdamW, seed 0", "training loss", "test loss", "adaptive sharpness", "Keskar's sharpness"), rows
+    )
 
 
 def dinh_table(records: list[Record]) -> str:
@@ -71,7 +73,7 @@ def dinh_table(records: list[Record]) -> str:
         "adaptive sharpness": "adaptive",
         "Σ w²H": "weighted_trace",
     }
-    lines = ["| α | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    rows = []
     for record in of(records, "dinh"):
         cells = [
             f"{record[column]:.0e}".replace("e-0", "e-").replace("0e+00", "0")
@@ -79,8 +81,8 @@ def dinh_table(records: list[Record]) -> str:
             else number(record[column], 4)
             for column in columns.values()
         ]
-        lines.append(f"| {record['alpha']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{record['alpha']:g}", *cells])
+    return markdown_table(("α", *columns), rows)
 
 
 def seeds(records: list[Record], optimizer: str, batch_size: int) -> list[Record]:
@@ -96,14 +98,13 @@ def of(records: list[Record], part: str) -> list[Record]:
     return [record for record in records if record["part"] == part]
 
 
-def spread(values: list[float], percent: bool = False) -> str:
-    """Mean ± standard deviation."""
-    if percent:
-        return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f} %"
-    if all(isinstance(value, int) for value in values):
-        return f"{mean(values):,.0f} ± {stdev(values):,.0f}"
-    decimals = len(number(mean(values)).partition(".")[2])
-    return f"{mean(values):,.{decimals}f} ± {stdev(values):,.{decimals}f}"
+def in_words(values: list[float], shares: bool = False) -> str:
+    """Mean ± standard deviation; shares in per cent."""
+    if shares:
+        return spread([100 * value for value in values]).per_cent
+    mean, sd, _ = spread(values)
+    decimals = 0 if all(isinstance(value, int) for value in values) else len(number(mean).partition(".")[2])
+    return f"{mean:,.{decimals}f} ± {sd:,.{decimals}f}"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -257,7 +258,7 @@ def _three_panels(title: str, height: float = 4.8) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: Path) -> None:
     try:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=110)
     finally:
         require_matplotlib().close(figure)

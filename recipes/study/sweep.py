@@ -2,7 +2,7 @@
 
 A study is a folder. Every finished trial is one line of its `trials.jsonl`, and what to run next is a function of
 these lines alone, so that a study goes on where it stopped. Any number of processes may work on a folder (accelerate
-gives each a device): each claims a trial with a file lock, which ends with the process that held it, however it ended.
+gives each a device): each claims a trial with a file lock, which ends with the process, also when that is killed.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ class Trial(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """What the search found for one optimizer in one setting."""
+    """The result of the search for one optimizer in one setting."""
 
     learning_rate: float
     objective: float  # of the tuning seed; inf where everything diverged
@@ -158,6 +158,24 @@ def over_batch_sizes(
     )
 
 
+def check_over_batch_sizes(arguments: Any, optimizers: Iterable[str], at_least_one: Iterable[str]) -> None:
+    """Raise ValueError for options of such a study that would fail later, or compare nothing.
+
+    optimizers: those that there are. at_least_one: the options whose numbers must be that.
+    """
+    known = list(optimizers)
+    if unknown := [o for o in arguments.optimizers if o not in known]:
+        raise ValueError(f"--optimizers {unknown[0]}: expected some of {', '.join(known)}")
+    for option in at_least_one:
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option} {getattr(arguments, option)}: expected at least 1")
+    if arguments.seeds < 2:
+        raise ValueError(f"--seeds {arguments.seeds}: expected at least 2, or nothing is known about the spread")
+    sizes = arguments.batch_sizes or []
+    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
+        raise ValueError(f"--batch_sizes {' '.join(map(str, sizes))}: expected different sizes, from small to large")
+
+
 def search_behind(records: Sequence[Record], search_of: Callable[..., Search]) -> Search:
     """The search that led to these records. search_of: takes optimizers, settings and the number of seeds."""
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
@@ -195,7 +213,7 @@ def shuffled(rows: int, wanted: int, seed: int) -> Tensor:
     return torch.cat(epochs)[:wanted]
 
 
-# -- what came out ----------------------------------------------------------------------------------------------------
+# -- the results ------------------------------------------------------------------------------------------------------
 
 
 def tuned(search: Search, records: Sequence[Record], optimizer: str, setting: Any) -> Tuned:
@@ -239,6 +257,11 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.sd:.3f}" if math.isfinite(self.mean) else "diverged"
+
+    @property
+    def per_cent(self) -> str:
+        """Where the values are in per cent."""
+        return f"{self.mean:.1f} ± {self.sd:.1f} %" if math.isfinite(self.mean) else "diverged"
 
 
 def spread(values: Sequence[float | None]) -> Spread:
@@ -310,7 +333,7 @@ class Study:
                 bar.total, bar.n = self.search.expected(records), len(records)
                 bar.refresh()
                 if not self._run_one(trials, train, bar):
-                    time.sleep(0.2)  # others are at work on all that can be run now
+                    time.sleep(0.2)  # other processes are running all that can be run now
                 records = self.records()
             bar.total = bar.n = len(records)
         return records
@@ -338,7 +361,7 @@ class Study:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of this name, which the system takes back from a process that dies."""
+    """Hold the lock of this name, which the system releases when the process dies; yields whether it is held."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,9 +3,17 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from recipes.lib.report import replacing
+from recipes.lib.optimizers import NAMES
+from recipes.lib.report import atomic_write
+from recipes.study.sweep import Tuned
 
+TUNED = ("optimizer", "trials", "best rate")  # the columns of `tuned_cells`
 ROOT = Path(__file__).parents[2]
+
+
+def tuned_cells(optimizer: str, best: Tuned) -> list[str]:
+    """What the row of a tuned optimizer says of the tuning, below TUNED."""
+    return [NAMES[optimizer], str(best.trials), best.rate_in_words]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,5 +34,5 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
 def write_tables(file: str, tables: Mapping[str, str]) -> None:
     """Replace the tables of a file of this repository by these."""
     path = ROOT / file
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(filled(path.read_text(), tables))

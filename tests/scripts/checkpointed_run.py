@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer
 
 from hf_lamb import LambTrainer, LambTrainingArguments
 from recipes.lib.processes import leave_process_group
+from tests.scripts.scaffold import QUIET
 from tests.scripts.split_batch import LENGTH, VOCAB, FixedRows
 
 STEPS = 6
@@ -28,9 +29,7 @@ def trainer(output: Path, cls: type[Trainer] = LambTrainer, **options: Any) -> T
         "gradient_accumulation_steps": 2,
         "logging_steps": 1,
         "save_steps": 2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUIET,
     }
     torch.manual_seed(0)
     config = BertConfig(

@@ -7,10 +7,8 @@ weights.pt, what a Trainer logged in log.json, and what a plain loop ended with 
 """
 
 import argparse
-import gc
 import json
 import logging
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,6 +34,7 @@ from hf_lamb.trainer.checkpoints import CheckpointError
 from hf_lamb.trainer.fsdp import tied_heads_in_one_group
 from recipes.lib import bert
 from tests.scripts import cpu_fsdp
+from tests.scripts.scaffold import QUIET, forget_accelerator, process_group
 from tests.scripts.split_batch import FixedRows, trained_model
 
 LAYOUTS = ("ddp", "sharded", "full")  # DDP; FSDP2, with sharded and with full state dicts in its checkpoints
@@ -88,10 +86,8 @@ def trainer(cls: type[Trainer], folder: Path, layout: str, model: type[BertForMa
         eval_strategy="steps",
         eval_steps=SAVED_AT,
         save_steps=SAVED_AT,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
         seed=7,
+        **QUIET,
         **fsdp,
     )
     return cls(
@@ -156,13 +152,6 @@ def assert_another_model_is_refused(folder: Path, checkpoint: Path) -> None:
         ):
             run.train(resume_from_checkpoint=str(checkpoint))
         forget_accelerator()
-
-
-def forget_accelerator() -> None:
-    dist.barrier()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it for good
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -278,7 +267,5 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=int, nargs="*", default=[])
     given = parser.parse_args()
     logging.getLogger("hf_lamb").setLevel(logging.ERROR)
-    dist.init_process_group("gloo")
-    main(given.root, given.whole, given.resume)
-    gc.collect()  # DDP's reducers before the process group, see recipes.lib.processes
-    dist.destroy_process_group()
+    with process_group():
+        main(given.root, given.whole, given.resume)

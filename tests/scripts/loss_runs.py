@@ -7,7 +7,6 @@ training in turns, the second with another batch and accumulation. `unequal`: th
 process and four on the other, under FSDP2.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.lib.processes import leave_process_group
 from tests.scripts import cpu_fsdp, split_batch
+from tests.scripts.scaffold import QUIET, write_and_leave
 
 FSDP2 = {
     "version": 2,
@@ -78,8 +77,8 @@ class InOrder(LambTrainer):
 
 
 def arguments(path: Path, **options: Any) -> LambTrainingArguments:
-    defaults: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "report_to": []}
-    defaults |= {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4}
+    defaults: dict[str, Any] = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", **QUIET}
+    defaults |= {"per_device_train_batch_size": 4}
     return LambTrainingArguments(output_dir=str(path / "trainer"), **defaults | options)
 
 
@@ -132,9 +131,7 @@ def main(what: str, output: Path) -> None:
         trainer.train()
         found["second"] = logged(trainer)
         found["evaluated"] = [*evaluated, trainer.evaluate()["eval_loss"]]
-    if trainer.is_world_process_zero():
-        output.write_text(json.dumps(found))
-    leave_process_group(trainer)
+    write_and_leave(trainer, output, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimens
 `split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.lib.processes import leave_process_group
 from tests.scripts import split_batch
+from tests.scripts.scaffold import QUIET, write_and_leave
 
 DIMENSIONS, NOISE_SCALE, SEEDS = 256, 24.0, 6
 
@@ -56,8 +55,8 @@ def noise_trainer(
     path: Path, batch: int, accumulation: int, seed: int = 0, cls: type[LambTrainer] = LambTrainer, **options: Any
 ) -> LambTrainer:
     set_seed(seed)
-    defaults: dict[str, Any] = {"max_steps": 240, "logging_steps": 20, "save_strategy": "no", "report_to": []}
-    defaults |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "seed": seed, "optim": "lamb"}
+    defaults: dict[str, Any] = {"max_steps": 240, "logging_steps": 20, "save_strategy": "no", **QUIET}
+    defaults |= {"learning_rate": 1e-3, "seed": seed, "optim": "lamb"}
     args = LambTrainingArguments(
         output_dir=str(path),
         per_device_train_batch_size=batch,
@@ -78,9 +77,7 @@ def scaled_trainer(path: Path, batch: int, accumulation: int, steps: int, **opti
         max_steps=steps,
         logging_steps=1,
         save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+        **QUIET,
         **options,
     )
     model = split_batch.trained_model("mlm", path / f"start-{batch}")
@@ -121,9 +118,7 @@ def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) 
         found = {"learning_rate": found, "loss": [x["loss"] for x in trainer.state.log_history if "loss" in x]}
         runs = (noise_trainer(path / "trainer", batch, accumulation, s, max_steps=40) for s in range(SEEDS))
         found["noise_scale"] = [values[-1] for run in runs if (values := logged(run, noise))]
-    if trainer.is_world_process_zero():
-        output.write_text(json.dumps(found))
-    leave_process_group(trainer)
+    write_and_leave(trainer, output, found)
 
 
 if __name__ == "__main__":

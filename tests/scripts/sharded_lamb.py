@@ -4,19 +4,12 @@ Run by tests/test_sharding.py and tests/scripts/sharding_report.py:
 torchrun --nproc_per_node N -m tests.scripts.sharded_lamb CASES.json OUTPUT.json
 """
 
-import gc
-import hashlib
 import importlib
 import json
-import math
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -51,27 +44,11 @@ from hf_lamb import Lamb
 from hf_lamb.sharding import sharding
 from hf_lamb.sharding.collectives import Reduction, Reductions
 from hf_lamb.sharding.fsdp1 import clean_name
+from tests.scripts.scaffold import NOT_MOVED, Case, Layers, distances, from_all, measure_cases, process_group
 
 VOCAB, WIDTH, INTERMEDIATE, LENGTH, ROWS, STEPS = 503, 36, 130, 24, 8, 10
 COLLECTIVES = ("all", "reduce", "broadcast", "gather", "scatter")
-# A broken variant's process without a piece of a layer thinks that it kept its weights; a NaN counts as infinite.
-NOT_MOVED = (math.nan, math.nan, math.nan)
 POISONED = "bert.encoder.layer.0.intermediate.dense.weight"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run: how the model is sharded, and the optimizer by its module."""
-
-    mode: str
-    dtype: str = "float64"
-    optimizer: str = "hf_lamb"
-    options: dict[str, Any] = field(default_factory=dict)
-    nan_at: int | None = None  # the step at which one entry of one gradient is not finite
-    mutation: str | None = None
-
-    def __str__(self) -> str:
-        return json.dumps(asdict(self))
 
 
 # -- model and data --------------------------------------------------------------------------------------------------
@@ -254,7 +231,7 @@ class Outcome:
     """What a run leaves: the weights, and per step the layers' (‖w‖, ‖u‖, r)."""
 
     weights: dict[str, Tensor]
-    layers: list[dict[str, tuple[float, float, float]]]
+    layers: list[Layers]
     skipped: tuple[int, int] | None = None
     collectives: list[tuple[str, int]] = field(default_factory=list)  # of the last step
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -329,7 +306,7 @@ def _own(optimizer: Optimizer) -> Optimizer:
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
-def _layers(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, tuple[float, float, float]]:
+def _layers(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> Layers:
     """The last step's norms and ratios by the model's names; of all processes' layers with ZeroRedundancyOptimizer."""
     own = _own(optimizer)
     if not isinstance(own, Lamb):
@@ -345,7 +322,7 @@ def _layers(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, t
         if param.requires_grad
     }
     if own is not optimizer:
-        layers = {name: row for rank in _from_all(layers) for name, row in rank.items()}
+        layers = {name: row for rank in from_all(layers) for name, row in rank.items()}
     return layers
 
 
@@ -393,12 +370,6 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def _from_all(thing: Any) -> list[Any]:
-    things = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
-    return things
-
-
 # -- deliberately broken variants, which must be seen to be wrong ----------------------------------------------------
 
 
@@ -441,57 +412,19 @@ def _unsharded(case: str) -> Outcome:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The largest ‖Δ‖/‖w‖ of a tensor after all steps, the largest relative difference of a trust ratio and of a
-    norm at any step, and what each process says of itself."""
+    """The distances from the unsharded run, and what each process says of itself."""
     got = train(case, sharded=True)
     expected = got.beside or _unsharded(str(replace(case, mode="", mutation=None)))
-    rows = [
-        (step.get(name, NOT_MOVED), theirs)
-        for step, expected_step in zip(got.layers, expected.layers, strict=True)
-        for name, theirs in expected_step.items()
-    ]
-    weights = [(got.weights[name].double(), theirs.double()) for name, theirs in expected.weights.items()]
-    digest = hashlib.sha256(b"".join(mine.numpy().tobytes() for mine, _ in weights)).hexdigest()
     return {
-        "weights": _largest(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in weights),
-        "ratios": _largest(_difference(mine[2], theirs[2]) for mine, theirs in rows),
-        "norms": _largest(_difference(mine[i], theirs[i]) for mine, theirs in rows for i in (0, 1)),
-        "skipped": _from_all(got.skipped),
+        **distances(got.weights, expected.weights, got.layers, expected.layers),
+        "skipped": from_all(got.skipped),
         "unsharded_skipped": expected.skipped,
-        "same_weights": len(set(_from_all(digest))) == 1,
-        "same_layers": all(layers == got.layers for layers in _from_all(got.layers)),
-        "collectives": _from_all(got.collectives),
+        "collectives": from_all(got.collectives),
         "unsharded_collectives": expected.collectives,
-        "evidence": _from_all(got.evidence),
+        "evidence": from_all(got.evidence),
     }
 
 
-def _difference(mine: float, theirs: float) -> float:
-    return abs(mine - theirs) / abs(theirs) if theirs else abs(mine)
-
-
-def _largest(differences: Iterable[float]) -> float | None:
-    """None for none; a NaN counts as infinite."""
-    return max((d if d == d else float("inf") for d in differences), default=None)
-
-
-def main(cases: Path, output: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = []
-    for arguments in json.loads(cases.read_text()):
-        case = Case(**arguments)
-        try:
-            results.append({"case": str(case), **measure(case)})
-        except Exception as error:  # of other people's optimizers, on all processes alike
-            line = f"{type(error).__name__}: {error}".splitlines()[0]
-            results.append({"case": str(case), "error": line})
-            traceback.print_exc()
-    if dist.get_rank() == 0:
-        output.write_text(json.dumps(results))
-    gc.collect()  # DDP's reducers before the process group, see recipes.lib.processes
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with process_group():
+        measure_cases(measure)

@@ -15,9 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from recipes.lib.report import no_options, provenance, replacing
+import pytest
+
+from recipes.lib.report import atomic_write, no_options, provenance
 from recipes.study.tables import ROOT, write_tables
-from tests.helpers import torchrun
+from tests import helpers
 
 RESULTS = ROOT / "recipes/results/sharding.jsonl"
 MARKERS = "sharding-report"
@@ -66,12 +68,12 @@ PEERS: list[Column] = [
 def measure(processes: int, columns: list[Column]) -> list[dict[str, Any]]:
     """A record for each mode and column; those of one call share a launch."""
     modes = [mode for mode in MODES if processes == 4 or mode not in FOUR_ONLY]
-    records = _measure(processes, columns, modes, "tests.scripts.sharded_lamb")
+    records = _measure(processes, columns, modes, "sharded_lamb")
     if find_spec("deepspeed"):
         # It knows no float64; at an eps of 1e-6 rounding noise of small gradients becomes a difference.
         columns = [(h, module, "float32", {"eps": 1e-3, **options}) for h, module, _, options in columns]
         columns = [column for column in columns if not column[0].startswith("float64")]
-        records += _measure(processes, columns, list(ZERO), "tests.scripts.zero_lamb")
+        records += _measure(processes, columns, list(ZERO), "zero_lamb")
     return records
 
 
@@ -83,15 +85,14 @@ def _measure(processes: int, columns: list[Column], modes: list[str], script: st
     ]
     headings = [heading for heading, *_ in columns for _ in modes]
     with TemporaryDirectory() as folder:
-        given, results = Path(folder) / "cases.json", Path(folder) / "results.json"
-        given.write_text(json.dumps(cases))
         try:
-            torchrun(processes, script, str(given), str(results), timeout=900)
-            measured = json.loads(results.read_text())
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            measured = [{"error": f"{type(error).__name__}: all processes failed or hung"}] * len(cases)
+            results = helpers.measure(processes, script, cases, Path(folder))
+        except (pytest.fail.Exception, AssertionError, subprocess.TimeoutExpired) as error:
+            failed = {"error": f"{type(error).__name__}: all processes failed or hung"}
+            results = {json.dumps(case): failed for case in cases}
     records = []
-    for heading, case, result in zip(headings, cases, measured, strict=True):
+    for heading, case in zip(headings, cases, strict=True):
+        result = results[json.dumps(case)]
         kept = {key: result[key] for key in ("weights", "ratios", "norms", "same_weights", "error") if key in result}
         if "collectives" in result:
             kept["all_reduces"] = json.dumps(result["collectives"][0]).count('"allreduce"')
@@ -160,7 +161,7 @@ def main() -> None:
         for columns in [OWN, *([column] for column in installed)]:
             print(f"{processes} processes: {', '.join(heading for heading, *_ in columns)}", file=sys.stderr)
             records += measure(processes, columns)
-    with replacing(RESULTS) as unfinished:
+    with atomic_write(RESULTS) as unfinished:
         unfinished.write_text("".join(json.dumps({**facts, **record}) + "\n" for record in records))
     write_tables("README.md", {MARKERS: table(records)})
     print(table(records))

@@ -3,7 +3,6 @@
 Run by tests/test_sharpness_reports.py: torchrun --nproc_per_node 2 -m tests.scripts.sharpness_ddp OUTPUT_DIR
 """
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -26,11 +25,11 @@ from hf_lamb.sharpness import (
     lambda_max,
     weighted_trace,
 )
+from tests.scripts.scaffold import process_group
 from tests.test_sharpness import digits, trained
 
 
 def main(output: Path) -> None:
-    dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     images, classes = digits(200)
     batches = [(images[i : i + 40], classes[i : i + 40]) for i in range(0, 200, 40)]  # three and two
@@ -77,10 +76,8 @@ def main(output: Path) -> None:
         "callback_alone": found["adaptive"][1],
     }
     (output / f"rank{rank}.json").write_text(json.dumps(record))
-    del wrapped
-    gc.collect()  # DDP's reducer before the process group, see recipes.lib.processes
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with process_group():
+        main(Path(sys.argv[1]))

@@ -4,8 +4,9 @@ Run by tests/test_trainer.py on one process and, through torchrun, on several:
 python -m tests.scripts.split_batch {mlm,classification} PER_DEVICE_BATCH ACCUMULATION OUTPUT_DIR
 """
 
-import json
+import copy
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedModel, set_seed
 
 from hf_lamb import LambTrainer, LambTrainingArguments
-from recipes.lib.processes import leave_process_group
+from tests.scripts.scaffold import QUIET, write_and_leave
 
 VOCAB, LENGTH, ROWS, STEPS = 211, 24, 640, 50
 MODELS = {"mlm": BertForMaskedLM, "classification": BertForSequenceClassification}
@@ -38,9 +39,18 @@ class FixedRows(Dataset):
 
 
 def trained_model(task: str, checkpoint: Path) -> PreTrainedModel:
-    """The common starting point: a few steps of AdamW from weights that are zero nowhere (biases start at zero)."""
+    """The common starting point, read from `checkpoint`, or made and written there."""
     if checkpoint.exists():
         return MODELS[task].from_pretrained(checkpoint)
+    model = copy.deepcopy(_trained(task))
+    set_seed(0)  # the random numbers that follow do not depend on who has trained it
+    model.save_pretrained(checkpoint)
+    return model
+
+
+@cache
+def _trained(task: str) -> PreTrainedModel:
+    """A few steps of AdamW from weights that are zero nowhere (biases start at zero)."""
     set_seed(0)
     config = BertConfig(
         vocab_size=VOCAB,
@@ -64,7 +74,6 @@ def trained_model(task: str, checkpoint: Path) -> PreTrainedModel:
         model(input_ids=data.input_ids[rows], labels=data.labels[rows]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(checkpoint)
     return model
 
 
@@ -81,10 +90,8 @@ def main(task: str, per_device_batch: int, accumulation: int, output: Path) -> N
         eval_strategy="steps",
         eval_steps=25,
         save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
         seed=7,
+        **QUIET,
     )
     trainer = LambTrainer(
         model=trained_model(task, output.parent / f"{task}-start"),
@@ -96,8 +103,7 @@ def main(task: str, per_device_batch: int, accumulation: int, output: Path) -> N
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         torch.save({n: p.detach() for n, p in trainer.model.named_parameters()}, output / "weights.pt")
-        (output / "log.json").write_text(json.dumps(trainer.state.log_history))
-    leave_process_group(trainer)
+    write_and_leave(trainer, output / "log.json", trainer.state.log_history)
 
 
 if __name__ == "__main__":

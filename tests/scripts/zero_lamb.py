@@ -4,15 +4,8 @@ Run by tests/test_deepspeed.py and tests/scripts/sharding_report.py:
 torchrun --nproc_per_node N -m tests.scripts.zero_lamb CASES.json OUTPUT.json
 """
 
-import gc
-import hashlib
 import importlib
-import json
 import os
-import sys
-import traceback
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -27,20 +20,8 @@ from torch.optim import Optimizer
 
 from hf_lamb import Lamb
 from hf_lamb.sharding import deepspeed as zero
-from tests.scripts.sharded_lamb import (
-    ROWS,
-    STEPS,
-    Case,
-    Collectives,
-    _difference,
-    _from_all,
-    _largest,
-    batch,
-    build_model,
-    mutated,
-)
-
-Layers = dict[str, tuple[float, ...]]
+from tests.scripts.scaffold import Case, Layers, distances, from_all, measure_cases, process_group
+from tests.scripts.sharded_lamb import ROWS, STEPS, Collectives, batch, build_model, mutated
 
 # By mode: the stage, what else is in "zero_optimization", and the rest of the configuration.
 BF16 = {"bf16": {"enabled": True}}
@@ -190,50 +171,23 @@ def measure(case: Case) -> dict[str, Any]:
         got.append(layers(optimizer))
     ours = isinstance(optimizer, Lamb)
     skipped_at = case.nan_at if engine.skipped_steps else None
-    rows = [
-        (step[name], theirs)
-        for number, (step, expected_step) in enumerate(zip(got, expected.layers, strict=True))
-        if number != skipped_at  # by DeepSpeed: the statistics are still those of the step before
-        for name, theirs in expected_step.items()
-    ]
     whole = weights(engine, named)
-    pairs = [(whole[name].double(), expected.named[name].detach().double()) for name in named]
-    digest = hashlib.sha256(b"".join(mine.numpy().tobytes() for mine, _ in pairs)).hexdigest()
+    unsharded = {name: expected.named[name] for name in named}
     result = {
-        "weights": _largest(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs),
-        "ratios": _largest(_difference(mine[2], theirs[2]) for mine, theirs in rows),
-        "norms": _largest(_difference(mine[i], theirs[i]) for mine, theirs in rows for i in (0, 1)),
-        "skipped": _from_all(optimizer.skipped_steps() if ours else None),
+        # Of a step that DeepSpeed skipped, the statistics are still those of the step before.
+        **distances(whole, unsharded, got, expected.layers, leave_out=skipped_at),
+        "skipped": from_all(optimizer.skipped_steps() if ours else None),
         "deepspeed_skipped": engine.skipped_steps,
         "unsharded_skipped": expected.optimizer.skipped_steps() if ours else None,
-        "same_weights": len(set(_from_all(digest))) == 1,
-        "same_layers": all(all_layers == got for all_layers in _from_all(got)),
-        "collectives": _from_all(calls),
-        "evidence": _from_all(evidence(engine, optimizer)),
+        "collectives": from_all(calls),
+        "evidence": from_all(evidence(engine, optimizer)),
         "changed_before": [name for name, w in before.items() if not torch.equal(w, given[name])],
     }
     engine.destroy()
     return result
 
 
-def main(cases: Path, output: Path) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
-    deepspeed.utils.logger.setLevel("ERROR")
-    results = []
-    for arguments in json.loads(cases.read_text()):
-        case = Case(**arguments)
-        try:
-            results.append({"case": str(case), **measure(case)})
-        except Exception as error:  # of other people's optimizers, on all processes alike
-            line = f"{type(error).__name__}: {error}".splitlines()[0]
-            results.append({"case": str(case), "error": line})
-            traceback.print_exc()
-    if dist.get_rank() == 0:
-        output.write_text(json.dumps(results))
-    gc.collect()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with process_group(deepspeed.init_distributed, verbose=False):
+        deepspeed.utils.logger.setLevel("ERROR")
+        measure_cases(measure)

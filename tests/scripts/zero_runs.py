@@ -7,7 +7,6 @@ logged in ROOT/NAME/log.json; what was refused is in ROOT/refused.json.
 """
 
 import gc
-import json
 import logging
 import os
 import sys
@@ -22,7 +21,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -31,6 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_lamb import CheckpointError, Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
 from hf_lamb.trainer import deepspeed as deepspeed_checkpoints
+from tests.scripts.scaffold import QUIET, forget_accelerator, process_group, write_results
 from tests.scripts.split_batch import FixedRows
 
 ROWS, STEPS, SAVED_AT = 32, 6, 3  # rows in a global batch
@@ -65,9 +64,7 @@ def launched(stage: int | None) -> Iterator[None]:
         for variable in said:
             os.environ.pop(variable, None)
         unset_hf_deepspeed_config()
-        dist.barrier()
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        forget_accelerator()
         gc.collect()
 
 
@@ -84,10 +81,8 @@ def trainer(folder: Path, cls: type[Trainer]) -> Trainer:
         eval_strategy="steps",
         eval_steps=SAVED_AT,
         save_steps=SAVED_AT,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
         seed=7,
+        **QUIET,
     )
     # With ZeRO-3 in pieces from the start, by deepspeed.zero.Init.
     model = BertForMaskedLM.from_pretrained(folder.parent / "start")
@@ -105,8 +100,7 @@ def train(folder: Path, stage: int | None, checkpoint: Path | None = None, cls: 
         run.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         assert_ran_under(run.model_wrapped, stage)
         run.save_model(str(folder))
-        if dist.get_rank() == 0:
-            (folder / "log.json").write_text(json.dumps(run.state.log_history))
+        write_results(folder / "log.json", run.state.log_history)
 
 
 def assert_ran_under(engine: torch.nn.Module, stage: int | None) -> None:
@@ -139,8 +133,7 @@ def record_refusals(root: Path) -> None:
         deepspeed_checkpoints.check_deepspeed_checkpoint(root / f"zero3/checkpoint-{SAVED_AT}", 3, processes=4)
     except CheckpointError as error:
         said["zero3 on 4"] = str(error)
-    if dist.get_rank() == 0:
-        (root / "refused.json").write_text(json.dumps(said))
+    write_results(root / "refused.json", said)
 
 
 def loop(folder: Path, start: Path, stage: int | None) -> None:
@@ -179,9 +172,7 @@ def loop(folder: Path, start: Path, stage: int | None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     logging.getLogger("hf_lamb").setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo", verbose=False)
-    deepspeed.utils.logger.setLevel("ERROR")
-    main(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    with process_group(deepspeed.init_distributed, verbose=False):
+        deepspeed.utils.logger.setLevel("ERROR")
+        main(Path(sys.argv[1]))

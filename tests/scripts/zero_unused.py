@@ -3,10 +3,8 @@
 Run by tests/test_deepspeed.py: torchrun --nproc_per_node 2 -m tests.scripts.zero_unused OUTPUT.json
 """
 
-import json
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from hf_lamb import Lamb, lamb_param_groups
-from tests.scripts.sharded_lamb import _from_all
+from tests.scripts.scaffold import from_all, process_group, write_results
 
 STEPS, ROWS = 5, 8
 
@@ -76,8 +74,6 @@ def with_zero(stage: int) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def main(output: Path) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
     expected, results = alone(), {}
     for stage in range(4):
         whole, layers = with_zero(stage)
@@ -85,12 +81,11 @@ def main(output: Path) -> None:
         results[stage] = {
             "unused": far["unused.weight"],
             "used": max(distance for name, distance in far.items() if "unused" not in name),
-            "layers": _from_all(layers),
+            "layers": from_all(layers),
         }
-    if dist.get_rank() == 0:
-        output.write_text(json.dumps(results))
-    dist.destroy_process_group()
+    write_results(output, results)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with process_group(deepspeed.init_distributed, verbose=False):
+        main(Path(sys.argv[1]))
