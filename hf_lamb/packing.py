@@ -37,26 +37,26 @@ class Packing:
     ) -> list[Bucket]:
         """The pieces that have a gradient, packed by group, device, dtypes and how their layers are cut."""
         if torch.compiler.is_compiling():  # it does not trace addresses
-            return _pack(param_groups, sharding, name_of, state_of)
+            return pack(param_groups, sharding, name_of, state_of)
         params = [param for group in param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         plain = not sharding.layouts and {*map(type, params), *map(type, grads)} <= PLAIN
-        if plain and self._signature is not None and self._signature == _signature(param_groups, params, grads, state):
+        if plain and self._signature is not None and self._signature == signature(param_groups, params, grads, state):
             for bucket, places in zip(self._buckets, self._places, strict=True):
                 bucket.group = _options(param_groups, *bucket.key[:3])
                 bucket.grads = [grads[place] for place in places]
                 bucket.finite = bucket.clip_factor = None
             return self._buckets
         self._signature = None  # what follows may raise
-        self._buckets = _pack(param_groups, sharding, name_of, state_of)
+        self._buckets = pack(param_groups, sharding, name_of, state_of)
         if plain:
             place_of = {id(param): place for place, param in enumerate(params)}
             self._places = [[place_of[id(param)] for param in bucket.params] for bucket in self._buckets]
-            self._signature = _signature(param_groups, params, grads, state)
+            self._signature = signature(param_groups, params, grads, state)
         return self._buckets
 
 
-def _pack(
+def pack(
     param_groups: ParamGroups,
     sharding: Sharding,
     name_of: Callable[[int, int], str],
@@ -82,7 +82,7 @@ def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool) 
     return options
 
 
-def _signature(
+def signature(
     param_groups: ParamGroups,
     params: list[Tensor],
     grads: list[Tensor | None],
