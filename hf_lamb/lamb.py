@@ -59,10 +59,13 @@ class Lamb(Optimizer):
             gradients overflows. Weights, moments and step counts then stay as they are. Default True.
         maximize: maximise the objective. Default False.
         foreach: use torch's multi-tensor operations. Default: True on accelerators.
-        fused: use fused kernels; on CUDA these are Triton kernels. Default: True on CPU and CUDA, unless `foreach` is
-            given. Before the first step on a GPU, `Lamb` compares the Triton kernels with `foreach` on two small
-            tensors. If they differ or do not run, it warns and uses `foreach`. It also uses `foreach` for tensors that
-            the kernels do not take (non-contiguous ones, float64 on CUDA, other accelerators) and under torch.compile.
+        fused: use fused kernels. Default: True on CPU and CUDA, unless `foreach` is given. On CUDA these are Triton
+            kernels. Before the first step on a GPU, `Lamb` compares them with `foreach` on two small tensors. If they
+            differ or do not run, it warns and uses `foreach`. On a CPU this is a C kernel, which the first step
+            compiles with the system's compiler and keeps in `$XDG_CACHE_HOME/hf_lamb`. Without a compiler, for float64,
+            or with `HF_LAMB_NO_COMPILE=1` in the environment, it is torch's fused Adam kernel, block by block. `Lamb`
+            uses `foreach` for tensors that no kernel takes (non-contiguous ones, float64 on CUDA, other accelerators)
+            and under torch.compile.
 
     Raises:
         ValueError: an option has the wrong type or is out of range (the message holds the value); a parameter is
