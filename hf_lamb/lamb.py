@@ -61,9 +61,9 @@ class Lamb(Optimizer):
         foreach: use torch's multi-tensor operations. Default: True on accelerators.
         fused: use fused kernels. Default: True on CPU and CUDA, unless `foreach` is given. On CUDA these are Triton
             kernels. Before the first step on a GPU, `Lamb` compares them with `foreach` on two small tensors. If they
-            differ or do not run, it warns and uses `foreach`. On a CPU this is a C kernel, which the first step
-            compiles with the system's compiler and keeps in `$XDG_CACHE_HOME/hf_lamb`. Without a compiler, for float64,
-            or with `HF_LAMB_NO_COMPILE=1` in the environment, it is torch's fused Adam kernel, block by block. `Lamb`
+            differ or do not run, it warns and uses `foreach`. On a CPU it is a C kernel. The first step compiles it
+            with the system's compiler and keeps it in `$XDG_CACHE_HOME/hf_lamb`. Without a compiler, for float64, and
+            with `HF_LAMB_NO_COMPILE=1` in the environment, `Lamb` uses torch's fused Adam kernel, block by block. It
             uses `foreach` for tensors that no kernel takes (non-contiguous ones, float64 on CUDA, other accelerators)
             and under torch.compile.
 
