@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -387,3 +388,24 @@ def test_the_struct_is_that_of_the_library() -> None:
     ]
     assert names == [name for name, _ in compiled._Bucket._fields_]
     assert ctypes.sizeof(compiled._Bucket) % 8 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True], ids=["as it is", "one element too far"])
+def test_sanitizers_find_no_fault(broken: bool, tmp_path: Path) -> None:
+    """No access outside of a tensor, no undefined behaviour. The broken kernel reads one element too far."""
+    runtime = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    if not Path(runtime.stdout.strip()).is_absolute():
+        pytest.skip("the compiler has no address sanitizer")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "HF_LAMB_BROKEN_KERNEL": "1" if broken else "",
+    }
+    command = [sys.executable, "-m", "tests.scripts.sanitized_kernel"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert (run.returncode == 0) == (not broken), run.stderr[-3000:]
+    if broken:
+        assert "AddressSanitizer" in run.stderr
