@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hf_lamb.backends import compiler
-from tests.test_lamb_compiled import stepped
+from tests.test_lamb_c_kernel import stepped
 
 FLAGS = "-O1 -g -march=native -std=c11 -fno-math-errno -shared -fPIC"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
