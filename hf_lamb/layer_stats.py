@@ -1,4 +1,4 @@
-"""What a step saw and did, layer by layer."""
+"""The trust ratio of each layer, which `step` applies, and the numbers of the last step."""
 
 from __future__ import annotations
 

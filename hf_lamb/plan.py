@@ -37,10 +37,10 @@ class Phase:
     """A part of a training run with one sequence length, global batch and schedule.
 
     Args:
-        options: by name, what this phase does not share with the others. The published plans have `max_seq_length`
-            (tokens), `global_batch_size` (sequences in an optimizer step), and the rest as in `LambTrainingArguments`:
-            `max_steps`, `warmup_steps`, `learning_rate` (the peak), and the decay where it is not linear.
-        from_memory: the options that were not checked against the source.
+        options: this phase's own options, by name. The published plans have `max_seq_length` (tokens),
+            `global_batch_size` (sequences per optimizer step), and options of `LambTrainingArguments`: `max_steps`,
+            `warmup_steps`, `learning_rate` (the peak), and the decay if it is not linear.
+        from_memory: names of the options that were not checked against the source.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -48,12 +48,12 @@ class Phase:
 
     @property
     def sequences(self) -> int:
-        """How many are seen."""
+        """The number of sequences that the phase trains on."""
         return int(self.options["max_steps"] * self.options["global_batch_size"])
 
     @property
     def decay(self) -> str:
-        """In words."""
+        """The decay in words, for the table."""
         if "lr_scheduler_kwargs" in self.options:
             return f"cosine to {self.options['lr_scheduler_kwargs']['min_lr_rate']:.0%}"
         of_all = " of all steps" if self.options.get("decay_from_first_step") else ""
@@ -65,10 +65,10 @@ class Plan:
     """A run in one or several phases: what `read_plan` reads, `write_plan` writes, and a recipe trains.
 
     Args:
-        phases: in their order.
-        options: by name, what all phases share; the published plans have `size`, the model's.
-        name: of a published plan.
-        source: where it was published.
+        phases: the phases, in their order.
+        options: the options that all phases share, by name. The published plans have the model's `size`.
+        name: the name of a published plan. Default "".
+        source: where the plan was published. Default "".
     """
 
     phases: tuple[Phase, ...] = (Phase(),)
@@ -77,17 +77,17 @@ class Plan:
     source: str = ""
 
     def options_of(self, phase: Phase) -> dict[str, Any]:
-        """All options of a phase: its own and, where it does not have them, the shared ones."""
+        """Return all options of a phase; its own replace the shared ones."""
         return self.options | phase.options
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a YAML file: a mapping of options, and the list `phases` of such mappings.
+    """Read a plan from a YAML file: a mapping of options, and a list `phases` of such mappings.
 
-    Without `phases` it is a run of one phase. Which options there are, and of what type, is up to whoever trains.
+    Without `phases` the plan has one phase. The names and types of the options are not checked here: the recipe does.
 
     Raises:
-        ValueError: a file that cannot be read, or holds something else.
+        ValueError: the file cannot be read, or is not such a mapping.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write the file that `read_plan` reads, whole or not at all.
+    """Write the file that `read_plan` reads, completely or not at all.
 
     Name, source, and which options are from memory stand in comments.
 
@@ -212,15 +212,15 @@ def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt")
     """
     plan = find_plan(base)
     if len(plan.phases) != 1:
-        raise ValueError(f"plan {base} has {len(plan.phases)} phases: scale one that has one")
+        raise ValueError(f"plan {base} has {len(plan.phases)} phases: choose a plan of one phase to scale")
     (phase,) = plan.phases
     warmup, rate, batch = (phase.options[name] for name in ("warmup_steps", "learning_rate", "global_batch_size"))
     scaled = scaled_learning_rate(rate, batch, batch_size, rule)
     steps = round(phase.sequences / batch_size)
     if steps < warmup:
         raise ValueError(
-            f"global_batch_size {batch_size:,} leaves {steps:,} steps for {phase.sequences:,} sequences, fewer than "
-            f"the warm-up's {warmup:,}: lower it"
+            f"lower global_batch_size {batch_size:,}: with {phase.sequences:,} sequences it gives {steps:,} steps, "
+            f"fewer than the warm-up's {warmup:,}"
         )
     own = {"global_batch_size": batch_size, "max_steps": steps, "learning_rate": scaled.learning_rate}
     phase = replace(phase, options=phase.options | own)
@@ -239,10 +239,10 @@ def find_plan(name: str) -> Plan:
 
 
 def split_over(plan: Plan, micro_batches: Sequence[int]) -> Plan:
-    """The plan with `per_device_train_batch_size` in every phase; unchanged for none.
+    """Return the plan with a `per_device_train_batch_size` in every phase; without micro-batches, the plan itself.
 
     Raises:
-        ValueError: a micro-batch for some phases only.
+        ValueError: there are not as many micro-batches as phases.
     """
     if not micro_batches:
         return plan
@@ -254,7 +254,9 @@ def split_over(plan: Plan, micro_batches: Sequence[int]) -> Plan:
 
 def _check_one_for_each(plan: Plan, option: str, values: Sequence[Any]) -> None:
     if len(values) != len(plan.phases):
-        raise ValueError(f"{option}: {len(values)} numbers for the {len(plan.phases)} phases of {plan.name}")
+        raise ValueError(
+            f"{option}: give {len(plan.phases)} numbers, one for each phase of {plan.name}, not {len(values)}"
+        )
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -269,11 +271,11 @@ COLUMNS = {
 
 
 def table(plan: Plan, gpus: int = 1, seconds: Sequence[float] = (), parameters: float | None = None) -> str:
-    """A line for each phase; with micro-batches also how they split, and with seconds of one how long it is.
+    """Return a table with one line for each phase: its schedule, and if given its split over GPUs and its time.
 
     Raises:
-        ValueError: a time for some phases only, or without micro-batches; a batch that the GPUs and micro-batch cannot
-            make up.
+        ValueError: there are not as many times as phases, or no micro-batches; the global batch is not a multiple of
+            GPUs x micro-batch.
     """
     split = "per_device_train_batch_size" in plan.phases[0].options
     if seconds:

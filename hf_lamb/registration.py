@@ -378,8 +378,7 @@ def _lamb_of(model: nn.Module, adapt_all: bool) -> type[Lamb]:
                 # The groups have "layer_adaptation", which would override this option.
                 groups = [{**group, "layer_adaptation": False} for group in groups]
             optimizer = Lamb(groups, **options)
-            if fsdp1.layouts(model):
-                optimizer.attach(model)
+            optimizer.attach(model)  # changes nothing unless a runtime hides the layers
             if not loss_is_weighted.get():
                 optimizer.register_step_post_hook(_SkippedSteps())
             return optimizer  # a plain Lamb, because it must pickle

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,9 @@ def test_a_signal_to_make_ends_the_training_which_then_goes_on(texts: Path, tmp_
     command = ["make", *assumed, "pretrain", f"VENV={sys.prefix}", f"ARGS={' '.join(arguments)}"]
     options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for end in (signal.SIGTERM, signal.SIGINT):
-        with subprocess.Popen(command, **options, start_new_session=True) as run:
+        # A process that was started in the background ignores SIGINT, and so would what it starts.
+        interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, **options, start_new_session=True, preexec_fn=interruptible) as run:
             try:
                 wait_for_checkpoint(run, output)
                 deadline = time.monotonic() + 240

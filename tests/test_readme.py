@@ -97,7 +97,7 @@ def test_the_tables_of_results_are_the_recorded_ones() -> None:
 def test_lines_of_the_other_recipes_parse(name: str) -> None:
     """Every option exists and every value is accepted."""
     recipe = import_module(f"recipes.{name}")
-    (arguments,) = (value for key, value in vars(recipe).items() if key.endswith("Arguments"))
+    arguments = [value for key, value in vars(recipe).items() if key.endswith("Arguments")]
     lines = [line for line in SHELL if f"-m recipes.{name} " in line]
     assert lines
     for line in lines:
