@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 
 from hf_lamb.backends import Backend, Backends, Bucket
 from hf_lamb.layer_stats import BucketStats, LayerStats, SkippedSteps, count_skipped, layer_stats
-from hf_lamb.norms import math_dtype
 from hf_lamb.options import check_iterable, check_options, check_params, name_in_group, python_numbers
 from hf_lamb.packing import Packing
 from hf_lamb.sharding import Sharding, device_of
-from hf_lamb.state import check_loadable, check_state_dict, restore_precision
+from hf_lamb.state import check_loadable, check_state_dict, restore_precision, state_of
 
 __all__ = ["Lamb", "LayerStats", "SkippedSteps"]
 
@@ -199,7 +198,7 @@ class Lamb(Optimizer):
         if model is None and process_group is None:
             raise ValueError("Lamb.attach: pass the wrapped model, or process_group=...: got neither")
         for param in self._sharding.attach(self, model, process_group):
-            self._state_of(param)
+            state_of(self.state, param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this or an earlier version returned.
@@ -262,9 +261,7 @@ class Lamb(Optimizer):
         begins = self._sharding.begin_step(self)
         if begins is None:
             return loss
-        buckets = self._packing.buckets(
-            self.param_groups, self.state, self._sharding, self.parameter_name, self._state_of
-        )
+        buckets = self._packing.buckets(self.param_groups, self.state, self._sharding, self.parameter_name)
         if not buckets and not self._sharding.takes_part:
             return loss
         work = [(bucket, self._backends.choose(bucket)) for bucket in buckets]
@@ -340,17 +337,3 @@ class Lamb(Optimizer):
     def parameter_name(self, group_index: int, index: int) -> str:
         """Return the name that a parameter was given with, or its place `param_groups.I.params.J`."""
         return name_in_group(self.param_groups[group_index].get("param_names"), group_index, index)
-
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            # `step` is on the parameter's device, so that no host sync is needed and CUDA graphs can capture it.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=math_dtype(param))
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=math_dtype(param))
-        elif state["exp_avg"].dtype != math_dtype(param) or state["exp_avg"].device != param.device:
-            # The user has cast the model or moved it to another device since the last step.
-            state["step"] = state["step"].to(param.device)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = state[moment].to(param.device, math_dtype(param))
-        return state

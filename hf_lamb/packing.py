@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from hf_lamb.backends import Bucket
 from hf_lamb.options import python_numbers
 from hf_lamb.sharding import Sharding
+from hf_lamb.state import state_of
 
 __all__ = ["Packing"]
 
 ParamGroups = list[dict[str, Any]]
+States = dict[Any, Any]
 # What lies in one piece where it is seen. Subclasses such as DTensor have another local tensor in every step.
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
@@ -30,14 +33,13 @@ class Packing:
     def buckets(
         self,
         param_groups: ParamGroups,
-        state: Mapping[Tensor, dict[str, Tensor]],
+        state: States,
         sharding: Sharding,
         name_of: Callable[[int, int], str],
-        state_of: Callable[[Tensor], dict[str, Tensor]],
     ) -> list[Bucket]:
         """The pieces that have a gradient, packed by group, device, dtypes and how their layers are cut."""
         if torch.compiler.is_compiling():  # it does not trace addresses
-            return pack(param_groups, sharding, name_of, state_of)
+            return pack(param_groups, state, sharding, name_of)
         params = [param for group in param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         plain = not sharding.layouts and {*map(type, params), *map(type, grads)} <= PLAIN
@@ -48,7 +50,7 @@ class Packing:
                 bucket.finite = bucket.clip_factor = None
             return self._buckets
         self._signature = None  # what follows may raise
-        self._buckets = pack(param_groups, sharding, name_of, state_of)
+        self._buckets = pack(param_groups, state, sharding, name_of)
         if plain:
             place_of = {id(param): place for place, param in enumerate(params)}
             self._places = [[place_of[id(param)] for param in bucket.params] for bucket in self._buckets]
@@ -57,13 +59,11 @@ class Packing:
 
 
 def pack(
-    param_groups: ParamGroups,
-    sharding: Sharding,
-    name_of: Callable[[int, int], str],
-    state_of: Callable[[Tensor], dict[str, Tensor]],
+    param_groups: ParamGroups, state: States, sharding: Sharding, name_of: Callable[[int, int], str]
 ) -> list[Bucket]:
+    """Pack the pieces that have a gradient into buckets."""
     buckets: dict[Any, Bucket] = {}
-    for index, piece in sharding.pieces(param_groups, name_of, state_of):
+    for index, piece in sharding.pieces(param_groups, name_of, partial(state_of, state)):
         name, w, g, m, v, step, cut, place, decays, adapts = piece
         contiguous = all(tensor.is_contiguous() for tensor in (w, g, m, v))
         key = (index, decays, adapts, w.device, w.dtype, g.dtype, cut, contiguous)
@@ -86,7 +86,7 @@ def signature(
     param_groups: ParamGroups,
     params: list[Tensor],
     grads: list[Tensor | None],
-    state: Mapping[Tensor, dict[str, Tensor]],
+    state: States,
 ) -> list[Any] | None:
     """Everything that decides which buckets there are and where their tensors lie; None where state is missing.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_lamb.norms import math_dtype
 from hf_lamb.options import check_options
 
-__all__ = ["check_loadable", "check_state", "check_state_dict", "restore_precision"]
+__all__ = ["check_loadable", "check_state", "check_state_dict", "restore_precision", "state_of"]
 
 
 def check_loadable(
@@ -107,3 +107,19 @@ def restore_precision(state: dict[Any, Any], param_groups: list[dict[str, Any]],
                 state[param]["step"] = step.reshape(())
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state[param][moment] = saved[moment].to(param.device, math_dtype(param))
+
+
+def state_of(states: dict[Any, Any], param: Tensor) -> dict[str, Tensor]:
+    """Return the state of a parameter; make it if there is none, and move it if the parameter was cast or moved."""
+    state: dict[str, Tensor] = states[param]
+    if not state:
+        # `step` is on the parameter's device, so that no host sync is needed and CUDA graphs can capture it.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        state["exp_avg"] = torch.zeros_like(param, dtype=math_dtype(param))
+        state["exp_avg_sq"] = torch.zeros_like(param, dtype=math_dtype(param))
+    elif state["exp_avg"].dtype != math_dtype(param) or state["exp_avg"].device != param.device:
+        # The user has cast the model or moved it to another device since the last step.
+        state["step"] = state["step"].to(param.device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = state[moment].to(param.device, math_dtype(param))
+    return state
