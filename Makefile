@@ -39,8 +39,11 @@ finetune: setup  ## fine-tune what `make pretrain` made, against the same from s
 sharp-minima: setup  ## small batch against large batch: sharpness of the minima, with a report (minutes)
 	$(RUN) recipes.sharp_minima $(ARGS)
 
+# Several processes, because most tests use one core; a file's tests stay together and share what they train.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: setup  ## run the tests
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest $(PARALLEL) $(ARGS)
 
 coverage: setup  ## run the tests and print the share of hf_lamb's and the recipes' lines that they run
 	$(RUN) pytest --cov --cov-report term $(ARGS)
@@ -52,7 +55,7 @@ test-peers: setup  ## compare with the LAMBs of optax and timm; installs them
 	HF_LAMB_PEERS=required $(RUN) pytest tests/test_oracles.py $(ARGS)
 
 test-slow: setup  ## run the tests that take long
-	$(RUN) pytest -m slow $(ARGS)
+	$(RUN) pytest $(PARALLEL) -m slow $(ARGS)
 
 test-distributed: setup  ## run the tests on two and four processes (minutes)
 	$(RUN) pytest -m distributed $(ARGS)
