@@ -8,6 +8,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ CHUNK = 1 << 14
 SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE = range(4)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Elements. The second visit of a part should find its w, m and v, 12 bytes an element, in the last cache.
-PART = 1 << 21
+# Elements. The second visit of a part should find its w, m and v, 12 bytes per element, in the cache. Best of 2^17 to
+# 2^22 with 1 MB of L2 and 32 MB of L3 on BERT-base in float32, all within a tenth.
+PART = 1 << 18
 # A thread more is waked for so many chunks.
 CHUNKS_PER_THREAD = 4
 
@@ -117,9 +119,9 @@ class Compiled(Backend):
             task=task,
             w_type=TYPES[bucket.params[0].dtype],
             g_type=TYPES[bucket.grads[0].dtype],
-            maximize=group["maximize"],
-            bias_correction=group["bias_correction"],
-            adapts=group["layer_adaptation"],
+            maximize=bool(group["maximize"]),  # NumPy's are taken too
+            bias_correction=bool(group["bias_correction"]),
+            adapts=bool(group["layer_adaptation"]),
         )
         kernel: Any = library()
         here = ctypes.byref(arguments)
@@ -140,14 +142,14 @@ class Compiled(Backend):
             known.rows[:, 1] = torch.tensor([grad.data_ptr() for grad in bucket.grads])
             return known
         lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.steps)
-        sizes = torch.tensor([param.numel() for param in bucket.params])
-        chunks = (sizes + CHUNK - 1) // CHUNK
-        pointers = [torch.tensor([tensor.data_ptr() for tensor in tensors]) for tensors in lists]
+        sizes = [param.numel() for param in bucket.params]
+        *first_chunks, total = accumulate((-(-size // CHUNK) for size in sizes), initial=0)
+        columns = [*([tensor.data_ptr() for tensor in tensors] for tensors in lists), sizes, first_chunks]
         starts = [part.start for part in bucket.parts(PART)] if bucket.cut is None else [0]
-        n, total = len(sizes), int(chunks.sum())
+        n = len(sizes)
         table = Table(
             bucket,
-            rows=torch.stack((*pointers, sizes, chunks.cumsum(0) - chunks), dim=1),
+            rows=torch.tensor(columns).t().contiguous(),
             first_tensor=torch.tensor([*starts, n]),
             chunks=total,
             of_chunks=torch.empty(total, len(Sum)),
