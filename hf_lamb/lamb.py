@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any, overload
 
 import torch
@@ -137,6 +138,9 @@ class Lamb(Optimizer):
         if "_sharding" not in self.__dict__:
             params = (param for group in self.param_groups for param in group["params"])
             self._sharding = Sharding({param.shape for param in params} if shapes is None else shapes)
+        for option, parameter in signature(Lamb.__init__).parameters.items():
+            if parameter.default is not parameter.empty:
+                self.defaults.setdefault(option, parameter.default)  # a pickle brings the defaults of its version
         for group in self.param_groups:
             for option in self.defaults.keys() - {"differentiable"}:  # torch adds this one
                 group.setdefault(option, self.defaults[option])

@@ -299,6 +299,11 @@ def parse_phases(argv: list[str] | None = None) -> list[PhaseRun]:
                 raise ValueError(
                     f"--plan {path}: {name} is {other} in phase {phase.number} and {one} in phase 1: give it once"
                 )
+    if later and first.args.deepspeed_plugin is not None:
+        raise ValueError(
+            f"--plan {path} has {len(phases)} phases: train it with DDP or FSDP2, DeepSpeed cannot begin a phase with "
+            "the checkpoint of the one before"
+        )
     if later and any(phase.args.save_strategy == "no" for phase in phases):
         raise ValueError("--save_strategy no: a phase begins with the last checkpoint of the one before: leave it out")
     check_size(path, planned[0], first.recipe.size)

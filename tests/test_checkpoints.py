@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_lamb import LambTrainer
+from hf_lamb import Lamb, LambTrainer
 from hf_lamb.trainer import checkpoints
 from hf_lamb.trainer.checkpoints import (
     KEPT_FILE,
@@ -33,6 +34,7 @@ from hf_lamb.trainer.checkpoints import (
     check_checkpoint,
     newest_complete_checkpoint,
 )
+from hf_lamb.trainer.deepspeed import check_deepspeed_checkpoint
 from recipes.lib import bert
 from tests.helpers import SMALL, pretrain, torchrun
 from tests.scripts.checkpointed_run import STEPS, trainer
@@ -336,6 +338,26 @@ def shard(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+MODEL = "global_step4/mp_rank_00_model_states.pt"
+SHARD = "global_step4/bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+
+
+def deepspeeds(checkpoint: Path, processes: int = 1, lost: str = "", emptied: str = "") -> None:
+    """What DeepSpeed writes with ZeRO-1 or 2, in place of the optimizer."""
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "global_step4").mkdir()
+    (checkpoint / "latest").write_text("global_step4")
+    (checkpoint / "zero_to_fp32.py").touch()
+    for name in (MODEL, *(SHARD.format(rank) for rank in range(processes))):
+        (checkpoint / name).write_bytes(b"what torch.save wrote")
+    for rank in range(processes if processes > 1 else 0):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    if emptied:
+        truncate(emptied, 0)(checkpoint)
+    if lost:
+        rename(lost, "lost")(checkpoint)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty folder": (empty, "has no trainer_state.json"),
     "no state": (remove("trainer_state.json"), "has no trainer_state.json"),
@@ -350,6 +372,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty schedule": (truncate("scheduler.pt", 0), r"has a damaged scheduler.pt \(.+\)"),
     "no random numbers": (remove("rng_state.pth"), "has no rng_state.pth"),
     "one process' random numbers": (rename("rng_state.pth", "rng_state_0.pth"), "has no rng_state_1.pth"),
+    "no folder of DeepSpeed's": (partial(deepspeeds, lost="global_step4"), "has no global_step4/"),
+    "no name of that folder": (partial(deepspeeds, lost="latest"), "has no latest, the file that names the folder.*"),
+    "empty name of that folder": (partial(deepspeeds, emptied="latest"), r"has a damaged latest \(it is empty\)"),
+    "no model of DeepSpeed's": (partial(deepspeeds, lost=MODEL), r"has no global_step4/\*_model_states.pt"),
+    "no shard of ZeRO's": (partial(deepspeeds, lost=SHARD.format(0)), r"has no global_step4/\*_optim_states.pt"),
+    "empty shard of ZeRO's": (
+        partial(deepspeeds, emptied=SHARD.format(0)),
+        rf"has a damaged {SHARD.format(0)} \(it is empty\)",
+    ),
+    **{
+        f"no shard {rank} of ZeRO's": (partial(deepspeeds, processes=3, lost=name), f"has no {name}")
+        for rank, name in enumerate(map(SHARD.format, range(3)))
+    },
     "transformers' own mark": (rename("config.json", "checkpoint-is-incomplete.txt"), "was still being written"),
 }
 
@@ -443,10 +478,6 @@ def test_the_recipe_refuses_the_state_of_another_optimizer_in_one_line(
 # -- before anything is loaded, and on every file system --------------------------------------------------------------
 
 
-def deepspeed_marker(checkpoint: Path) -> None:
-    (checkpoint / "latest").write_text("global_step4")
-
-
 def other_shape(checkpoint: Path) -> None:
     weights = load_file(checkpoint / "model.safetensors")
     last = list(weights)[-1]  # so that load_state_dict would have copied the others
@@ -469,7 +500,7 @@ def next_phase(run: LambTrainer, checkpoint: str) -> None:
 
 
 REFUSED_AT_ONCE = [
-    (deepspeed_marker, {}, "with the DeepSpeed configuration it was written with: only DeepSpeed can read its"),
+    (deepspeeds, {}, "with the DeepSpeed configuration it was written with: only DeepSpeed can read its"),
     (other_shape, {}, r"is of another model: size mismatch for .*\(\[3, 5, 7\]\) in the checkpoint"),
     (adams_state, {}, "does not fit this run: resume with the optimizer that wrote it"),
     (lambda _: None, {"optim": "adamw_torch"}, "does not fit this run: resume with LAMB"),
@@ -488,6 +519,115 @@ def test_a_refused_checkpoint_changes_no_weight(
     with pytest.raises(CheckpointError, match=message):
         begin(run, str(tmp_path / "checkpoint-4"))
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+
+
+@pytest.fixture
+def under_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Callable[..., Any]], None]:
+    """Resumes a run of ZeRO-2 whose engine loads by the given function."""
+
+    def resume(checkpoint: Path, load: Callable[..., Any], **options: Any) -> None:
+        run = trainer(checkpoint.parent, **options)
+        run.is_deepspeed_enabled = True
+        monkeypatch.setattr("hf_lamb.trainer.trainer.stage_of", lambda _: 2)
+        monkeypatch.setattr("transformers.trainer.deepspeed_init", lambda *_, **__: (None, None))
+        monkeypatch.setattr("transformers.trainer.deepspeed_load_checkpoint", lambda *_, **__: load(run))
+        run.train(resume_from_checkpoint=str(checkpoint))
+
+    return resume
+
+
+def cannot_find(run: LambTrainer) -> None:
+    raise ValueError("Can't find a valid checkpoint at checkpoint-4")
+
+
+def misfits(run: LambTrainer) -> None:
+    raise RuntimeError("Error(s) in loading state_dict for Bert:\n\tsize mismatch for a.weight: 3 and 4.\n")
+
+
+def loads(cls: type[torch.optim.Optimizer], **options: Any) -> Callable[[LambTrainer], None]:
+    """As ZeRO does: into the optimizer inside."""
+
+    def load(run: LambTrainer) -> None:
+        other = cls([{"params": group["params"]} for group in run.optimizer.param_groups], **options)
+        for group in other.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        other.step()
+        run.optimizer.load_state_dict(other.state_dict())
+
+    return load
+
+
+LOADED_BY_DEEPSPEED = [
+    (cannot_find, {}, "does not fit this run: Can't find a valid checkpoint"),
+    (misfits, {}, "is of another model: size mismatch for a.weight: 3 and 4; resume with the options"),
+    (loads(torch.optim.SGD, lr=0.1, momentum=0.9), {}, "does not fit this run: .*convert_state_dict.*momentum_buffer"),
+    (loads(torch.optim.AdamW), {}, "does not fit this run: .*convert_state_dict.*amsgrad"),
+    (loads(Lamb), {"optim": "adamw_torch"}, "does not fit this run: resume with LAMB"),
+]
+
+
+@pytest.mark.parametrize(("load", "options", "message"), LOADED_BY_DEEPSPEED)
+def test_what_deepspeed_cannot_load_is_refused_in_one_line(
+    load: Any, options: Any, message: str, under_deepspeed: Any, whole: Path, tmp_path: Path
+) -> None:
+    """It loads in transformers' own preparation, where LambTrainer has no hook."""
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    deepspeeds(tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError) as caught:
+        under_deepspeed(tmp_path / "checkpoint-4", load, **options)
+    (line,) = str(caught.value).splitlines()
+    assert re.search(f"checkpoint-4 {message}", line), line
+
+
+def loads_weights_alone(run: LambTrainer) -> None:
+    """ZeRO-2 has made an entry without moments for each parameter."""
+    run.optimizer.state[run.optimizer.param_groups[0]["params"][0]] = {}
+
+
+def finds_no_shard(run: LambTrainer) -> None:
+    raise FileNotFoundError(2, "No such file or directory", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+def finds_no_entry(run: LambTrainer) -> None:
+    raise KeyError("dynamic_loss_scale")
+
+
+OTHER_PRECISION = [
+    (loads_weights_alone, ""),
+    (finds_no_shard, r" \(it has no bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt\)"),
+    (finds_no_entry, r" \(it has no dynamic_loss_scale\)"),
+]
+
+
+@pytest.mark.parametrize(("load", "ending"), OTHER_PRECISION)
+def test_a_checkpoint_of_another_precision_is_refused_under_deepspeed(
+    load: Any, ending: str, under_deepspeed: Any, whole: Path, tmp_path: Path
+) -> None:
+    """The three ways in which DeepSpeed 0.19 then fails, or does not."""
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    deepspeeds(tmp_path / "checkpoint-4")
+    message = r"resume .*checkpoint-4 with the optimizer and precision \(bf16, fp16 or neither\) it was saved with: "
+    with pytest.raises(CheckpointError, match=f"^{message}DeepSpeed has not loaded the optimizer's state{ending}$"):
+        under_deepspeed(tmp_path / "checkpoint-4", load)
+
+
+REFUSED_UNDER_ZERO = [
+    (1, 3, "with DeepSpeed ZeRO-1 or 2: .* this run's ZeRO-3$"),
+    (1, 0, "with DeepSpeed ZeRO-1 or 2: .* this run's ZeRO-0$"),
+    (2, 2, "on 2 processes: .* this run has 1$"),
+]
+
+
+@pytest.mark.parametrize(("processes", "stage", "message"), REFUSED_UNDER_ZERO)
+def test_a_complete_checkpoint_of_another_stage_or_number_of_processes_is_refused(
+    processes: int, stage: int, message: str, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    deepspeeds(tmp_path / "checkpoint-4", processes)
+    check_checkpoint(tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=f"^resume .*checkpoint-4 {message}"):
+        check_deepspeed_checkpoint(tmp_path / "checkpoint-4", stage, 1)
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "ENOTSUP", "EBADF", "EACCES"])

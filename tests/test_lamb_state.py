@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -102,6 +103,22 @@ def refused(optimizer: Lamb, state_dict: dict[str, Any], message: str) -> None:
     mended = optimizer.register_load_state_dict_pre_hook(lambda *_: before)
     optimizer.load_state_dict(state_dict)
     mended.remove()
+
+
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite", "fused"])
+def test_an_option_that_the_version_of_a_pickle_did_not_have_gets_its_default(option: str) -> None:
+    optimizer = stepped(model_with_grads())
+    expected = optimizer.defaults.copy()
+    for options in (optimizer.defaults, *optimizer.param_groups):
+        del options[option]
+    loaded = pickle.loads(pickle.dumps(optimizer))
+    assert loaded.defaults.items() >= expected.items()
+    assert [group[option] for group in loaded.param_groups] == [expected[option]] * len(loaded.param_groups)
+    for group in loaded.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    loaded.step()
+    assert {float(state["step"]) for state in loaded.state.values()} == {4.0}
 
 
 def test_state_of_another_model_is_refused() -> None:

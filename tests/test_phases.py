@@ -281,6 +281,24 @@ def test_bad_commands_get_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_phases_under_deepspeed_get_one_line_before_anything_is_trained(
+    plan: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """start_from would refuse it only when phase 2 begins."""
+    post_init = LambTrainingArguments.__post_init__
+
+    def launched_by_deepspeed(args: LambTrainingArguments) -> None:
+        post_init(args)
+        args.deepspeed_plugin = object()
+
+    monkeypatch.setattr(LambTrainingArguments, "__post_init__", launched_by_deepspeed)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(monkeypatch, *arguments(plan, texts, tmp_path / "out"))
+    (line,) = str(stopped.value.code).splitlines()
+    assert re.search("^pretrain_bert: --plan .*plan.yaml has 2 phases: train it with DDP or FSDP2", line), line
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_earlier_run_is_not_overwritten(
     whole: Path, plan: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

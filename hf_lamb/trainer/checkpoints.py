@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -323,6 +324,9 @@ def find_fault(checkpoint: Path) -> str | None:
     """
     if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # transformers' enable_jit_checkpoint writes this
         return "was still being written"
+    fault = find_deepspeed_fault(checkpoint)
+    if fault is not None:
+        return fault
     for patterns in PARTS:
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return f"has no {patterns[0]}"
@@ -336,6 +340,37 @@ def find_fault(checkpoint: Path) -> str | None:
             check_readable(file)
         except (OSError, ValueError, EOFError, UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
             return f"has a damaged {file.relative_to(checkpoint)} ({error})"
+    return None
+
+
+def find_deepspeed_fault(checkpoint: Path) -> str | None:
+    """Do what `find_fault` does, for DeepSpeed's files; None for checkpoints without them.
+
+    `latest` holds the name of a folder. ZeRO-1, 2 and 3 write the optimizer into one file for each process, and
+    `zero_to_fp32.py` beside the folder; ZeRO-3 writes the model into one file for each process too.
+    """
+    if not (checkpoint / "latest").is_file():
+        any_folder = any(checkpoint.glob("global_step*"))
+        return "has no latest, the file that names the folder of DeepSpeed" if any_folder else None
+    name = (checkpoint / "latest").read_text(errors="replace").strip()
+    if not name:
+        return "has a damaged latest (it is empty)"
+    folder = checkpoint / name
+    if not folder.is_dir():
+        return f"has no {name}/"
+    for pattern in ("*_model_states.pt", *["*_optim_states.pt"] * (checkpoint / "zero_to_fp32.py").exists()):
+        if not any(folder.glob(pattern)):
+            return f"has no {name}/{pattern}"
+    processes = len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+    for kind in ("model", "optim"):
+        shards = sorted(folder.glob(f"*zero_pp_rank_*_{kind}_states.pt"))
+        ranks = {int(re.findall(r"zero_pp_rank_(\d+)", shard.name)[0]) for shard in shards}
+        missing = next(rank for rank in range(len(shards) + 1) if rank not in ranks)
+        if shards and (missing < max(ranks) or len(shards) < processes):
+            return f"has no {name}/{re.sub(r'pp_rank_[0-9]+', f'pp_rank_{missing}', shards[0].name)}"
+    for file in sorted(folder.glob("*_states.pt")):
+        if file.stat().st_size == 0:
+            return f"has a damaged {name}/{file.name} (it is empty)"
     return None
 
 

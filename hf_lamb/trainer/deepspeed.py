@@ -1,18 +1,22 @@
-"""Checks of DeepSpeed's configuration and checkpoints, before anything is loaded."""
+"""Checks of DeepSpeed's configuration, and of its checkpoints before and after they are loaded."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers.trainer
 from transformers import Trainer
 
 from hf_lamb.trainer.callbacks import find_lamb
-from hf_lamb.trainer.checkpoints import CheckpointError
+from hf_lamb.trainer.checkpoints import CheckpointError, refusing_another_model, refusing_another_optimizer
+from hf_lamb.trainer.loss import attributes
 
-__all__ = ["check_configuration", "check_deepspeed_checkpoint", "check_state_was_loaded", "stage_of"]
+__all__ = ["check_configuration", "check_deepspeed_checkpoint", "checking_what_deepspeed_loads", "stage_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +59,32 @@ def stage_of(trainer: Trainer) -> int | None:
     return configuration_of(trainer)["zero_optimization"]["stage"] if trainer.is_deepspeed_enabled else None
 
 
-def check_state_was_loaded(trainer: Trainer, checkpoint: str) -> None:
-    """Raise CheckpointError if DeepSpeed has read the checkpoint but not loaded LAMB's state."""
-    lamb = find_lamb(trainer.optimizer)
-    if trainer.is_deepspeed_enabled and lamb is not None and not lamb.state:
-        raise CheckpointError(
-            f"resume {checkpoint} with the precision (bf16, fp16 or neither) it was saved with: DeepSpeed has not "
-            "loaded LAMB's state"
+@contextmanager
+def checking_what_deepspeed_loads(trainer: Trainer) -> Iterator[None]:
+    """Check the checkpoint that transformers makes DeepSpeed load in this block: it has no hook of its own for that.
+
+    Raises:
+        CheckpointError: the checkpoint has another model, optimizer or precision.
+    """
+    stock: Any = transformers.trainer.deepspeed_load_checkpoint  # type: ignore[attr-defined]
+
+    def load(engine: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        misfit = (
+            f"resume {checkpoint} with the optimizer and precision (bf16, fp16 or neither) it was saved with: "
+            "DeepSpeed has not loaded the optimizer's state"
         )
+        try:
+            with refusing_another_model(checkpoint), refusing_another_optimizer(checkpoint, trainer.optimizer):
+                stock(engine, checkpoint, *args, **kwargs)
+        except (FileNotFoundError, KeyError) as error:  # names of files and entries depend on the precision
+            missing = getattr(error, "filename", None) or error.args[0]
+            raise CheckpointError(f"{misfit} (it has no {missing})") from error
+        lamb = find_lamb(trainer.optimizer)
+        if lamb is not None and not any(lamb.state.values()):
+            raise CheckpointError(misfit)
+
+    with attributes(transformers.trainer, deepspeed_load_checkpoint=load):
+        yield
 
 
 def check_deepspeed_checkpoint(checkpoint: Path, stage: int | None, processes: int) -> None:
@@ -72,7 +94,7 @@ def check_deepspeed_checkpoint(checkpoint: Path, stage: int | None, processes: i
     DeepSpeed's, and DeepSpeed would stop with an assertion if the stage or the number of processes differs.
 
     Args:
-        checkpoint: the folder.
+        checkpoint: the folder, which is complete (`check_checkpoint`).
         stage: the run's stage of ZeRO; None without DeepSpeed.
         processes: the run's number of processes.
 
@@ -97,11 +119,12 @@ def check_deepspeed_checkpoint(checkpoint: Path, stage: int | None, processes: i
             f"resume {checkpoint} on {written_by} processes: DeepSpeed ZeRO cannot change their number, and this run "
             f"has {processes}"
         )
+    stages = {1, 2} if written_by else {0}
     if any(folder.glob("zero_pp_rank_*_model_states.pt")):
-        stages = "ZeRO-3"
-    else:
-        stages = "ZeRO-1 or 2" if written_by else "ZeRO-0"
-    if str(stage) not in stages:
+        stages = {3}
+    if stage not in stages:
+        fitting = " or ".join(map(str, sorted(stages)))
         raise CheckpointError(
-            f"resume {checkpoint} with DeepSpeed {stages}: DeepSpeed cannot convert it for this run's ZeRO-{stage}"
+            f"resume {checkpoint} with DeepSpeed ZeRO-{fitting}: DeepSpeed cannot convert it for this run's "
+            f"ZeRO-{stage}"
         )

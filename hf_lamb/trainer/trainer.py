@@ -40,7 +40,7 @@ from hf_lamb.trainer.checkpoints import (
 from hf_lamb.trainer.deepspeed import (
     check_configuration,
     check_deepspeed_checkpoint,
-    check_state_was_loaded,
+    checking_what_deepspeed_loads,
     stage_of,
 )
 from hf_lamb.trainer.fsdp import (
@@ -307,12 +307,10 @@ class LambTrainer(Trainer):
             previous.check_fit(self)
         refuse_local_checkpoints(self)
         assert self.model is not None
-        with tied_heads_in_one_group(self.model):
+        with tied_heads_in_one_group(self.model), checking_what_deepspeed_loads(self):
             prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
                 max_steps, train_dataloader, resume_from_checkpoint, *args, **kwargs
             )
-        if resume_from_checkpoint is not None:
-            check_state_was_loaded(self, resume_from_checkpoint)
         self.noise_measurement.attach(prepared[0])
         if previous is not None:
             previous.take_over(self)
