@@ -27,7 +27,7 @@ class SkippedSteps(NamedTuple):
 
 
 class BucketStats(NamedTuple):
-    """What is left of a bucket after a step: the layers' names, the group's options, the sums `[k, n]`."""
+    """A bucket's layers after a step: their names, the group's options, the sums `[k, n]`."""
 
     names: list[str]
     options: dict[str, Any]

@@ -73,10 +73,10 @@ def any_nonzero(tensors: list[Tensor]) -> Tensor:
 
 
 def layer_ratio(sums: Tensor, options: dict[str, Any]) -> Tensor:
-    """The trust ratio of each layer by its group's options, shape [n], from the sums `[k, n]`.
+    """Return the trust ratio of each layer by its group's options, shape [n], from the sums `[k, n]`.
 
-    1 without `layer_adaptation`. 0 where an adapted layer keeps its weights, for its gradient and its first moment
-    are all zero: the trust ratio would make a step of full size of weight decay alone.
+    It is 1 without `layer_adaptation`. It is 0 for an adapted layer whose gradient and first moment are all zero:
+    otherwise the layer would make a full step of weight decay alone.
     """
     if not options["layer_adaptation"]:
         return torch.ones_like(sums[Sum.WEIGHT_SQ])

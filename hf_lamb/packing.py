@@ -18,12 +18,12 @@ __all__ = ["Packing"]
 
 ParamGroups = list[dict[str, Any]]
 States = dict[Any, Any]
-# What lies in one piece where it is seen. Subclasses such as DTensor have another local tensor in every step.
+# Tensors that `Lamb` updates themselves. A subclass such as DTensor has another local tensor in every step.
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 class Packing:
-    """The buckets of the last step, and what they were made from."""
+    """Keeps the buckets of the last step, and everything that they depend on."""
 
     def __init__(self) -> None:
         self._buckets: list[Bucket] = []
@@ -37,8 +37,8 @@ class Packing:
         sharding: Sharding,
         name_of: Callable[[int, int], str],
     ) -> list[Bucket]:
-        """The pieces that have a gradient, packed by group, device, dtypes and how their layers are cut."""
-        if torch.compiler.is_compiling():  # it does not trace addresses
+        """Return the pieces that have a gradient, packed by group, device, dtypes and sharding."""
+        if torch.compiler.is_compiling():  # torch.compile cannot trace addresses
             return pack(param_groups, state, sharding, name_of)
         params = [param for group in param_groups for param in group["params"]]
         grads = [param.grad for param in params]
@@ -49,7 +49,7 @@ class Packing:
                 bucket.grads = [grads[place] for place in places]
                 bucket.finite = bucket.clip_factor = None
             return self._buckets
-        self._signature = None  # what follows may raise
+        self._signature = None  # in case the next line raises
         self._buckets = pack(param_groups, state, sharding, name_of)
         if plain:
             place_of = {id(param): place for place, param in enumerate(params)}
@@ -75,7 +75,7 @@ def pack(
 
 
 def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool) -> dict[str, Any]:
-    """A group's options of this step: schedules of other people's write there, and not only floats."""
+    """Return a group's options for this step. A user's schedule may have written NumPy numbers there."""
     options = {**param_groups[index], **python_numbers(param_groups[index])}
     options |= {} if decays else {"weight_decay": 0.0}
     options |= {} if adapts else {"layer_adaptation": False}
@@ -88,10 +88,10 @@ def signature(
     grads: list[Tensor | None],
     state: States,
 ) -> list[Any] | None:
-    """Everything that decides which buckets there are and where their tensors lie; None where state is missing.
+    """Return everything that the buckets depend on, for comparison with `==`; None if the buckets cannot be kept.
 
-    Tensors by identity and address: `.data = ...` changes the one, a replaced parameter or moment the other. The
-    buckets keep the tensors alive, so that no other one gets their identity.
+    It has the identity and the address of each tensor: `.data = ...` changes the address, a replaced parameter or
+    moment the identity. The buckets keep the tensors alive, so no new tensor can have their identity.
     """
     present = [grad for grad in grads if grad is not None]
     states = [state.get(param) for param, grad in zip(params, grads, strict=True) if grad is not None]

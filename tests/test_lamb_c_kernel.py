@@ -203,6 +203,17 @@ def test_random_cases_equal_the_reference(
         assert np.linalg.norm(param.numpy() - w) <= TOLERANCE[torch.float32] * scale
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_norms_are_right_to_rounding(value: float) -> None:
+    """Where all elements are alike, every addition of a sum in float32 rounds the same way."""
+    param = torch.full((5 * compiled.CHUNK,), value)
+    param.grad = torch.full_like(param, value)
+    optimizer = Lamb([param])
+    norm = param.double().norm().item()
+    optimizer.step()
+    assert next(iter(optimizer.layer_stats().values())).weight_norm == pytest.approx(norm, rel=3e-7)
+
+
 # -- threads and memory -----------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What a backend is given: local tensors that share a group, a device, their dtypes and how their layers are cut."""
+"""What a backend gets: local tensors of one group, one device and the same dtypes, sharded over the same processes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hf_lamb.norms import any_nonzero, layer_ratio, math_dtype
 
 @dataclass(slots=True)
 class Bucket:
-    """Parallel lists of local tensors, the options of their group, and what this step decided for all of them."""
+    """Parallel lists of local tensors, the options of their group, and this step's decisions for all of them."""
 
     group: dict[str, Any]  # the options
-    key: Any = None  # tells it from the optimizer's other buckets; the same in every step
-    cut: int | None = None  # how its layers are cut over processes, see hf_lamb.sharding; None where they are whole
+    key: Any = None  # identifies the bucket in its optimizer; the same in every step
+    cut: int | None = None  # index in `Sharding.cuts`; None if the layers are not sharded
     contiguous: bool = True  # all of the tensors below
     names: list[str] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # of the layers, among all that are cut like them
+    places: list[int] = field(default_factory=list)  # the layers' indices in that cut
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    start: int = 0  # of a part of a bucket: the place of its first tensor in the whole
-    # 0-dim tensors on this bucket's device; None where the option behind them is off.
+    start: int = 0  # of a part of a bucket: the index of its first tensor in the whole bucket
+    # 0-dim tensors on this bucket's device; None if the option is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
 
@@ -46,7 +46,7 @@ class Bucket:
         self.steps.append(step)
 
     def parts(self, size: int) -> Iterator[Bucket]:
-        """This bucket in parts of at most `size` elements; a larger tensor is a part of its own."""
+        """Yield the bucket in parts of at most `size` elements; a larger tensor is a part of its own."""
         start, elements = 0, 0
         for stop, param in enumerate(self.params):
             if stop > start and elements + param.numel() > size:
@@ -69,7 +69,7 @@ class Bucket:
         return math_dtype(self.params[0])
 
     def advance(self) -> None:
-        """t += 1, except where this step is skipped."""
+        """Add 1 to the step counts, unless this step is skipped."""
         if self.finite is None:
             torch._foreach_add_(self.steps, 1.0)
         else:
@@ -78,7 +78,7 @@ class Bucket:
 
     @property
     def betas(self) -> tuple[float | Tensor, float | Tensor]:
-        """(beta1, beta2); 1 where this step is skipped, so that the moments stay as they are."""
+        """(beta1, beta2); both are 1 if this step is skipped, so that the moments do not change."""
         beta1, beta2 = self.group["betas"]
         if self.finite is None:
             return beta1, beta2
@@ -87,14 +87,14 @@ class Bucket:
 
     @property
     def eps(self) -> float | Tensor:
-        """eps; instead of zero, 1 where this step is skipped: u must be a number for zero times it to be zero."""
+        """eps. If eps is 0 and this step is skipped, it is 1: this keeps u finite, because 0·NaN is NaN."""
         eps: float = self.group["eps"]
         if eps > 0 or self.finite is None:
             return eps
         return torch.where(self.finite, 0.0, torch.ones((), dtype=self.math_dtype, device=self.device))
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """`grad` in the dtype of the arithmetic, signed and clipped; zero where this step is skipped.
+        """Return `grad` in the dtype of the arithmetic, signed and clipped; zero if this step is skipped.
 
         `grad` itself is never written to.
         """
@@ -115,11 +115,11 @@ class Bucket:
         return (any_nonzero(grads) | any_nonzero(exp_avgs)).to(self.math_dtype)
 
     def at_rest(self, u: Tensor, step_size: Tensor) -> Tensor:
-        """u, or zero where the step size is zero: without eps u may be 0 / 0 there, which times zero is no zero."""
+        """Return u, or zero if the step size is zero: with eps 0, u may be 0/0, and 0·NaN is NaN."""
         return u if self.group["eps"] > 0 else torch.where(step_size == 0, 0.0, u)
 
     def step_sizes(self, sums: Tensor) -> Tensor:
-        """lr * r of each layer, shape [n], from its sums; zero where this step is skipped."""
+        """Return lr·r of each layer, shape [n], from its sums; zero if this step is skipped."""
         lr, ratio = self.group["lr"], layer_ratio(sums, self.group)
         if isinstance(lr, Tensor):
             lr = lr.reshape(())  # a one-element tensor would broadcast as well, but a 0-dim one may live on the CPU
@@ -129,8 +129,8 @@ class Bucket:
         return sizes if self.finite is None else sizes * self.finite
 
     def bias_corrections(self) -> tuple[Tensor, Tensor]:
-        """(1 - beta1**t, 1 - beta2**t) for each parameter, shape [n]; ones where bias_correction is off."""
-        # A parameter whose first step is skipped still has t = 0; its update is not applied, but must be finite.
+        """Return 1 - beta1**t and 1 - beta2**t of each parameter, shape [n]; ones without bias_correction."""
+        # If its first step is skipped, t is still 0. The update is not applied, but it must be finite.
         t = torch.stack(self.steps).to(self.math_dtype).clamp_(min=1)
         if not self.group["bias_correction"]:
             return torch.ones_like(t), torch.ones_like(t)

@@ -27,7 +27,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Elements. The second visit of a part should find its w, m and v, 12 bytes per element, in the cache. Best of 2^17 to
 # 2^22 with 1 MB of L2 and 32 MB of L3 on BERT-base in float32, all within a tenth.
 PART = 1 << 18
-# A thread more is waked for so many chunks.
+# One more thread for each so many chunks.
 CHUNKS_PER_THREAD = 4
 
 _POINTERS = (
@@ -50,10 +50,10 @@ class _Bucket(ctypes.Structure):
 
 @dataclass
 class Table:
-    """Where the tensors of a bucket are, and room for what the visits leave."""
+    """The addresses of a bucket's tensors, and memory for the results of the visits."""
 
-    bucket: Bucket  # it was made for this one
-    rows: Tensor  # [n, 7], int64: where w, g, m, v and step are, elements, and the first chunk
+    bucket: Bucket  # the table was made for this one
+    rows: Tensor  # [n, 7], int64: addresses of w, g, m, v and step; number of elements; first chunk
     first_tensor: Tensor  # [parts + 1], int64, of each part
     chunks: int
     of_chunks: Tensor  # [chunks, k]
@@ -68,20 +68,20 @@ class Compiled(Backend):
         self._tables: dict[Any, Table] = {}
 
     def takes(self, bucket: Bucket) -> bool:
-        """Whether the library could be compiled, and is made for these dtypes; the tensors must be contiguous."""
+        """Return whether the library is compiled and takes these dtypes, and the tensors are contiguous."""
         w, g = bucket.params[0].dtype, bucket.grads[0].dtype
         return bucket.contiguous and w in TYPES and g in TYPES and library() is not None
 
     def squared_gradients(self, bucket: Bucket) -> Tensor:
-        """The squared norm of each gradient, shape [n]."""
+        """Return the squared norm of each gradient, shape [n]."""
         return self._run(bucket, SQUARE_GRADIENTS)[0]
 
     def direction(self, bucket: Bucket) -> tuple[Tensor, None]:
-        """t += 1, move m and v; return the sums."""
+        """Add 1 to t, update m and v; return the sums."""
         return self._run(bucket, FIRST_VISIT), None
 
     def apply(self, bucket: Bucket, held: None, step_sizes: Tensor) -> None:
-        """w -= step_size * u, which is computed again."""
+        """Compute u again, and w -= step_size * u."""
         self._tables[bucket.key].step_sizes.copy_(step_sizes)
         self._run(bucket, SECOND_VISIT)
 
@@ -90,7 +90,7 @@ class Compiled(Backend):
         return self._run(bucket, UPDATE)
 
     def _run(self, bucket: Bucket, task: int) -> Tensor:
-        """Do one task of lamb.c with all threads; the sums, zero where the task makes none."""
+        """Do one task of lamb.c with all threads; return the sums, or zeros if the task computes none."""
         table, group = self._table(bucket), bucket.group
         sums = torch.zeros(len(Sum), len(bucket.params))
         progress = torch.zeros(table.first_tensor.numel() - 1, 4, dtype=torch.int64)
@@ -136,7 +136,7 @@ class Compiled(Backend):
         return sums
 
     def _table(self, bucket: Bucket) -> Table:
-        """The bucket's table; of a bucket that has been kept since the last step only the gradients are elsewhere."""
+        """Return the bucket's table. If the bucket is that of the last step, only the gradients have moved."""
         known = self._tables.get(bucket.key)
         if known is not None and known.bucket is bucket:
             known.rows[:, 1] = torch.tensor([grad.data_ptr() for grad in bucket.grads])
@@ -162,5 +162,5 @@ class Compiled(Backend):
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
+    """Return the threads of this process; a forked process does not have its parent's threads."""
     return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="hf_lamb")

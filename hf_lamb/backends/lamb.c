@@ -20,8 +20,9 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };                          /* dtypes of weigh
 enum { SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE }; /* tasks; UPDATE is both visits, part by part */
 
 typedef struct {
-    atomic_long next_first, done_first, ready, next_second; /* chunks taken and done in each visit */
+    atomic_llong next_first, done_first, ready, next_second; /* chunks taken and done in each visit */
 } Progress;
+_Static_assert(sizeof(Progress) == 4 * sizeof(int64_t), "Python gives it as four int64 for each part");
 
 typedef struct {
     int64_t tensors, parts;
@@ -80,8 +81,9 @@ static void store(void *tensor, int type, int64_t start, int n, const float *x) 
     }
 }
 
-static float add_lanes(const float *lanes) {
-    float sum = 0;
+/* In double: float32 sums of a whole chunk would be off by up to 1e-5 where all elements are alike. */
+static double add_lanes(const float *lanes) {
+    double sum = 0;
     for (int j = 0; j < LANES; j++) sum += lanes[j];
     return sum;
 }
@@ -96,10 +98,16 @@ static inline float direction(const Numbers *c, float w, float m, float v) {
     return m * c->inverse1 / (sqrtf(v * c->inverse2) + c->eps) + c->weight_decay * w;
 }
 
-/* Move m and v, unless the step is skipped; add to w_sq, u_sq [LANES] and to the bits of g and m. */
+typedef struct {
+    double w_sq, u_sq;
+    uint32_t nonzero; /* bits of g and m, without the signs */
+} Sums;
+
+/* Move m and v, unless the step is skipped, and add to the sums. */
 static inline void first_of_block(const Numbers *c, int n, const float *restrict w, const float *restrict g,
-                                  float *restrict m, float *restrict v, int skip, float *restrict w_sq,
-                                  float *restrict u_sq, uint32_t *restrict nonzero) {
+                                  float *restrict m, float *restrict v, int skip, Sums *sums) {
+    float w_sq[LANES] = {0}, u_sq[LANES] = {0};
+    uint32_t nonzero[LANES] = {0};
     if (!skip)
         for (int i = 0; i < n; i++) {
             float scaled = c->factor * g[i];
@@ -120,6 +128,9 @@ static inline void first_of_block(const Numbers *c, int n, const float *restrict
         u_sq[i - whole] += u * u;
         nonzero[i - whole] |= to_bits(g[i]) << 1 | to_bits(m[i]) << 1;
     }
+    sums->w_sq += add_lanes(w_sq);
+    sums->u_sq += add_lanes(u_sq);
+    for (int j = 0; j < LANES; j++) sums->nonzero |= nonzero[j];
 }
 
 /* -- chunks -- */
@@ -138,34 +149,35 @@ static Numbers numbers(const Bucket *b, int64_t tensor) {
 
 static void square_gradients(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *sums) {
     const int64_t *row = b->table + tensor * COLUMNS;
-    float room[BLOCK], lanes[LANES] = {0};
+    float room[BLOCK];
+    double sum = 0;
     for (int64_t at = start; at < stop; at += BLOCK) {
         int n = stop - at < BLOCK ? stop - at : BLOCK, whole = n - n % LANES;
+        float lanes[LANES] = {0};
         const float *g = load(pointer(row, G), b->g_type, at, n, room);
         for (int i = 0; i < whole; i += LANES)
             for (int j = 0; j < LANES; j++) lanes[j] += g[i + j] * g[i + j];
         for (int i = whole; i < n; i++) lanes[i - whole] += g[i] * g[i];
+        sum += add_lanes(lanes);
     }
-    sums[0] = add_lanes(lanes);
+    sums[0] = sum;
 }
 
 static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *sums) {
     const int64_t *row = b->table + tensor * COLUMNS;
-    float w_room[BLOCK], g_room[BLOCK], w_sq[LANES] = {0}, u_sq[LANES] = {0};
-    uint32_t nonzero[LANES] = {0}, any = 0;
+    float w_room[BLOCK], g_room[BLOCK];
+    Sums of_chunk = {0, 0, 0};
     Numbers c = numbers(b, tensor);
     int skip = skipped(b);
     for (int64_t at = start; at < stop; at += BLOCK) {
         int n = stop - at < BLOCK ? stop - at : BLOCK;
         const float *w = load(pointer(row, W), b->w_type, at, n, w_room);
         const float *g = load(pointer(row, G), b->g_type, at, n, g_room);
-        first_of_block(&c, n, w, g, (float *)pointer(row, M) + at, (float *)pointer(row, V) + at, skip, w_sq, u_sq,
-                       nonzero);
+        first_of_block(&c, n, w, g, (float *)pointer(row, M) + at, (float *)pointer(row, V) + at, skip, &of_chunk);
     }
-    for (int j = 0; j < LANES; j++) any |= nonzero[j];
-    sums[WEIGHT_SQ] = add_lanes(w_sq);
-    sums[UPDATE_SQ] = add_lanes(u_sq);
-    sums[NONZERO] = any != 0;
+    sums[WEIGHT_SQ] = of_chunk.w_sq;
+    sums[UPDATE_SQ] = of_chunk.u_sq;
+    sums[NONZERO] = of_chunk.nonzero != 0;
 }
 
 static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop) {
