@@ -190,7 +190,8 @@ def contents(output: Path) -> str:
     """The steps of the checkpoints that a killed run left, and what the unfinished ones hold."""
     folders = [output, *sorted(output.glob("phase-*"))]
     whole = [f"{folder.name[-1]}:" * (folder != output) + n for folder in folders for n in _steps(folder)]
-    staged = [path for folder in folders for path in (folder / UNFINISHED).glob("*")]
+    # Files there are those of a model that was being saved.
+    staged = [path for folder in folders for path in (folder / UNFINISHED).glob("*") if path.is_dir()]
     half = [f"{path.name[11:]} unfinished: {len(os.listdir(path))} files" for path in staged]
     return ", ".join(whole + half) or "none"
 
