@@ -2,7 +2,7 @@
 
     torchrun --max-restarts 1 ... -m tests.scripts.kill_once STEP MODULE ARGUMENTS
 
-In the middle: the moments have moved, the weights have not. FSDP works on CPUs, see `cpu_fsdp`.
+In the middle: the layers that adapt have moved, the others have not. FSDP works on CPUs, see `cpu_fsdp`.
 """
 
 import os
@@ -12,19 +12,19 @@ import sys
 from itertools import count
 from typing import Any
 
-from hf_lamb import layer_stats
+from hf_lamb import lamb
 from tests.scripts import cpu_fsdp
 
 
 def kill_in(step: int) -> None:
-    stock, steps = layer_stats.trust_ratio, count(1)
+    stock, steps = lamb.BucketStats, count(1)
 
-    def trust_ratio(*args: Any) -> Any:
-        if next(steps) == step:
+    def bucket_stats(names: list[str], options: dict[str, Any], sums: Any) -> Any:
+        if options["layer_adaptation"] and next(steps) == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return stock(*args)
+        return stock(names, options, sums)
 
-    layer_stats.trust_ratio = trust_ratio
+    lamb.BucketStats = bucket_stats
 
 
 if __name__ == "__main__":
