@@ -5,7 +5,9 @@ python -m tests.scripts.split_batch {mlm,classification} PER_DEVICE_BATCH ACCUMU
 """
 
 import copy
+import shutil
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -44,7 +46,13 @@ def trained_model(task: str, checkpoint: Path) -> PreTrainedModel:
         return MODELS[task].from_pretrained(checkpoint)
     model = copy.deepcopy(_trained(task))
     set_seed(0)  # the random numbers that follow do not depend on who has trained it
-    model.save_pretrained(checkpoint)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=checkpoint.parent))
+    model.save_pretrained(unfinished)
+    try:
+        unfinished.rename(checkpoint)  # whole, for another process may be waiting to read it
+    except OSError:  # which was faster
+        shutil.rmtree(unfinished)
     return model
 
 
