@@ -46,7 +46,7 @@ test: setup  ## run the tests
 	$(RUN) pytest $(PARALLEL) $(ARGS)
 
 coverage: setup  ## run the tests and print the share of hf_lamb's and the recipes' lines that they run
-	$(RUN) pytest --cov --cov-report term $(ARGS)
+	$(RUN) pytest $(PARALLEL) --cov --cov-report term $(ARGS)
 
 # timm without its dependencies: its Lamb needs torch alone, and a torchvision that does not fit torch stops transformers.
 test-peers: setup  ## compare with the LAMBs of optax and timm; installs them
