@@ -572,7 +572,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "latin1.txt": "caf\u00e9 noir".encode("latin-1"),
         "utf16.txt": "text".encode("utf-16"),
         "cut.txt.xz": lzma.compress(b"text" * 99)[:-9],
-        "cut.txt.gz": gzip.compress(b"text" * 99)[:-9],
+        "cut.txt.gz": gzip.compress(b"text" * 99, mtime=0)[:-9],
         "not.txt.gz": b"plain text",
         "cut.jsonl": b'{"text": "a"}\n{"text": "b',
         "column.jsonl": b'{"body": "a"}',

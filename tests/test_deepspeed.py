@@ -150,7 +150,7 @@ def test_a_layer_that_nothing_uses_keeps_its_weights(tmp_path: Path) -> None:
     assert list(results) == ["0", "1", "2", "3"]
     for stage, result in results.items():
         assert result["unused"] == 0, stage
-        assert result["used"] <= 1e-6, stage
+        assert result["used"] <= 4e-6, stage  # a bias of one element ends near zero, one rounding is 4e-7
         assert all("unused.weight" not in names for names in result["layers"]), stage
 
 
