@@ -99,7 +99,11 @@ class TestFiles:
             ("latin.txt", b"caf\xe9 noir", r"'.*latin\.txt' is not UTF-8 at byte 3: convert it"),
             ("table.csv", b"a,b", r"cannot read '.*table\.csv': give \.txt"),
             ("cut.txt.xz", lzma.compress(b"text")[:-9], r"cannot read '.*cut\.txt\.xz' \(.*\): check the file"),
-            ("cut.txt.gz", gzip.compress(b"text", mtime=0)[:-9], r"cannot read '.*cut\.txt\.gz' \(.*\): check the file"),
+            (
+                "cut.txt.gz",
+                gzip.compress(b"text", mtime=0)[:-9],
+                r"cannot read '.*cut\.txt\.gz' \(.*\): check the file",
+            ),
             ("bad.jsonl", b'{"text": "a"}\nnot json', r"bad\.jsonl:2 is not JSON \(.*\): give one object a line"),
             ("column.jsonl", b'{"body": "a"}', r'column\.jsonl:1 has no string "text": give lines like'),
             ("number.jsonl", b'{"text": 1}', r'number\.jsonl:1 has no string "text": give lines like'),
