@@ -253,6 +253,19 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
     assert (alone.params[0] != 2.0).all()
 
 
+def test_a_step_makes_one_table(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the gradients and the visits share it: a CUDA graph's capture has memory for one."""
+    made: list[Bucket] = []
+    table_of = kernels.table_of
+    monkeypatch.setattr(kernels, "table_of", lambda bucket, known: made.append(bucket) or table_of(bucket, known))
+    param = torch.ones(600)
+    optimizer = Lamb([param], fused=True)
+    for step in range(1, 4):
+        param.grad = torch.ones(600)
+        optimizer.step()
+        assert len(made) == step
+
+
 def test_a_table_is_made_anew_only_when_a_tensor_moved(kernels: ModuleType) -> None:
     """Gradients may: `zero_grad` drops them. What says which chunk is whose depends on sizes alone, and stays."""
     bucket = bucket_of([torch.ones(600), torch.ones(3)], [torch.ones(600), torch.ones(3)])

@@ -56,6 +56,7 @@ class Table:
     """The addresses of a bucket's tensors, and memory for the results of the visits."""
 
     bucket: Bucket  # the table was made for this one
+    grads: list[Tensor]  # and has the addresses of these: every step has a list of its own
     rows: Tensor  # [n, 8], int64: addresses of w, g, m, v and step; elements; first chunk; offset in its part
     first_tensor: Tensor  # [parts + 1], int64, of each part
     chunks: int
@@ -91,7 +92,7 @@ class Compiled(Backend):
         self._run(bucket, SECOND_VISIT)
 
     def update(self, bucket: Bucket) -> Tensor:
-        """Both visits, part by part: the second one finds w, m and v in the cache."""
+        """Do both visits, part by part: the second one finds w, and u or m and v, in the cache."""
         return self._run(bucket, UPDATE)
 
     def _run(self, bucket: Bucket, task: int) -> Tensor:
@@ -148,7 +149,9 @@ class Compiled(Backend):
         """Return the bucket's table. If the bucket is that of the last step, only the gradients have moved."""
         known = self._tables.get(bucket.key)
         if known is not None and known.bucket is bucket:
-            known.rows[:, 1] = torch.tensor([grad.data_ptr() for grad in bucket.grads])
+            if known.grads is not bucket.grads:
+                known.rows[:, 1] = torch.tensor([grad.data_ptr() for grad in bucket.grads])
+                known.grads = bucket.grads
             return known
         lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.steps)
         sizes = [param.numel() for param in bucket.params]
@@ -160,6 +163,7 @@ class Compiled(Backend):
         n = len(sizes)
         table = Table(
             bucket,
+            bucket.grads,
             rows=torch.tensor(columns).t().contiguous(),
             first_tensor=torch.tensor(starts),
             chunks=total,

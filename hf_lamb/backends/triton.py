@@ -137,7 +137,7 @@ class Triton(Backend):
 
     def __init__(self) -> None:
         self._tables: dict[Any, Table] = {}  # by bucket
-        self._now: dict[Any, Table] = {}  # those of this step
+        self._now: dict[Any, tuple[list[Tensor], Table]] = {}  # those of this step, which its list of gradients tells
         self._in_graphs: list[Table] = []  # CUDA graphs read these when they are replayed
 
     def takes(self, bucket: Bucket) -> bool:
@@ -165,7 +165,7 @@ class Triton(Backend):
 
     def apply(self, bucket: Bucket, held: Tensor, step_sizes: Tensor) -> None:
         """w -= step_size * u, from the last chunk, which may still be in the cache, to the first."""
-        table = self._now[bucket.key]
+        table = self._table(bucket)
         if table.chunks:
             _launch(
                 _second_visit,
@@ -191,7 +191,11 @@ class Triton(Backend):
         return sums
 
     def _table(self, bucket: Bucket) -> Table:
-        table = self._now[bucket.key] = table_of(bucket, self._tables.get(bucket.key))
+        """Return this step's table: a capture can make only one."""
+        if bucket.key in self._now and self._now[bucket.key][0] is bucket.grads:
+            return self._now[bucket.key][1]
+        table = table_of(bucket, self._tables.get(bucket.key))
+        self._now[bucket.key] = bucket.grads, table
         if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._in_graphs.append(table)
         else:
