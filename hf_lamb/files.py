@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 __all__ = ["atomic_write"]
 
@@ -19,7 +19,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: writing or renaming failed. Its message names `path`, which the error of a full disk does not.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not by process number: containers on several machines have the same ones, and may share a folder.
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield unfinished
         unfinished.replace(path)

@@ -99,13 +99,12 @@ def signature(
         of_state = [[entry[name] for entry in states if entry] for name in ("exp_avg", "exp_avg_sq", "step")]
     except KeyError:
         return None
-    signature: list[Any] = [(len(group["params"]), [*(group.get("param_names") or ())]) for group in param_groups]
-    signature += [[grad is None for grad in grads], [param.numel() for param in params]]
+    found: list[Any] = [(len(group["params"]), [*(group.get("param_names") or ())]) for group in param_groups]
+    if any(grad.layout != torch.strided for grad in present):
+        return None
+    found += [[grad is None for grad in grads], [param.numel() for param in params]]
     for tensors in (params, present):
-        strided = [x.layout == torch.strided for x in tensors]
-        if not all(strided):
-            return None
-        signature += [[x.dtype for x in tensors], [x.is_contiguous() for x in tensors]]
+        found += [[x.dtype for x in tensors], [x.is_contiguous() for x in tensors]]
     for tensors in (params, *of_state):
-        signature += [[id(x) for x in tensors], [x.data_ptr() for x in tensors]]
-    return signature
+        found += [[id(x) for x in tensors], [x.data_ptr() for x in tensors]]
+    return found

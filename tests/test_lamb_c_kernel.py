@@ -20,7 +20,7 @@ from benchmarks.bench_step import scratch_bytes
 from hf_lamb import Lamb
 from hf_lamb.backends import compiled, compiler
 from tests.reference import ReferenceLamb
-from tests.test_lamb_fused_cpu import OPTIONS, SHAPES
+from tests.test_lamb_fused_cpu import FUSED_BY_OPTIONS, OPTIONS, SHAPES, step_beside, stepped
 from tests.test_lamb_reference import TOLERANCE, heterogeneous, worst_difference
 
 pytestmark = pytest.mark.skipif(compiler.library() is None, reason="needs a C compiler")
@@ -43,35 +43,13 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def stepped(shapes: Any = SIZES, dtype: torch.dtype = torch.float32, **options: Any) -> list[torch.Tensor]:
-    """The parameters after three steps on random gradients."""
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    optimizer = Lamb(params, **{"lr": 0.1, **options})
-    for _ in range(3):
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
-        optimizer.step()
-    return params
-
-
 # -- where it runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "runs"),
-    [
-        ({}, True),
-        ({"fused": True}, True),
-        ({"fused": False}, False),
-        ({"foreach": True}, False),
-        ({"foreach": False}, False),
-    ],
-    ids=str,
-)
-def test_it_is_the_default_on_cpu(options: dict[str, bool], runs: bool, tasks: list[str]) -> None:
+@FUSED_BY_OPTIONS
+def test_it_is_the_default_on_cpu(options: dict[str, bool], fused: bool, tasks: list[str]) -> None:
     stepped([(3,)], **options)
-    assert bool(tasks) == runs
+    assert bool(tasks) == fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -178,25 +156,14 @@ def test_random_cases_equal_the_reference(
     lr_is_tensor: bool,
     seed: int,
 ) -> None:
-    """A step with a NaN in it changes nothing and is not counted. The last layer's first `idle` gradients are zero."""
+    """A step with a NaN in it changes nothing and is not counted."""
     rng = np.random.default_rng(seed)
     params = [torch.tensor(heterogeneous(shape, rng, 0.05), dtype=torch.float32) for shape in shapes]
     reference = ReferenceLamb([param.double().numpy() for param in params], **options)
     if lr_is_tensor:
         options = {**options, "lr": torch.tensor(options.get("lr", 1e-3))}
     optimizer = Lamb(params, **options)
-    for step, scale in enumerate(scales):
-        for param in params:
-            param.grad = torch.tensor(heterogeneous(tuple(param.shape), rng, scale), dtype=torch.float32)
-        if step < idle:
-            params[-1].grad.zero_()
-        full = [param for param in params if param.numel()]
-        if step == poisoned and full:
-            full[0].grad.view(-1)[0] = torch.nan
-            optimizer.step()
-        else:
-            optimizer.step()
-            reference.step([param.grad.double().numpy() for param in params])
+    step_beside(reference, optimizer, rng, scales, poisoned, idle)
     for param, w in zip(params, reference.w, strict=True):
         # A step may end near zero: what counts is how far the weights went.
         scale = np.linalg.norm(w) + float(options.get("lr", 1e-3)) * len(scales) * param.numel() ** 0.5
@@ -352,10 +319,10 @@ def test_without_a_compiler_it_is_torchs_operations(
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
     with caplog.at_level(logging.DEBUG, "hf_lamb"):
-        got = stepped()
+        got = stepped(SIZES)
     assert [reason in record.message for record in caplog.records] == [True]
     monkeypatch.setattr(compiled, "library", lambda: None)
-    assert all(map(torch.equal, got, stepped()))
+    assert all(map(torch.equal, got, stepped(SIZES)))
 
 
 def test_a_compiler_that_fails_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

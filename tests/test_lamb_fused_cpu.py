@@ -1,5 +1,6 @@
 """Protects the fused backend for CPUs without a compiler: where it runs, its blocks, its memory, its arithmetic."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,14 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def stepped(shapes: list[tuple[int, ...]], **options: Any) -> list[torch.Tensor]:
+def stepped(shapes: Sequence[Any], dtype: torch.dtype = torch.float32, **options: Any) -> list[torch.Tensor]:
     """The parameters after three steps on random gradients."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator) for shape in shapes]
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     optimizer = Lamb(params, lr=0.1, **options)
     for _ in range(3):
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator)
+            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
         optimizer.step()
     return params
 
@@ -50,7 +51,8 @@ def stepped(shapes: list[tuple[int, ...]], **options: Any) -> list[torch.Tensor]
 # -- where it runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+# Whether a fused backend steps, by the optimizer's options.
+FUSED_BY_OPTIONS = pytest.mark.parametrize(
     ("options", "fused"),
     [
         ({}, True),
@@ -59,7 +61,11 @@ def stepped(shapes: list[tuple[int, ...]], **options: Any) -> list[torch.Tensor]
         ({"foreach": True}, False),
         ({"foreach": False}, False),
     ],
+    ids=str,
 )
+
+
+@FUSED_BY_OPTIONS
 def test_it_is_the_default_on_cpu(options: dict[str, bool], fused: bool, kernel_calls: list[int]) -> None:
     """And `fused=False` or a word about `foreach` chooses another."""
     stepped([(3,)], **options)
@@ -159,6 +165,34 @@ def laid_out(array: np.ndarray, dtype: torch.dtype, layout: str) -> torch.Tensor
     return tensor.t().contiguous().t() if layout == "transposed" and tensor.dim() == 2 else tensor
 
 
+def step_beside(
+    reference: ReferenceLamb,
+    optimizer: Lamb,
+    rng: np.random.Generator,
+    scales: list[float],
+    poisoned: int | None,
+    idle: int,
+) -> None:
+    """Step both on random gradients of these scales, the reference not with the poisoned ones, which hold a NaN.
+
+    The last layer has gradients of zero in its first `idle` steps.
+    """
+    (group,) = optimizer.param_groups
+    params = group["params"]
+    for step, scale in enumerate(scales):
+        for param in params:
+            param.grad = torch.tensor(heterogeneous(tuple(param.shape), rng, scale), dtype=param.dtype)
+        if step < idle:
+            params[-1].grad.zero_()
+        full = [param for param in params if param.numel()]
+        if step == poisoned and full:
+            full[0].grad.view(-1)[0] = torch.nan
+            optimizer.step()
+        else:
+            optimizer.step()
+            reference.step([param.grad.double().numpy() for param in params])
+
+
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(
     shapes=SHAPES,
@@ -182,10 +216,7 @@ def test_random_cases_equal_the_reference(
     block: int,
     seed: int,
 ) -> None:
-    """Any shapes, layouts, options and block sizes; a step with a NaN in it changes nothing and is not counted.
-
-    The last layer has gradients of zero in its first `idle` steps.
-    """
+    """Any shapes, layouts, options and block sizes; a step with a NaN in it changes nothing and is not counted."""
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK", block)
@@ -194,16 +225,5 @@ def test_random_cases_equal_the_reference(
         params = [laid_out(w, dtype, layout) for w, layout in zip(weights, layouts, strict=False)]
         optimizer = Lamb(params, fused=True, **options)
         reference = ReferenceLamb([param.double().numpy() for param in params], **options)
-        for step, scale in enumerate(scales):
-            for param in params:
-                param.grad = torch.tensor(heterogeneous(tuple(param.shape), rng, scale), dtype=dtype)
-            if step < idle:
-                params[-1].grad.zero_()
-            full = [param for param in params if param.numel()]
-            if step == poisoned and full:
-                full[0].grad.view(-1)[0] = torch.nan
-                optimizer.step()
-            else:
-                optimizer.step()
-                reference.step([param.grad.double().numpy() for param in params])
+        step_beside(reference, optimizer, rng, scales, poisoned, idle)
     assert worst_difference(params, reference.w) <= TOLERANCE[dtype]

@@ -28,7 +28,6 @@ class Bucket:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
-    start: int = 0  # of a part of a bucket: the index of its first tensor in the whole bucket
     # 0-dim tensors on this bucket's device; None if the option is off.
     finite: Tensor | None = None
     clip_factor: Tensor | None = None
@@ -57,7 +56,7 @@ class Bucket:
 
     def _part(self, part: slice) -> Bucket:
         lists = ("names", "places", "params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-        return replace(self, start=self.start + part.start, **{name: getattr(self, name)[part] for name in lists})
+        return replace(self, **{name: getattr(self, name)[part] for name in lists})
 
     @property
     def device(self) -> torch.device:

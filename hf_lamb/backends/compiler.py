@@ -18,6 +18,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from hf_lamb.files import atomic_write
+
 __all__ = ["library"]
 
 logger = logging.getLogger(__name__)
@@ -111,15 +113,10 @@ def _check_private(path: Path) -> None:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Into a file of its own, then to its place: several processes may do so at once."""
-    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        command = [compiler, *FLAGS, "-o", name, str(SOURCE), "-lm"]
+    """Write the library completely or not at all: several processes may do so at once."""
+    with atomic_write(path) as unfinished:
+        command = [compiler, *FLAGS, "-o", str(unfinished), str(SOURCE), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
         if result.returncode:
-            raise OSError(f"{compiler} failed: {result.stderr.strip()[:500]}")
-        os.chmod(name, 0o700)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+            raise subprocess.SubprocessError(f"{compiler} failed: {result.stderr.strip()[:500]}")
+        unfinished.chmod(0o700)

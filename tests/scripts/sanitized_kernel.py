@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hf_lamb.backends import compiler
-from tests.test_lamb_c_kernel import stepped
+from tests.test_lamb_c_kernel import SIZES, stepped
 
 FLAGS = "-O1 -g -march=native -std=c11 -fno-math-errno -shared -fPIC"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -26,7 +26,7 @@ def main() -> None:
         compiler.SOURCE.write_text(whole.replace("start < CHUNK ? row[NUMEL] :", "start < CHUNK ? row[NUMEL] + 1 :"))
     assert compiler.library() is not None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        stepped(dtype=dtype, max_grad_norm=0.1)
+        stepped(SIZES, dtype, max_grad_norm=0.1)
     print("no fault found")
 
 
