@@ -53,6 +53,10 @@ class Lamb(Optimizer):
         bias_correction: divide the moments by 1 - beta**t. False gives the paper's v3. Default True.
         layer_adaptation: use the trust ratio. False (r = 1, without bounds) gives `torch.optim.AdamW`. Default True.
         min_trust_ratio, max_trust_ratio: bounds of r. `max_trust_ratio=10` is the paper's v1. Default None.
+        fixed_norm: scale each layer that adapts back to the norm that it had before the step, so that only its
+            direction changes: w = ‖w‖·(w - lr·r·u) / ‖w - lr·r·u‖ ("Hyperball", arXiv 2606.16899). A layer of zeros
+            takes the plain step. Meant for hidden matrices: `lamb_param_groups(model, fixed_norm=True)`. Default
+            False.
         max_grad_norm: scale all gradients so that their global norm is at most this, as apex's FusedLAMB does.
             Default None, because `transformers.Trainer` clips already.
         skip_nonfinite: skip the step when any gradient holds an inf or a NaN, or when the sum of squares of all
@@ -91,6 +95,7 @@ class Lamb(Optimizer):
         layer_adaptation: bool = True,
         min_trust_ratio: float | None = None,
         max_trust_ratio: float | None = None,
+        fixed_norm: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
         maximize: bool = False,
@@ -106,6 +111,7 @@ class Lamb(Optimizer):
             "layer_adaptation": layer_adaptation,
             "min_trust_ratio": min_trust_ratio,
             "max_trust_ratio": max_trust_ratio,
+            "fixed_norm": fixed_norm,
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
             "maximize": maximize,
@@ -113,6 +119,10 @@ class Lamb(Optimizer):
             "fused": fused,
         }
         check_options(defaults)
+        if fixed_norm and not layer_adaptation:
+            raise ValueError(
+                "Lamb: fixed_norm=True needs layer_adaptation=True, which is False: only layers that adapt keep norms"
+            )
         defaults |= python_numbers(defaults)
         check_iterable(params)
         self._sharding = Sharding()
@@ -276,14 +286,14 @@ class Lamb(Optimizer):
         whole = [(bucket, backend) for bucket, backend in work if bucket.cut is None]
         cut = [(bucket, backend) for bucket, backend in work if bucket.cut is not None]
         for bucket, backend in whole:
-            # u = m̂/(√v̂ + ε) + λw; r = ‖w‖/‖u‖; w = w - ηru
+            # u = m̂/(√v̂ + ε) + λw; r = ‖w‖/‖u‖; w = w - ηru, which fixed_norm scales back to ‖w‖
             self._stats.append(BucketStats(bucket.names, bucket.group, backend.update(bucket)))
         if self._sharding.cuts:
             # The same in two visits. In between, the processes add up the sums of their pieces.
             visits = [backend.direction(bucket) for bucket, backend in cut]
             sums = self._sharding.add_up([bucket for bucket, _ in cut], [sums for sums, _ in visits])
             for (bucket, backend), (_, held), of_layers in zip(cut, visits, sums, strict=True):
-                backend.apply(bucket, held, bucket.step_sizes(of_layers))
+                backend.apply(bucket, held, *bucket.step_sizes(of_layers))
                 self._stats.append(BucketStats(bucket.names, bucket.group, of_layers))
         for bucket in buckets:
             bucket.grads.clear()  # zero_grad(set_to_none=True) is to free them

@@ -23,6 +23,7 @@ class Sum(IntEnum):
     WEIGHT_SQ = 0  # ‖w‖²
     UPDATE_SQ = 1  # ‖u‖²
     NONZERO = 2  # positive where the gradient or the moved m is not all zero; of adapted layers only
+    DOT = 3  # ⟨w, u⟩; only with `fixed_norm`, else 0
 
 
 def math_dtype(param: Tensor) -> torch.dtype:
@@ -72,6 +73,11 @@ def any_nonzero(tensors: list[Tensor]) -> Tensor:
     return found
 
 
+def dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """sum(x * y) of each pair, shape [len(xs)]; pairwise sums, unlike torch.dot's on a CPU."""
+    return torch.stack([product.sum() for product in torch._foreach_mul(xs, ys)])
+
+
 def layer_ratio(sums: Tensor, options: dict[str, Any]) -> Tensor:
     """Return the trust ratio of each layer by its group's options, shape [n], from the sums `[k, n]`.
 
@@ -102,3 +108,30 @@ def trust_ratio(
     if min_trust_ratio is not None or max_trust_ratio is not None:
         ratio = ratio.clamp(min_trust_ratio, max_trust_ratio)
     return ratio
+
+
+NOTHING_LEFT = 1e-4 - 1  # x of a step that leaves a hundredth of ‖w‖
+
+
+def norm_keeping(sums: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return steps that keep ‖w‖: w + growth*w - step_size*u = ‖w‖ * (w - a*u) / ‖w - a*u‖ for given step sizes a.
+
+    With x = ‖w - a*u‖² / ‖w‖² - 1 and q = sqrt(1 + x), the factor is 1/q. So step_size = a/q, and growth = 1/q - 1 is
+    computed as -x / (q*(1 + q)), which does not cancel. A layer with ‖w‖ = 0 takes the plain step. One of whose
+    norm w - a*u would leave less than a hundredth (x <= -0.9999) keeps its weights: rounding would choose where to go.
+
+    Args:
+        sums: of each layer, `[k, n]`.
+        step_sizes: a of each layer, shape `[n]`.
+
+    Returns:
+        The step sizes and growths, shape `[n]` each.
+
+    Source: arXiv 2606.16899 ("Hyperball"), with the norm before this step.
+    """
+    weight_sq = sums[Sum.WEIGHT_SQ]
+    x = step_sizes * (step_sizes * sums[Sum.UPDATE_SQ] - 2 * sums[Sum.DOT]) / weight_sq
+    x = torch.where((weight_sq > 0) & (step_sizes != 0), x, 0.0)
+    q = (1 + x).sqrt()
+    growths = torch.where(x <= NOTHING_LEFT, 0.0, -x / (q * (1 + q)))
+    return torch.where(x <= NOTHING_LEFT, 0.0, step_sizes * (1 + growths)), growths

@@ -43,7 +43,7 @@ def check_options(options: dict[str, Any]) -> None:
         )
     if max_grad_norm is not None:
         _check_number("max_grad_norm", max_grad_norm, lambda x: x > 0.0, "a positive number, or None for no clipping")
-    for option in ("bias_correction", "layer_adaptation", "skip_nonfinite", "maximize"):
+    for option in ("bias_correction", "layer_adaptation", "fixed_norm", "skip_nonfinite", "maximize"):
         _check_choice(option, options[option], (True, False), "True or False")
     for option in ("foreach", "fused"):
         _check_choice(option, options[option], (True, False, None), "True, False or None")

@@ -45,7 +45,7 @@ class Packing:
         plain = not sharding.layouts and {*map(type, params), *map(type, grads)} <= PLAIN
         if plain and self._signature is not None and self._signature == signature(param_groups, params, grads, state):
             for bucket, places in zip(self._buckets, self._places, strict=True):
-                bucket.group = _options(param_groups, *bucket.key[:3])
+                bucket.group = _options(param_groups, *bucket.key[:4])
                 bucket.grads = [grads[place] for place in places]
                 bucket.finite = bucket.clip_factor = None
             return self._buckets
@@ -64,21 +64,22 @@ def pack(
     """Pack the pieces that have a gradient into buckets."""
     buckets: dict[Any, Bucket] = {}
     for index, piece in sharding.pieces(param_groups, name_of, partial(state_of, state)):
-        name, w, g, m, v, step, cut, place, decays, adapts = piece
+        name, w, g, m, v, step, cut, place, *kept = piece
         contiguous = all(tensor.is_contiguous() for tensor in (w, g, m, v))
-        key = (index, decays, adapts, w.device, w.dtype, g.dtype, cut, contiguous)
+        key = (index, *kept, w.device, w.dtype, g.dtype, cut, contiguous)
         bucket = buckets.get(key)
         if bucket is None:
-            bucket = buckets[key] = Bucket(_options(param_groups, index, decays, adapts), key, cut, contiguous)
+            bucket = buckets[key] = Bucket(_options(param_groups, index, *kept), key, cut, contiguous)
         bucket.add(name, place, w, g, m, v, step)
     return list(buckets.values())
 
 
-def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool) -> dict[str, Any]:
+def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool, keeps_norm: bool) -> dict[str, Any]:
     """Return a group's options for this step. A user's schedule may have written NumPy numbers there."""
     options = {**param_groups[index], **python_numbers(param_groups[index])}
     options |= {} if decays else {"weight_decay": 0.0}
     options |= {} if adapts else {"layer_adaptation": False}
+    options |= {} if keeps_norm else {"fixed_norm": False}
     return options
 
 

@@ -20,8 +20,10 @@ def lamb_param_groups(
     weight_decay: float = 0.01,
     *,
     adapt_all: bool = False,
+    fixed_norm: bool = False,
     exclude_from_weight_decay: Sequence[str] = (),
     exclude_from_layer_adaptation: Sequence[str] = (),
+    exclude_from_fixed_norm: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Make parameter groups for `Lamb` in which biases and normalisation parameters neither decay nor adapt.
 
@@ -48,11 +50,16 @@ def lamb_param_groups(
     such as `logit_scale` and gates. A gate that starts at 0 stays close to 0 when it adapts: add it to
     `exclude_from_layer_adaptation`.
 
+    Fixed norm: with `fixed_norm=True`, hidden matrices keep their norms. These are the parameters that adapt, have at
+    least two dimensions larger than 1, and are neither embeddings (`torch.nn.Embedding`, the model's output
+    embeddings, and what has `embed` in its name) nor a classifier (a part of the name is `classifier`, `score`,
+    `qa_outputs` or `seq_relationship`): the norms of those decide how sure the model can be.
+
     A tied parameter appears once, under its first name. A frozen parameter does not appear.
 
     FSDP1 with `use_orig_params=False` puts weights and biases into one flat tensor, and a tensor can be in one group
-    only. Such a group has two more keys, "undecayed" and "unadapted": the names of layers that do not decay or adapt.
-    `Lamb` uses them once `Lamb.attach` has been called.
+    only. Such a group has up to three more keys, "undecayed", "unadapted" and "unfixed": the names of layers that do
+    not decay, adapt or keep their norms. `Lamb` uses them once `Lamb.attach` has been called.
 
     Args:
         model: the module to train, not wrapped in DDP. FSDP1 may wrap it.
@@ -61,12 +68,15 @@ def lamb_param_groups(
             False.
         exclude_from_weight_decay: regular expressions. Parameters whose names match one (by `re.search`) do not decay
             either. Default none.
+        fixed_norm: let hidden matrices keep their norms. Default False.
         exclude_from_layer_adaptation: the same for adaptation. Default none.
+        exclude_from_fixed_norm: the same for hidden matrices that are not to keep their norms. Default none.
 
     Returns:
-        At most four groups, none of them empty: `{"name", "params": [parameter, ...], "param_names": [name, ...],
-        "weight_decay", "layer_adaptation"}`, and "undecayed" and "unadapted" if there are flat tensors. Every
-        optimizer of torch accepts these groups.
+        At most four groups, six with `fixed_norm`, none of them empty: `{"name", "params": [parameter, ...],
+        "param_names": [name, ...], "weight_decay", "layer_adaptation"}`, "fixed_norm" if that argument is True, and
+        "undecayed", "unadapted" and "unfixed" if there are flat tensors. Every optimizer of torch accepts these
+        groups.
 
     Raises:
         ValueError: `model` is not a module or has no trainable parameter; a pattern is not a regular expression or
@@ -87,6 +97,8 @@ def lamb_param_groups(
     no_decay |= _matching(exclude_from_weight_decay, names, "exclude_from_weight_decay")
     no_adapt = set() if adapt_all else {layer.name for layer in layers if not layer.adapts}
     no_adapt |= _matching(exclude_from_layer_adaptation, names, "exclude_from_layer_adaptation")
+    free = _matching(exclude_from_fixed_norm, names, "exclude_from_fixed_norm")
+    fixed = {layer.name for layer in layers if layer.is_hidden_matrix} - free if fixed_norm else None
 
     groups = [
         {
@@ -96,21 +108,27 @@ def lamb_param_groups(
         }
         for excluded in (False, True)
     ]
-    return _split(model, groups, no_decay, no_adapt, layers)
+    return _split(model, groups, no_decay, no_adapt, fixed, layers)
 
 
 def split_by_adaptation(
-    model: nn.Module, groups: Iterable[dict[str, Any]] | Iterable[Tensor], *, adapt_all: bool = False
+    model: nn.Module,
+    groups: Iterable[dict[str, Any]] | Iterable[Tensor],
+    *,
+    adapt_all: bool = False,
+    fixed_norm: bool = False,
 ) -> list[dict[str, Any]]:
     """Split existing parameter groups so that all members of a group adapt or none does, and add names.
 
     `lamb_param_groups` documents which parameters adapt. A group that has "layer_adaptation" already is not split.
-    All other options stay as they are, weight decay included. A parameter that is not in the model adapts.
+    All other options stay as they are, weight decay included. A parameter that is not in the model adapts. The same
+    holds for "fixed_norm", if that argument is True.
 
     Args:
         model: the module that has the parameters.
         groups: parameter groups, or parameters.
         adapt_all: let all parameters adapt. Default False.
+        fixed_norm: let hidden matrices keep their norms. Default False.
 
     Returns:
         The groups, as `lamb_param_groups` returns them.
@@ -124,7 +142,8 @@ def split_by_adaptation(
     layers = list(_layers(model))
     no_decay = {layer.name for layer in layers if not layer.decays}
     no_adapt = set() if adapt_all else {layer.name for layer in layers if not layer.adapts}
-    found = _split(model, given, no_decay, no_adapt, layers)
+    fixed = {layer.name for layer in layers if layer.is_hidden_matrix} if fixed_norm else None
+    found = _split(model, given, no_decay, no_adapt, fixed, layers)
     if not found:
         raise ValueError(_nothing_to_train(model))
     return found
@@ -135,36 +154,45 @@ def _nothing_to_train(model: nn.Module) -> str:
 
 
 def _split(
-    model: nn.Module, groups: list[Any], no_decay: set[str], no_adapt: set[str], layers: list[_Layer]
+    model: nn.Module,
+    groups: list[Any],
+    no_decay: set[str],
+    no_adapt: set[str],
+    fixed: set[str] | None,
+    layers: list[_Layer],
 ) -> list[dict[str, Any]]:
     name_of: dict[Tensor, str] = {param: clean_name(name) for name, param in model.named_parameters()}
     flat = flat_tensors(model)
     in_flat = {layer.name for layer in layers if layer.in_flat}
     exceptions = {"undecayed": sorted(no_decay & in_flat), "unadapted": sorted(no_adapt & in_flat)}
+    if fixed is not None:
+        exceptions["unfixed"] = sorted(in_flat - fixed)
     found = []
     for index, group in enumerate(groups):
-        parts: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+        parts: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}  # by: adapts, keeps its norm
         given = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         for place, item in enumerate(given):
-            own, param = item if isinstance(item, tuple) else (f"param_groups.{index}.params.{place}", item)
-            name = name_of.get(param) or str(own)
-            parts[bool(group.get("layer_adaptation", name not in no_adapt))].append((name, param))
+            given_name, param = item if isinstance(item, tuple) else (f"param_groups.{index}.params.{place}", item)
+            name = name_of.get(param) or str(given_name)
+            adapts = bool(group.get("layer_adaptation", name not in no_adapt))
+            keeps = fixed is not None and adapts and (param in flat or name in fixed)
+            parts.setdefault((adapts, bool(group.get("fixed_norm", keeps))), []).append((name, param))
         label = group.get("name") or ("decay" if group.get("weight_decay", True) else "no_decay")
-        for adapts, members in parts.items():
-            if members:
-                has_flat = any(param in flat for _, param in members)
-                found.append(
-                    {
-                        **group,
-                        "name": label
-                        if "layer_adaptation" in group
-                        else label + (", adapt" if adapts else ", no_adapt"),
-                        "params": [param for _, param in members],
-                        "param_names": [name for name, _ in members],
-                        "layer_adaptation": adapts,
-                        **(exceptions if has_flat and adapts else {}),
-                    }
-                )
+        for (adapts, keeps), members in sorted(parts.items(), reverse=True):
+            has_flat = any(param in flat for _, param in members)
+            own = "" if "layer_adaptation" in group else ", adapt" if adapts else ", no_adapt"
+            own += ", fixed_norm" if keeps and "fixed_norm" not in group else ""
+            found.append(
+                {
+                    **group,
+                    "name": label + own,
+                    "params": [param for _, param in members],
+                    "param_names": [name for name, _ in members],
+                    "layer_adaptation": adapts,
+                    **({} if fixed is None else {"fixed_norm": keeps}),
+                    **(exceptions if has_flat and adapts else {}),
+                }
+            )
     return found
 
 
@@ -175,18 +203,20 @@ class _Layer(NamedTuple):
     name: str  # in the unwrapped model
     decays: bool
     adapts: bool
+    is_hidden_matrix: bool
     trains: bool
     in_flat: bool = False
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
     """Yield every parameter; in place of each of FSDP1's flat tensors, the parameters in it."""
-    flat, shapes = flat_tensors(model), whole_shapes(model)
+    flat, shapes, head = flat_tensors(model), whole_shapes(model), _output_embeddings(model)
     layer_norms = [f"{clean_name(name)}." for name, part in model.named_modules() if name and _is_layer_norm(part)]
 
     def layer(name: str, owner: nn.Module, shape: Sequence[int], trains: bool, in_flat: bool = False) -> _Layer:
         decays = not (_UNDECAYED.search(name.lower()) or name.startswith(tuple(layer_norms)))
-        return _Layer(name, decays, _adapts(name, owner, shape), trains, in_flat)
+        hidden = owner is not head and _is_hidden_matrix(name, owner, shape)
+        return _Layer(name, decays, _adapts(name, owner, shape), hidden, trains, in_flat)
 
     for raw, param in model.named_parameters():
         for name, owner in flat.get(param, ()):
@@ -264,6 +294,25 @@ def _is_normalisation(own: str, module: nn.Module, shape: Sequence[int]) -> bool
     is_vector = len(shape) != 2 and max(shape, default=1) == torch.Size(shape).numel()
     in_norm = ("norm" in kind or kind.endswith("grn")) and own in _NORM_PARAMETERS
     return is_vector and (in_norm or bool(_NORM.search(own)))
+
+
+_EMBEDDING_OR_CLASSIFIER = re.compile(r"embed|(?:^|\.)(?:classifier|score|qa_outputs|seq_relationship)(?:\.|$)")
+
+
+def _is_hidden_matrix(name: str, owner: nn.Module, shape: Sequence[int]) -> bool:
+    """Return whether a parameter has two dimensions or more, and is neither an embedding nor a classifier."""
+    is_matrix = sum(size > 1 for size in shape) > 1
+    is_embedding = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
+    return is_matrix and not is_embedding and not _EMBEDDING_OR_CLASSIFIER.search(name.lower())
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that a transformers model ends with; None if it names none."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        return find() if callable(find) else None
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _matching(patterns: Iterable[str], names: list[str], option: str) -> set[str]:

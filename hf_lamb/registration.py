@@ -341,7 +341,7 @@ def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Trainer's handler: return the class and the options of the optimizer, and log warnings."""
     args = ctx.args
     kwargs = options_of(args)
-    adapt_all = bool(kwargs.pop("adapt_all", False))
+    adapt_all, fixed_norm = bool(kwargs.pop("adapt_all", False)), bool(kwargs.get("fixed_norm", False))
     warnings = []
     if args.learning_rate < 1e-4:
         warnings.append(
@@ -361,19 +361,20 @@ def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
     if args.should_log:
         for line in warnings:
             warn_once(f'optim="lamb": {line}')
-    return (Lamb if ctx.model is None else _lamb_of(ctx.model, adapt_all)), kwargs
+    return (Lamb if ctx.model is None else _lamb_of(ctx.model, adapt_all, fixed_norm)), kwargs
 
 
-def _lamb_of(model: nn.Module, adapt_all: bool) -> type[Lamb]:
+def _lamb_of(model: nn.Module, adapt_all: bool, fixed_norm: bool) -> type[Lamb]:
     """Return a class that builds `Lamb` from Trainer's parameter groups of this model.
 
     Trainer's groups, also those of a subclass, decide weight decay and learning rates; `split_by_adaptation` adds
-    names and which parameters adapt. It must be a class: Trainer does not pass its groups to a factory function.
+    names, which parameters adapt and, with `fixed_norm`, which keep their norms. It must be a class: Trainer does not
+    pass its groups to a factory function.
     """
 
     class LambOfModel(Lamb):
         def __new__(cls, params: Iterable[Any], **options: Any) -> Any:
-            groups = split_by_adaptation(model, params, adapt_all=adapt_all)
+            groups = split_by_adaptation(model, params, adapt_all=adapt_all, fixed_norm=fixed_norm)
             if options.get("layer_adaptation") is False:
                 # The groups have "layer_adaptation", which would override this option.
                 groups = [{**group, "layer_adaptation": False} for group in groups]

@@ -22,6 +22,7 @@ class ReferenceLamb:
         layer_adaptation: bool = True,
         min_trust_ratio: float | None = None,
         max_trust_ratio: float | None = None,
+        fixed_norm: bool = False,
         max_grad_norm: float | None = None,
         maximize: bool = False,
     ) -> None:
@@ -32,7 +33,7 @@ class ReferenceLamb:
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.bias_correction, self.layer_adaptation = bias_correction, layer_adaptation
         self.min_trust_ratio, self.max_trust_ratio = min_trust_ratio, max_trust_ratio
-        self.max_grad_norm, self.maximize = max_grad_norm, maximize
+        self.fixed_norm, self.max_grad_norm, self.maximize = fixed_norm, max_grad_norm, maximize
 
     def step(self, grads: list[Array]) -> list[Array]:
         self.t += 1
@@ -52,7 +53,12 @@ class ReferenceLamb:
             if self.layer_adaptation and not g[i].any() and not self.m[i].any():
                 continue  # nothing but decay, which the trust ratio would make as long as any step
             u = m_hat / (np.sqrt(v_hat) + self.eps) + self.weight_decay * self.w[i]
-            self.w[i] = self.w[i] - self.lr * self.trust_ratio(self.w[i], u) * u
+            moved = self.w[i] - self.lr * self.trust_ratio(self.w[i], u) * u
+            norm = np.sqrt((self.w[i] ** 2).sum())
+            if self.fixed_norm and self.layer_adaptation and norm > 0:
+                left = np.sqrt((moved**2).sum())
+                moved = norm * moved / left if left > 0.01 * norm else self.w[i]
+            self.w[i] = moved
         return self.w
 
     def trust_ratio(self, w: Array, u: Array) -> float:

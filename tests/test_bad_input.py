@@ -82,6 +82,7 @@ OPTIONS = [
     ({"max_grad_norm": NAN}, "Invalid max_grad_norm: nan: expected a positive number, or None for no clipping"),
     ({"bias_correction": "no"}, "Invalid bias_correction: 'no': expected True or False"),
     ({"layer_adaptation": "false"}, "Invalid layer_adaptation: 'false': expected True or False"),
+    ({"fixed_norm": 1.5}, "Invalid fixed_norm: 1.5: expected True or False"),
     ({"skip_nonfinite": None}, "Invalid skip_nonfinite: None: expected True or False"),
     ({"maximize": "false"}, "Invalid maximize: 'false': expected True or False"),
     ({"foreach": "yes"}, "Invalid foreach: 'yes': expected True, False or None"),

@@ -132,9 +132,9 @@ def test_scratch_is_at_most_the_largest_tensor(dtype: torch.dtype) -> None:
     blocks = (4.01 if dtype == torch.bfloat16 else 0.01) * 4 * cpu.BLOCK
     assert 4 * size <= scratch_bytes(optimizer.step, "cpu") <= 4 * size + blocks
     assert scratch_bytes(optimizer.step, "cpu") <= blocks  # and it is kept
-    by_foreach = Lamb(params, foreach=True)
-    by_foreach.step()
-    assert scratch_bytes(by_foreach.step, "cpu") >= 2 * 4 * 4 * size  # so this test can fail
+    eager = Lamb(params, foreach=False)
+    eager.step()
+    assert scratch_bytes(eager.step, "cpu") >= 4 * 4 * size  # of four tensors, so this test can fail
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -151,9 +151,10 @@ OPTIONS = st.fixed_dictionaries(
         "min_trust_ratio": st.sampled_from([None, 0.01]),
         "max_trust_ratio": st.sampled_from([None, 1.0, 10.0]),
         "max_grad_norm": st.sampled_from([None, 1.0]),
+        "fixed_norm": st.booleans(),
         "maximize": st.booleans(),
     },
-)
+).filter(lambda options: options.get("layer_adaptation", True) or not options.get("fixed_norm"))
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 
 

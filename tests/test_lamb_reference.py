@@ -9,7 +9,7 @@ import torch
 from hf_lamb import Lamb
 from hf_lamb.backends.bucket import one_minus_power
 from hf_lamb.norms import squared_norms, trust_ratio
-from tests.helpers import BACKENDS
+from tests.helpers import BACKENDS, one_line
 from tests.reference import ReferenceLamb
 
 STEPS = 30
@@ -33,6 +33,7 @@ OPTIONS = [
     ("ratio between 0.5 and 1.5", {"min_trust_ratio": 0.5, "max_trust_ratio": 1.5}),
     ("global clip (apex)", {"max_grad_norm": 1.0}),
     ("maximize", {"maximize": True}),
+    ("fixed norm", {"fixed_norm": True, "lr": 0.1}),
     ("not adapted (AdamW)", {"layer_adaptation": False}),
 ]
 
@@ -129,6 +130,71 @@ def test_mixed_dtypes_in_one_group() -> None:
         assert torch.equal(p, q)
 
 
+# -- fixed norms ------------------------------------------------------------------------------------------------------
+
+
+def norms(params: list[torch.Tensor]) -> np.ndarray:
+    return np.array([param.detach().double().norm() for param in params])
+
+
+def check_norms_are_kept(
+    dtype: torch.dtype, bound: float, steps: int, backend: dict[str, bool], lr: float = 0.03
+) -> None:
+    """Weights turn, and every norm stays; scaling by ‖w‖/‖w - ηru‖ as it stands drifts in float32."""
+    rng = np.random.default_rng(4)
+    params = [torch.tensor(heterogeneous(shape, rng, 0.05), dtype=dtype) for shape in [(65, 257), (400,), (30, 5, 2)]]
+    before, start = norms(params), [param.clone() for param in params]
+    optimizer = Lamb(params, lr=lr, fixed_norm=True, **backend)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.tensor(rng.standard_normal(param.shape), dtype=dtype)
+        optimizer.step()
+    assert np.abs(norms(params) / before - 1).max() <= bound
+    for param, first in zip(params, start, strict=True):
+        assert torch.cosine_similarity(param.view(-1), first.view(-1), dim=0) < 0.9  # so the norm could have changed
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"]
+)
+def test_fixed_norm_keeps_norms_over_1000_steps(dtype: torch.dtype, bound: float, backend: dict[str, bool]) -> None:
+    check_norms_are_kept(dtype, bound, 1000, backend)
+
+
+@BACKENDS
+def test_fixed_norm_leaves_what_has_no_norm_or_does_not_adapt(backend: dict[str, bool]) -> None:
+    """A layer of zeros takes the plain step, then keeps the norm it has; a group that does not adapt is as without."""
+    for options in ({}, {"layer_adaptation": False}):
+        stepped = []
+        for fixed_norm in (False, True):
+            w = torch.zeros(5) if not options else torch.ones(5)
+            optimizer = Lamb([{"params": [w], **options}], lr=0.1, fixed_norm=fixed_norm, **backend)
+            w.grad = torch.arange(1.0, 6)
+            optimizer.step()
+            stepped.append(w)
+        assert stepped[0].any()
+        assert torch.equal(*stepped)
+
+
+def check_no_step_to_zero(backend: dict[str, bool]) -> None:
+    """A step that ends at zero, w - ηru = 0, is not made: rounding would choose the direction, or 0/0."""
+    w = torch.full((4,), 0.5)
+    w.grad = torch.ones(4)
+    Lamb([w], lr=1.0, weight_decay=0.0, eps=0.0, fixed_norm=True, **backend).step()
+    assert torch.equal(w, torch.full((4,), 0.5))
+
+
+@BACKENDS
+def test_fixed_norm_makes_no_step_to_zero(backend: dict[str, bool]) -> None:
+    check_no_step_to_zero(backend)
+
+
+def test_fixed_norm_needs_layers_that_adapt() -> None:
+    with one_line(ValueError, "fixed_norm=True needs layer_adaptation=True, which is False"):
+        Lamb([torch.ones(2)], fixed_norm=True, layer_adaptation=False)
+
+
 # -- layers without a gradient ---------------------------------------------------------------------------------------
 
 # What a runtime, or a model, may hand a layer, step by step: factors of a random gradient.
@@ -183,6 +249,7 @@ IDLE_OPTIONS = [
     {"max_grad_norm": 1e-3, "maximize": True},
     {"min_trust_ratio": 0.5, "weight_decay": 0.5},
     {"layer_adaptation": False},
+    {"fixed_norm": True},
 ]
 
 

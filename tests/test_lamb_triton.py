@@ -22,6 +22,8 @@ from tests.test_lamb_reference import (
     TOLERANCE,
     check_layers_without_gradients,
     check_no_eps,
+    check_no_step_to_zero,
+    check_norms_are_kept,
     check_the_least_gradient,
     heterogeneous,
     worst_difference,
@@ -144,6 +146,11 @@ def test_a_layer_without_a_gradient_keeps_its_weights(options: dict[str, Any]) -
     check_the_least_gradient({"fused": True})
 
 
+def test_fixed_norm_keeps_norms() -> None:
+    check_norms_are_kept(torch.float32, 1e-6, 12, {"fused": True}, lr=0.3)
+    check_no_step_to_zero({"fused": True})
+
+
 def test_mixed_dtypes_in_one_group() -> None:
     """Each parameter as if it were alone, float64 by foreach."""
     rng = np.random.default_rng(3)
@@ -204,11 +211,11 @@ def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType
     for _ in range(3):
         whole_sums, held = backend.direction(of_whole)
         step_sizes = 0.1 * (whole_sums[Sum.WEIGHT_SQ] / whole_sums[Sum.UPDATE_SQ]).sqrt()
-        backend.apply(of_whole, held, step_sizes)
+        backend.apply(of_whole, held, step_sizes, None)
         first = [backend.direction(shard) for shard in shards]
         torch.testing.assert_close(sum(sums for sums, _ in first), whole_sums, rtol=1e-6, atol=0)
         for shard, (_, held) in zip(shards, first, strict=True):
-            backend.apply(shard, held, step_sizes)
+            backend.apply(shard, held, step_sizes, None)
         for w, *parts in zip(whole, *pieces, strict=True):
             assert torch.equal(w, torch.cat(parts))  # elementwise the same arithmetic
 
@@ -247,7 +254,7 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
         with monkeypatch.context() as patched:
             patched.setattr(kernels, "table_of", table_of)
             _, held = backend.direction(bucket)
-        backend.apply(bucket, held, torch.tensor([0.1]))
+        backend.apply(bucket, held, torch.tensor([0.1]), None)
     for tensors in ("params", "exp_avgs", "exp_avg_sqs"):
         assert torch.equal(getattr(here, tensors)[0], getattr(alone, tensors)[0])
     assert (alone.params[0] != 2.0).all()
@@ -351,8 +358,8 @@ def test_kernels_that_compute_something_else_are_not_used(
     assert torch.equal(torch.get_rng_state(), state)
     apply = kernels.Triton.apply
 
-    def too_far(self: Backend, bucket: Bucket, held: Any, step_sizes: torch.Tensor) -> None:
-        apply(self, bucket, held, step_sizes * 1.01)
+    def too_far(self: Backend, bucket: Bucket, held: Any, step_sizes: torch.Tensor, growths: Any) -> None:
+        apply(self, bucket, held, step_sizes * 1.01, growths)
 
     monkeypatch.setattr(kernels.Triton, "apply", too_far)
     with pytest.raises(RuntimeError, match=r"a small torch.float32 step gave other params than foreach's, by up to"):

@@ -254,6 +254,35 @@ def test_adapt_all_adapts_what_does_not_decay() -> None:
     assert "grid.weight" in groups[False, True]
 
 
+def keeping_norms(groups: list[dict]) -> set[str]:
+    return {name for group in groups if group["fixed_norm"] for name in group["param_names"]}
+
+
+def test_fixed_norm_is_for_hidden_matrices(bert: BertForMaskedLM) -> None:
+    """Not for embeddings, nor for what the model ends with: their norms decide how sure the model can be."""
+    layer = "bert.encoder.layer.0"
+    matrices = {f"{layer}.attention.self.{name}.weight" for name in ("query", "key", "value")}
+    matrices |= {f"{layer}.{name}.dense.weight" for name in ("attention.output", "intermediate", "output")}
+    head = "cls.predictions.transform.dense.weight"
+    groups = lamb_param_groups(bert, fixed_norm=True)
+    assert keeping_norms(groups) == {*matrices, head}
+    assert [group["name"] for group in groups] == ["decay, adapt, fixed_norm", "decay, adapt", "no_decay, no_adapt"]
+    assert keeping_norms(lamb_param_groups(bert, fixed_norm=True, exclude_from_fixed_norm=["^cls"])) == matrices
+    assert not any("fixed_norm" in group for group in lamb_param_groups(bert))
+    untied = BertForMaskedLM(BertConfig(**{**bert.config.to_dict(), "tie_word_embeddings": False}))
+    assert keeping_norms(lamb_param_groups(untied, fixed_norm=True)) == {*matrices, head}  # without the decoder
+    classifier = nn.Sequential()
+    classifier.dense, classifier.classifier = nn.Linear(2, 2), nn.Linear(2, 2)
+    classifier.scale = nn.Parameter(torch.ones(1, 2))
+    assert keeping_norms(lamb_param_groups(classifier, fixed_norm=True)) == {"dense.weight"}
+
+
+def test_a_model_without_hidden_matrices_keeps_no_norm() -> None:
+    """`Lamb`'s own option would otherwise hold for the groups, which do not name it."""
+    groups = lamb_param_groups(nn.Embedding(3, 2), fixed_norm=True)
+    assert [group["fixed_norm"] for group in Lamb(groups, fixed_norm=True).param_groups] == [False]
+
+
 def test_patterns_exclude_more() -> None:
     """Decay and adaptation are separate switches; what is excluded by rule stays excluded."""
     groups = by_flags(
@@ -271,6 +300,7 @@ def test_patterns_exclude_more() -> None:
     [
         ({"exclude_from_weight_decay": ["embeddings?"]}, r"exclude_from_weight_decay: 'embeddings\?' matches no"),
         ({"exclude_from_layer_adaptation": ["sclae"]}, "exclude_from_layer_adaptation: 'sclae' matches no"),
+        ({"exclude_from_fixed_norm": ["atention"]}, "exclude_from_fixed_norm: 'atention' matches no"),
         ({"exclude_from_weight_decay": ["("]}, r"'\(' is no regular expression"),
     ],
 )

@@ -310,7 +310,8 @@ def test_other_misspelt_optimizers_get_transformers_own_list(tmp_path: Path) -> 
 def test_optim_args_takes_every_option_of_lamb_typed() -> None:
     text = (
         "beta1=0.8,beta2=0.99, eps=1e-7, bias_correction=false, layer_adaptation=yes, min_trust_ratio=0.1,"
-        "max_trust_ratio=10, max_grad_norm=none, skip_nonfinite=0, maximize=True, foreach=1, fused=None, adapt_all=no"
+        "max_trust_ratio=10, fixed_norm=1, max_grad_norm=none, skip_nonfinite=0, maximize=True,"
+        "foreach=1, fused=None, adapt_all=no"
     )
     assert parse_optim_args(text) == {
         "beta1": 0.8,
@@ -320,6 +321,7 @@ def test_optim_args_takes_every_option_of_lamb_typed() -> None:
         "layer_adaptation": True,
         "min_trust_ratio": 0.1,
         "max_trust_ratio": 10.0,
+        "fixed_norm": True,
         "max_grad_norm": None,
         "skip_nonfinite": False,
         "maximize": True,
@@ -333,8 +335,8 @@ def test_optim_args_takes_every_option_of_lamb_typed() -> None:
 
 
 ALL = (
-    "beta1, beta2, eps, bias_correction, layer_adaptation, min_trust_ratio, max_trust_ratio, max_grad_norm, "
-    "skip_nonfinite, maximize, foreach, fused, adapt_all"
+    "beta1, beta2, eps, bias_correction, layer_adaptation, min_trust_ratio, max_trust_ratio, fixed_norm, "
+    "max_grad_norm, skip_nonfinite, maximize, foreach, fused, adapt_all"
 )
 
 
@@ -486,6 +488,16 @@ def test_what_adapts_follows_optim_args(tmp_path: Path, model, optim_args: str |
     assert isinstance(optimizer, Lamb)
     found = {"decay" if g["weight_decay"] else "no_decay": g["layer_adaptation"] for g in optimizer.param_groups}
     assert found == adapting
+
+
+def test_fixed_norm_in_optim_args_is_for_hidden_matrices(tmp_path: Path, model) -> None:
+    trainer = Trainer(model, arguments(tmp_path, optim_args="fixed_norm=true", weight_decay=0.1))
+    optimizer = trainer.create_optimizer()
+    expected = {
+        name for g in lamb_param_groups(model, fixed_norm=True) if g["fixed_norm"] for name in g["param_names"]
+    }
+    assert expected
+    assert {name for g in optimizer.param_groups if g["fixed_norm"] for name in g["param_names"]} == expected
 
 
 def flags_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, tuple[float, float]]:

@@ -19,7 +19,7 @@ from tests.layouts import attach
 SHAPES = {"a.weight": (5, 3), "a.bias": (7,), "b.weight": (2, 2)}
 # Three elements of padding, the first two layers, one of padding, the third layer, four of padding.
 LAYOUT = Layout((Segment("a.weight", 3, 18, 15), Segment("a.bias", 18, 25, 7), Segment("b.weight", 26, 30, 4)), 34)
-UNADAPTED = {"undecayed": ["a.bias"], "unadapted": ["a.bias"]}
+EXCEPTIONS = {"undecayed": ["a.bias"], "unadapted": ["a.bias"], "unfixed": ["b.weight"]}
 
 
 def draw(seed: int) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def flattened(layers: dict[str, Tensor], padding: float = torch.nan) -> Tensor:
 
 def flat_lamb(**options: object) -> Lamb:
     """Over one flat tensor of which nobody told the constructor, as DeepSpeed puts it there."""
-    optimizer = Lamb([{"params": [nn.Parameter(torch.ones(2, 2))], **UNADAPTED}], lr=0.1, **options)
+    optimizer = Lamb([{"params": [nn.Parameter(torch.ones(2, 2))], **EXCEPTIONS}], lr=0.1, **options)
     flat = nn.Parameter(flattened(draw(0)))
     optimizer.param_groups[0]["params"] = [flat]
     attach(optimizer, {flat: LAYOUT})
@@ -48,8 +48,9 @@ def flat_lamb(**options: object) -> Lamb:
 def plain_lamb(**options: object) -> Lamb:
     named = [(name, nn.Parameter(w)) for name, w in draw(0).items()]
     groups = [
-        {"params": [named[0], named[2]]},
+        {"params": [named[0]]},
         {"params": [named[1]], "weight_decay": 0.0, "layer_adaptation": False},
+        {"params": [named[2]], "fixed_norm": False},
     ]
     return Lamb(groups, lr=0.1, **options)
 
@@ -70,7 +71,11 @@ def steps(optimizer: Lamb, reference: Lamb, poisoned_at: int | None = None) -> I
 
 
 @BACKENDS
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "eps": 1e-2}, {"skip_nonfinite": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_grad_norm": 0.5, "eps": 1e-2}, {"skip_nonfinite": False}, {"fixed_norm": True}],
+    ids=str,
+)
 def test_a_flat_tensor_is_its_layers(backend: dict[str, bool], options: dict[str, object]) -> None:
     """Bit for bit what an optimizer of the layers does: decay, adaptation, norms, clipping, a skipped step."""
     optimizer, reference = flat_lamb(**backend, **options), plain_lamb(**backend, **options)

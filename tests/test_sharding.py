@@ -21,8 +21,9 @@ MODES = {
 }
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 
-# A large eps, or Adam undoes any factor of the gradients; and half way one process meets a NaN.
-CLIPPED: Case = {"options": {"foreach": True, "max_grad_norm": 0.1, "eps": 1e-2}, "nan_at": 4}
+# A large eps, or Adam undoes any factor of the gradients; half way one process meets a NaN; and norms are kept, for
+# which ⟨w, u⟩ is summed over the processes too.
+CLIPPED: Case = {"options": {"foreach": True, "max_grad_norm": 0.1, "eps": 1e-2, "fixed_norm": True}, "nan_at": 4}
 # At eps 1e-6 the rounding noise of small gradients, which tensor parallelism adds up in another order, becomes a
 # difference of 3e-6 in a trust ratio.
 FLOAT32: Case = {"dtype": "float32", "options": {"foreach": True, "eps": 1e-3}}

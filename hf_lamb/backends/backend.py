@@ -34,18 +34,18 @@ class Backend(Protocol):
         """
         ...
 
-    def apply(self, bucket: Bucket, held: Any, step_sizes: Tensor) -> None:
-        """Do the second visit: w -= step_sizes[i] * u. A layer whose step size is zero does not change.
+    def apply(self, bucket: Bucket, held: Any, step_sizes: Tensor, growths: Tensor | None) -> None:
+        """Do the second visit: w += growths[i]*w - step_sizes[i]*u. A layer whose step size is zero does not change.
 
         Args:
             bucket: the bucket of the first visit.
             held: the second result of `direction`.
-            step_sizes: lr·r of each layer, shape `[n]`.
+            step_sizes, growths: of each layer, shape `[n]`, from `Bucket.step_sizes`; growths of None are zero.
         """
         ...
 
     def update(self, bucket: Bucket) -> Tensor:
         """Do both visits, for layers that are whole; return the sums of the first."""
         sums, held = self.direction(bucket)
-        self.apply(bucket, held, bucket.step_sizes(sums))
+        self.apply(bucket, held, *bucket.step_sizes(sums))
         return sums

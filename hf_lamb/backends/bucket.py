@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lamb.norms import any_nonzero, layer_ratio, math_dtype
+from hf_lamb.norms import any_nonzero, dots, layer_ratio, math_dtype, norm_keeping
 
 
 @dataclass(slots=True)
@@ -113,19 +113,36 @@ class Bucket:
             return torch.zeros(len(grads), dtype=self.math_dtype, device=self.device)
         return (any_nonzero(grads) | any_nonzero(exp_avgs)).to(self.math_dtype)
 
+    @property
+    def fixes_norms(self) -> bool:
+        """Whether the layers keep their norms: `fixed_norm` is for layers that adapt."""
+        return bool(self.group["fixed_norm"] and self.group["layer_adaptation"])
+
+    def dots(self, weights: list[Tensor], updates: list[Tensor]) -> Tensor:
+        """`Sum.DOT` of tensors of this bucket."""
+        if not self.fixes_norms:
+            return torch.zeros(len(weights), dtype=self.math_dtype, device=self.device)
+        return dots(weights, updates)
+
     def at_rest(self, u: Tensor, step_size: Tensor) -> Tensor:
         """Return u, or zero if the step size is zero: with eps 0, u may be 0/0, and 0·NaN is NaN."""
         return u if self.group["eps"] > 0 else torch.where(step_size == 0, 0.0, u)
 
-    def step_sizes(self, sums: Tensor) -> Tensor:
-        """Return lr·r of each layer, shape [n], from its sums; zero if this step is skipped."""
+    def step_sizes(self, sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return step size and growth of each layer, shape [n] each: w = w + growth·w - step_size·u.
+
+        The step size is lr·r, and there is no growth (None), unless the layers keep their norms. Both are zero if this
+        step is skipped.
+        """
         lr, ratio = self.group["lr"], layer_ratio(sums, self.group)
         if isinstance(lr, Tensor):
             lr = lr.reshape(())  # a one-element tensor would broadcast as well, but a 0-dim one may live on the CPU
             if lr.device.type != "cpu":
                 lr = lr.to(ratio.device)  # some parameters may be elsewhere
         sizes: Tensor = lr * ratio
-        return sizes if self.finite is None else sizes * self.finite
+        if self.finite is not None:
+            sizes = sizes * self.finite
+        return norm_keeping(sums, sizes) if self.fixes_norms else (sizes, None)
 
     def bias_corrections(self) -> tuple[Tensor, Tensor]:
         """Return 1 - beta1**t and 1 - beta2**t of each parameter, shape [n]; ones without bias_correction."""

@@ -33,11 +33,11 @@ PART = 1 << 18
 CHUNKS_PER_THREAD = 4
 
 _POINTERS = (
-    "table", "first_tensor", "progress", "of_chunks", "sums", "inverses", "step_sizes", "u", "finite", "clip_factor",
-    "lr",
+    "table", "first_tensor", "progress", "of_chunks", "sums", "inverses", "step_sizes", "growths", "u", "finite",
+    "clip_factor", "lr",
 )  # fmt: skip
 _NUMBERS = ("beta1", "beta2", "eps", "weight_decay", "min_ratio", "max_ratio")
-_FLAGS = ("task", "w_type", "g_type", "maximize", "bias_correction", "adapts")
+_FLAGS = ("task", "w_type", "g_type", "maximize", "bias_correction", "adapts", "fixes_norms")
 
 
 class _Bucket(ctypes.Structure):
@@ -63,7 +63,7 @@ class Table:
     u_size: int  # elements of the largest part whose u is kept
     of_chunks: Tensor  # [chunks, k]
     inverses: Tensor  # [2, n]: 1 / (1 - beta**t)
-    step_sizes: Tensor  # [n]
+    moves: Tensor  # [2, n]: step sizes and growths
 
 
 class Compiled(Backend):
@@ -86,9 +86,11 @@ class Compiled(Backend):
         """Add 1 to t, update m and v; return the sums."""
         return self._run(bucket, FIRST_VISIT), None
 
-    def apply(self, bucket: Bucket, held: None, step_sizes: Tensor) -> None:
-        """Compute u again, and w -= step_size * u."""
-        self._tables[bucket.key].step_sizes.copy_(step_sizes)
+    def apply(self, bucket: Bucket, held: None, step_sizes: Tensor, growths: Tensor | None) -> None:
+        """Compute u again, and w += growth * w - step_size * u."""
+        moves = self._tables[bucket.key].moves
+        moves[0] = step_sizes
+        moves[1] = 0 if growths is None else growths
         self._run(bucket, SECOND_VISIT)
 
     def update(self, bucket: Bucket) -> Tensor:
@@ -115,7 +117,8 @@ class Compiled(Backend):
             of_chunks=table.of_chunks.data_ptr(),
             sums=sums.data_ptr(),
             inverses=table.inverses.data_ptr(),
-            step_sizes=table.step_sizes.data_ptr(),
+            step_sizes=table.moves[0].data_ptr(),
+            growths=table.moves[1].data_ptr(),
             u=self._u.data_ptr(),
             finite=None if finite is None else finite.data_ptr(),
             clip_factor=None if clip_factor is None else clip_factor.data_ptr(),
@@ -132,6 +135,7 @@ class Compiled(Backend):
             maximize=bool(group["maximize"]),  # NumPy's are taken too
             bias_correction=bool(group["bias_correction"]),
             adapts=bool(group["layer_adaptation"]),
+            fixes_norms=bucket.fixes_norms,
         )
         kernel: Any = library()
         here = ctypes.byref(arguments)
@@ -170,7 +174,7 @@ class Compiled(Backend):
             u_size=max((sum(part) for part in parts if sum(part) <= KEPT), default=0),
             of_chunks=torch.empty(total, len(Sum)),
             inverses=torch.empty(2, n),
-            step_sizes=torch.zeros(n),
+            moves=torch.zeros(2, n),
         )
         self._tables[bucket.key] = table
         return table

@@ -96,7 +96,8 @@ class CPU(Backend):
                 maximize=bool(bucket.group["maximize"]),
                 found_inf=skip,
             )
-            sums.append(torch.stack((squared_norms(w), squared_norms(minus_u), bucket.nonzero(given, m))))
+            dots = -bucket.dots(w, minus_u)
+            sums.append(torch.stack((squared_norms(w), squared_norms(minus_u), bucket.nonzero(given, m), dots)))
             owners.extend(i for i, _, _ in run)
             if keep:
                 held.append((run, minus_u))
@@ -106,13 +107,16 @@ class CPU(Backend):
         whole.index_add_(1, torch.tensor(owners), torch.cat(sums, dim=1))
         return whole, held if keep else None
 
-    def apply(self, bucket: Bucket, held: Held | None, step_sizes: Tensor) -> None:
-        """w -= step_size * u, from the last block, which is still in the cache, to the first."""
+    def apply(self, bucket: Bucket, held: Held | None, step_sizes: Tensor, growths: Tensor | None) -> None:
+        """w += growth * w - step_size * u, from the last block, which is still in the cache, to the first."""
         sizes = step_sizes.unbind()
         for run, minus_u in reversed(held) if held is not None else self._computed_again(bucket):
             for x, y, (i, _, _) in zip(_take(bucket.params, run), minus_u, run, strict=True):
                 step = bucket.at_rest(y, sizes[i])
-                if x.dtype == y.dtype:
+                if growths is not None:
+                    w = x.to(y.dtype)
+                    x.copy_(torch.addcmul(w, step, sizes[i]).addcmul_(w, growths[i]))
+                elif x.dtype == y.dtype:
                     x.addcmul_(step, sizes[i])
                 else:
                     x.copy_(torch.addcmul(x.to(y.dtype), step, sizes[i]))

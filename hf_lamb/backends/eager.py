@@ -33,9 +33,12 @@ class Eager(Backend):
             weights.append(w)
             updates.append(u)
         nonzero = bucket.nonzero(bucket.grads, bucket.exp_avgs)
-        return torch.stack((squared_norms(weights), squared_norms(updates), nonzero)), updates
+        dots = bucket.dots(weights, updates)
+        return torch.stack((squared_norms(weights), squared_norms(updates), nonzero, dots)), updates
 
-    def apply(self, bucket: Bucket, held: list[Tensor], step_sizes: Tensor) -> None:
-        """w -= step_size * u."""
-        for param, u, step_size in zip(bucket.params, held, step_sizes.unbind(), strict=True):
-            param.copy_(param.to(u.dtype) - step_size * bucket.at_rest(u, step_size))
+    def apply(self, bucket: Bucket, held: list[Tensor], step_sizes: Tensor, growths: Tensor | None) -> None:
+        """w += growth * w - step_size * u."""
+        for i, (param, u) in enumerate(zip(bucket.params, held, strict=True)):
+            w, step_size = param.to(u.dtype), step_sizes[i]
+            moved = w - step_size * bucket.at_rest(u, step_size)
+            param.copy_(moved if growths is None else moved + growths[i] * w)

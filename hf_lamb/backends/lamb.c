@@ -15,7 +15,7 @@
 
 enum { CHUNK = 16384, BLOCK = 1024, LANES = 16 };
 enum { W, G, M, V, STEP, NUMEL, FIRST, OFFSET, COLUMNS };     /* of a tensor: OFFSET is its place in its part */
-enum { WEIGHT_SQ, UPDATE_SQ, NONZERO, SUMS };                 /* rows of the sums, as hf_lamb.norms.Sum */
+enum { WEIGHT_SQ, UPDATE_SQ, NONZERO, DOT, SUMS };            /* rows of the sums, as hf_lamb.norms.Sum */
 enum { FLOAT32, BFLOAT16, FLOAT16 };                          /* dtypes of weights and gradients; m and v are float32 */
 enum { SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE }; /* tasks; UPDATE is both visits, part by part */
 
@@ -32,13 +32,13 @@ typedef struct {
     float *of_chunks;            /* [chunks, SUMS] */
     float *sums;                 /* [SUMS, tensors] */
     float *inverses;             /* [2, tensors], made by lamb_begin: 1 / (1 - beta**t) */
-    float *step_sizes;           /* [tensors]: read by SECOND_VISIT, made by UPDATE */
+    float *step_sizes, *growths; /* [tensors]: read by SECOND_VISIT, made by UPDATE */
     float *u;                    /* [2, u_size]: of parts that are not larger, in turn */
     const uint8_t *finite;       /* 0 skips the step; NULL: it is not skipped */
     const float *clip_factor;    /* NULL: 1 */
     const double *lr;
     double beta1, beta2, eps, weight_decay, min_ratio, max_ratio;
-    int32_t task, w_type, g_type, maximize, bias_correction, adapts;
+    int32_t task, w_type, g_type, maximize, bias_correction, adapts, fixes_norms;
 } Bucket;
 
 /* -- tensors as float32, a block at a time -- */
@@ -100,14 +100,15 @@ static inline float direction(const Numbers *c, float w, float m, float v) {
 }
 
 typedef struct {
-    double w_sq, u_sq;
+    double w_sq, u_sq, dot;
     uint32_t nonzero; /* bits of g and m, without the signs */
 } Sums;
 
 /* Move m and v, unless the step is skipped; leave u, and add to the sums. */
 static inline void first_of_block(const Numbers *c, int n, const float *restrict w, const float *restrict g,
-                                  float *restrict m, float *restrict v, float *restrict u, int skip, Sums *sums) {
-    float w_sq[LANES] = {0}, u_sq[LANES] = {0};
+                                  float *restrict m, float *restrict v, float *restrict u, int skip, int dots,
+                                  Sums *sums) {
+    float w_sq[LANES] = {0}, u_sq[LANES] = {0}, dot[LANES] = {0};
     uint32_t nonzero[LANES] = {0};
     if (!skip)
         for (int i = 0; i < n; i++) {
@@ -121,16 +122,19 @@ static inline void first_of_block(const Numbers *c, int n, const float *restrict
             u[i + j] = direction(c, w[i + j], m[i + j], v[i + j]);
             w_sq[j] += w[i + j] * w[i + j];
             u_sq[j] += u[i + j] * u[i + j];
+            if (dots) dot[j] += w[i + j] * u[i + j];
             nonzero[j] |= to_bits(g[i + j]) << 1 | to_bits(m[i + j]) << 1;
         }
     for (int i = whole; i < n; i++) {
         u[i] = direction(c, w[i], m[i], v[i]);
         w_sq[i - whole] += w[i] * w[i];
         u_sq[i - whole] += u[i] * u[i];
+        if (dots) dot[i - whole] += w[i] * u[i];
         nonzero[i - whole] |= to_bits(g[i]) << 1 | to_bits(m[i]) << 1;
     }
     sums->w_sq += add_lanes(w_sq);
     sums->u_sq += add_lanes(u_sq);
+    if (dots) sums->dot += add_lanes(dot);
     for (int j = 0; j < LANES; j++) sums->nonzero |= nonzero[j];
 }
 
@@ -167,7 +171,7 @@ static void square_gradients(const Bucket *b, int64_t tensor, int64_t start, int
 static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *kept, float *sums) {
     const int64_t *row = b->table + tensor * COLUMNS;
     float w_room[BLOCK], g_room[BLOCK], u_room[BLOCK];
-    Sums of_chunk = {0, 0, 0};
+    Sums of_chunk = {0, 0, 0, 0};
     Numbers c = numbers(b, tensor);
     int skip = skipped(b);
     for (int64_t at = start; at < stop; at += BLOCK) {
@@ -175,15 +179,18 @@ static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t 
         const float *w = load(pointer(row, W), b->w_type, at, n, w_room);
         const float *g = load(pointer(row, G), b->g_type, at, n, g_room);
         float *u = kept ? kept + row[OFFSET] + at : u_room;
-        first_of_block(&c, n, w, g, (float *)pointer(row, M) + at, (float *)pointer(row, V) + at, u, skip, &of_chunk);
+        float *m = (float *)pointer(row, M) + at, *v = (float *)pointer(row, V) + at;
+        if (b->fixes_norms) first_of_block(&c, n, w, g, m, v, u, skip, 1, &of_chunk); /* two loops are compiled */
+        else first_of_block(&c, n, w, g, m, v, u, skip, 0, &of_chunk);
     }
     sums[WEIGHT_SQ] = of_chunk.w_sq;
     sums[UPDATE_SQ] = of_chunk.u_sq;
     sums[NONZERO] = of_chunk.nonzero != 0;
+    sums[DOT] = of_chunk.dot;
 }
 
 static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, const float *kept) {
-    float room[BLOCK], step_size = b->step_sizes[tensor];
+    float room[BLOCK], step_size = b->step_sizes[tensor], growth = b->growths[tensor];
     if (step_size == 0) return; /* eps may be 0, and u no number */
     const int64_t *row = b->table + tensor * COLUMNS;
     Numbers c = numbers(b, tensor);
@@ -193,16 +200,25 @@ static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t
         float *restrict w = (float *)load(pointer(row, W), b->w_type, at, n, room);
         const float *restrict u = kept ? kept + row[OFFSET] + at : NULL;
         if (u)
-            for (int i = 0; i < n; i++) w[i] -= step_size * u[i];
+            for (int i = 0; i < n; i++) w[i] = w[i] - step_size * u[i] + growth * w[i];
         else
-            for (int i = 0; i < n; i++) w[i] -= step_size * direction(&c, w[i], m[i], v[i]);
+            for (int i = 0; i < n; i++) w[i] = w[i] - step_size * direction(&c, w[i], m[i], v[i]) + growth * w[i];
         store((void *)pointer(row, W), b->w_type, at, n, w);
     }
 }
 
 /* -- tensors -- */
 
-/* The sums of a tensor from those of its chunks, and with UPDATE its step size lr * r. */
+/* As hf_lamb.norms.norm_keeping: step_size is lr * r, and becomes that of a step which keeps the norm. */
+static double norm_keeping(const float *sums, double *step_size) {
+    if (!(sums[WEIGHT_SQ] > 0) || *step_size == 0) return 0;
+    double x = *step_size * (*step_size * sums[UPDATE_SQ] - 2.0 * sums[DOT]) / sums[WEIGHT_SQ], q = sqrt(1 + x);
+    double growth = x <= 1e-4 - 1 ? 0 : -x / (q * (1 + q));
+    *step_size = x <= 1e-4 - 1 ? 0 : *step_size * (1 + growth);
+    return growth;
+}
+
+/* The sums of a tensor from those of its chunks, and with UPDATE its step size and growth. */
 static void finish(const Bucket *b, int64_t tensor, int64_t chunks) {
     const float *of_chunks = b->of_chunks + b->table[tensor * COLUMNS + FIRST] * SUMS;
     int kinds = b->task == SQUARE_GRADIENTS ? 1 : SUMS;
@@ -221,7 +237,9 @@ static void finish(const Bucket *b, int64_t tensor, int64_t chunks) {
         if (ratio > b->max_ratio) ratio = b->max_ratio;
         if (!(sums[NONZERO] > 0)) ratio = 0;
     }
-    b->step_sizes[tensor] = skipped(b) ? 0 : *b->lr * ratio;
+    double step_size = skipped(b) ? 0 : *b->lr * ratio;
+    b->growths[tensor] = b->fixes_norms ? norm_keeping(sums, &step_size) : 0;
+    b->step_sizes[tensor] = step_size;
 }
 
 static int64_t chunks_of(const int64_t *row) { return (row[NUMEL] + CHUNK - 1) / CHUNK; }

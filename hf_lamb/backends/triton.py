@@ -57,7 +57,8 @@ def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
     """A whole chunk with a rest, and a tensor smaller than one."""
     generator = torch.Generator().manual_seed(0)
     group = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True}
-    group |= {"layer_adaptation": True, "min_trust_ratio": None, "max_trust_ratio": None, "maximize": False}
+    group |= {"layer_adaptation": True, "min_trust_ratio": None, "max_trust_ratio": None, "fixed_norm": False}
+    group |= {"maximize": False}
     bucket = Bucket(group, finite=torch.tensor(True, device=device))
     for size in (CHUNK + 5, 7):
         w, g, m, root_v = torch.randn(4, size, generator=generator).to(device).unbind()
@@ -163,8 +164,8 @@ class Triton(Backend):
         sums, corrections, _ = self._first(bucket)
         return sums, corrections
 
-    def apply(self, bucket: Bucket, held: Tensor, step_sizes: Tensor) -> None:
-        """w -= step_size * u, from the last chunk, which may still be in the cache, to the first."""
+    def apply(self, bucket: Bucket, held: Tensor, step_sizes: Tensor, growths: Tensor | None) -> None:
+        """w += growth * w - step_size * u, from the last chunk, which may still be in the cache, to the first."""
         table = self._table(bucket)
         if table.chunks:
             _launch(
@@ -177,6 +178,7 @@ class Triton(Backend):
                 bucket.finite,
                 held,
                 step_sizes,
+                growths,
                 float(bucket.group["eps"]),
                 float(bucket.group["weight_decay"]),
                 W=_DTYPES[bucket.params[0].dtype],
@@ -186,8 +188,8 @@ class Triton(Backend):
 
     def update(self, bucket: Bucket) -> Tensor:
         """Both visits, with the step sizes from a kernel."""
-        sums, corrections, step_sizes = self._first(bucket)
-        self.apply(bucket, corrections, step_sizes)
+        sums, corrections, (step_sizes, growths) = self._first(bucket)
+        self.apply(bucket, corrections, step_sizes, growths if bucket.fixes_norms else None)
         return sums
 
     def _table(self, bucket: Bucket) -> Table:
@@ -203,12 +205,12 @@ class Triton(Backend):
         return table
 
     def _first(self, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
-        """The first visit; the sums [k, n], the bias corrections [2, n], the step sizes [n] if layers are whole."""
+        """The first visit; sums [k, n], bias corrections [2, n], and of whole layers step sizes and growths [2, n]."""
         table, group, n = self._table(bucket), bucket.group, len(bucket.params)
         beta1, beta2 = group["betas"]
         corrections = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
         sums = torch.empty(len(Sum), n, dtype=torch.float32, device=bucket.device)
-        step_sizes = torch.empty(n, dtype=torch.float32, device=bucket.device)
+        moves = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
         of_chunks = torch.empty(len(Sum), table.chunks, dtype=torch.float32, device=bucket.device)
 
         log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
@@ -236,6 +238,7 @@ class Triton(Backend):
                 MAXIMIZE=bool(group["maximize"]),
                 W=_DTYPES[bucket.params[0].dtype],
                 G=_DTYPES[bucket.grads[0].dtype],
+                FIXES_NORMS=bucket.fixes_norms,
                 ALIGNED=table.aligned,
                 CHUNK=CHUNK,
             )
@@ -252,7 +255,7 @@ class Triton(Backend):
             table.chunks,
             of_chunks,
             sums,
-            step_sizes,
+            moves,
             bucket.finite,
             float(lr) if lr_on_device is None else 0.0,
             lr_on_device,
@@ -260,9 +263,10 @@ class Triton(Backend):
             math.inf if highest is None else float(highest),
             CHUNK,
             ADAPTS=bool(group["layer_adaptation"]),
+            FIXES_NORMS=bucket.fixes_norms,
             BLOCK=_AT_ONCE,
         )
-        return sums, corrections, step_sizes
+        return sums, corrections, moves
 
 
 def _launch(kernel: Any, programs: int, bucket: Bucket, *arguments: Any, **constants: Any) -> None:
@@ -333,9 +337,9 @@ def _u(w, m, v, inverse1, inverse2, eps, weight_decay):
 @triton.jit
 def _update_moments(
     w_at, g_at, m_at, v_at, size, skip, factor, inverse1, inverse2, beta1, one_minus_beta1, beta2, one_minus_beta2,
-    eps, weight_decay, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    eps, weight_decay, FIXES_NORMS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Move m and v of a chunk; its sums of squares of w and u, and 1 if g or m holds anything but zeros, else 0."""
+    """Move m and v of a chunk; its sums ‖w‖², ‖u‖², 1 if g or m holds anything but zeros, else 0, and ⟨w, u⟩."""
     offsets = tl.arange(0, CHUNK)
     w = _load(w_at, offsets, size, WHOLE)
     given = _load(g_at, offsets, size, WHOLE)
@@ -353,7 +357,10 @@ def _update_moments(
     if not WHOLE:
         u = tl.where(offsets < size, u, 0.0)  # eps may be 0, and 0 / 0 no number
     nonzero = tl.max(tl.where((given != 0) | (m != 0), 1.0, 0.0))
-    return tl.sum(w * w), tl.sum(u * u), nonzero
+    dot = 0.0
+    if FIXES_NORMS:
+        dot = tl.sum(w * u)
+    return tl.sum(w * w), tl.sum(u * u), nonzero, dot
 
 
 @triton.jit(do_not_specialize=["rows", "owners", "of_chunks"])
@@ -375,7 +382,8 @@ def _square_gradients(rows, owners, of_chunks, G: tl.constexpr, ALIGNED: tl.cons
 def _first_visit(
     rows, owners, n, finite, clip_factor, corrections, of_chunks,
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
-    MAXIMIZE: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    MAXIMIZE: tl.constexpr, W: tl.constexpr, G: tl.constexpr, FIXES_NORMS: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     owner = tl.load(owners + program)
@@ -397,28 +405,39 @@ def _first_visit(
     if MAXIMIZE:
         factor = -factor
     if size >= CHUNK:
-        w_sq, u_sq, nonzero = _update_moments(
+        w_sq, u_sq, nonzero, dot = _update_moments(
             w_at, g_at, m_at, v_at, size, skip, factor, inverse1, inverse2, beta1, one_minus_beta1, beta2,
-            one_minus_beta2, eps, weight_decay, CHUNK, True)  # fmt: skip
+            one_minus_beta2, eps, weight_decay, FIXES_NORMS, CHUNK, True)  # fmt: skip
     else:
-        w_sq, u_sq, nonzero = _update_moments(
+        w_sq, u_sq, nonzero, dot = _update_moments(
             w_at, g_at, m_at, v_at, size, skip, factor, inverse1, inverse2, beta1, one_minus_beta1, beta2,
-            one_minus_beta2, eps, weight_decay, CHUNK, False)  # fmt: skip
+            one_minus_beta2, eps, weight_decay, FIXES_NORMS, CHUNK, False)  # fmt: skip
     at = of_chunks + program
     tl.store(at, w_sq)
     tl.store(at + tl.num_programs(0), u_sq)
     tl.store(at + 2 * tl.num_programs(0), nonzero)
+    tl.store(at + 3 * tl.num_programs(0), dot)
+
+
+@triton.jit
+def _norm_keeping(w_sq, u_sq, dot, step_size):
+    """As hf_lamb.norms.norm_keeping: the step size and the growth of a step that keeps the norm."""
+    moves = (w_sq > 0) & (step_size != 0)
+    x = tl.where(moves, step_size * (step_size * u_sq - 2.0 * dot) / tl.where(moves, w_sq, 1.0), 0.0)
+    q = tl.sqrt_rn(tl.maximum(1.0 + x, 1e-4))
+    growth = tl.where(x <= -0.9999, 0.0, -x / (q * (1.0 + q)))
+    return tl.where(x <= -0.9999, 0.0, step_size * (1.0 + growth)), growth
 
 
 @triton.jit(
-    do_not_specialize=["rows", "n", "chunks", "of_chunks", "sums", "step_sizes", "finite", "lr", "lr_at", "lowest",
+    do_not_specialize=["rows", "n", "chunks", "of_chunks", "sums", "moves", "finite", "lr", "lr_at", "lowest",
                        "highest", "size_of_chunk"]
 )  # fmt: skip
 def _finish(
-    rows, n, chunks, of_chunks, sums, step_sizes, finite, lr, lr_at, lowest, highest, size_of_chunk,
-    ADAPTS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, n, chunks, of_chunks, sums, moves, finite, lr, lr_at, lowest, highest, size_of_chunk,
+    ADAPTS: tl.constexpr, FIXES_NORMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tensor from those of its chunks; its trust ratio r, and the step size lr * r."""
+    """The sums of a tensor from those of its chunks; its trust ratio r, the step size lr * r, and the growth."""
     i = tl.program_id(0)
     row = rows + i.to(tl.int64) * _COLUMNS
     begin = tl.load(row + _FIRST).to(tl.int32)
@@ -426,18 +445,22 @@ def _finish(
     w_sqs = tl.zeros((BLOCK,), tl.float32)
     u_sqs = tl.zeros((BLOCK,), tl.float32)
     nonzeros = tl.zeros((BLOCK,), tl.float32)
+    dots = tl.zeros((BLOCK,), tl.float32)
     for done in range(0, many, BLOCK):
         chunk = done + tl.arange(0, BLOCK)
         at = of_chunks + begin + chunk
         w_sqs += tl.load(at, mask=chunk < many, other=0.0)
         u_sqs += tl.load(at + chunks, mask=chunk < many, other=0.0)
         nonzeros += tl.load(at + 2 * chunks, mask=chunk < many, other=0.0)
+        dots += tl.load(at + 3 * chunks, mask=chunk < many, other=0.0)
     w_sq = tl.sum(w_sqs)
     u_sq = tl.sum(u_sqs)
     nonzero = tl.sum(nonzeros)
+    dot = tl.sum(dots)
     tl.store(sums + i, w_sq)
     tl.store(sums + n + i, u_sq)
     tl.store(sums + 2 * n + i, nonzero)
+    tl.store(sums + 3 * n + i, dot)
     ratio = 1.0
     if ADAPTS:
         if (w_sq > 0) & (u_sq > 0):
@@ -450,24 +473,29 @@ def _finish(
     step_size = lr * ratio
     if finite is not None and tl.load(finite) == 0:
         step_size = 0.0
-    tl.store(step_sizes + i, step_size)
+    growth = 0.0
+    if FIXES_NORMS:
+        step_size, growth = _norm_keeping(w_sq, u_sq, dot, step_size)
+    tl.store(moves + i, step_size)
+    tl.store(moves + n + i, growth)
 
 
 @triton.jit
 def _apply_update(
-    w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK: tl.constexpr, WHOLE: tl.constexpr
-):
+    w_at, m_at, v_at, size, step_size, growth, inverse1, inverse2, eps, weight_decay,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     offsets = tl.arange(0, CHUNK)
     w = _load(w_at, offsets, size, WHOLE)
     m = _load(m_at, offsets, size, WHOLE)
     v = _load(v_at, offsets, size, WHOLE)
-    w -= step_size * _u(w, m, v, inverse1, inverse2, eps, weight_decay)
+    w = w - step_size * _u(w, m, v, inverse1, inverse2, eps, weight_decay) + growth * w
     _store(w_at, offsets, size, w.to(w_at.dtype.element_ty), WHOLE)
 
 
-@triton.jit(do_not_specialize=["rows", "owners", "n", "finite", "corrections", "step_sizes"])
+@triton.jit(do_not_specialize=["rows", "owners", "n", "finite", "corrections", "step_sizes", "growths"])
 def _second_visit(
-    rows, owners, n, finite, corrections, step_sizes, eps, weight_decay,
+    rows, owners, n, finite, corrections, step_sizes, growths, eps, weight_decay,
     W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     if finite is not None and tl.load(finite) == 0:
@@ -485,7 +513,10 @@ def _second_visit(
     step_size = tl.load(step_sizes + owner)
     if step_size == 0:  # eps may be 0, and u no number
         return
+    growth = 0.0
+    if growths is not None:
+        growth = tl.load(growths + owner)
     if size >= CHUNK:
-        _apply_update(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, True)
+        _apply_update(w_at, m_at, v_at, size, step_size, growth, inverse1, inverse2, eps, weight_decay, CHUNK, True)
     else:
-        _apply_update(w_at, m_at, v_at, size, step_size, inverse1, inverse2, eps, weight_decay, CHUNK, False)
+        _apply_update(w_at, m_at, v_at, size, step_size, growth, inverse1, inverse2, eps, weight_decay, CHUNK, False)

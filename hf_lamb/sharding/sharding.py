@@ -38,6 +38,7 @@ class Piece(NamedTuple):
     place: int  # the layer's index in that `Cut`
     decays: bool = True  # False overrides the group's weight_decay
     adapts: bool = True  # False overrides the group's layer_adaptation
+    keeps_norm: bool = True  # False overrides the group's fixed_norm
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Sharding:
         """
         self.cuts = []
         for group_index, group in enumerate(param_groups):
-            undecayed, unadapted = set(group.get("undecayed", ())), set(group.get("unadapted", ()))
+            undecayed, unadapted, unfixed = (set(group.get(key, ())) for key in ("undecayed", "unadapted", "unfixed"))
             for index, param in enumerate(group["params"]):
                 layout = self.layouts.get(param) if self.layouts else None
                 name = name_of(group_index, index)
@@ -149,8 +150,14 @@ class Sharding:
                         yield group_index, piece
                     continue
                 for piece in self._segments(param, name, layout, state_of):
-                    decays, adapts = piece.name not in undecayed, piece.name not in unadapted
-                    yield group_index, piece._replace(decays=decays, adapts=adapts)
+                    yield (
+                        group_index,
+                        piece._replace(
+                            decays=piece.name not in undecayed,
+                            adapts=piece.name not in unadapted,
+                            keeps_norm=piece.name not in unfixed,
+                        ),
+                    )
 
     def _whole_or_dtensor(
         self, param: Tensor, name: str, state_of: Callable[[Tensor], dict[str, Tensor]]

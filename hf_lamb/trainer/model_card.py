@@ -45,7 +45,7 @@ def options_in_force(optimizer: Any) -> dict[str, Any]:
 
 def options_of_groups(optimizer: Any) -> list[dict[str, Any]]:
     """Return the options of each group as plain values, with "learning_rate" at the schedule's peak."""
-    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted"}
+    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted", "unfixed"}
     return [
         {name: _plain(value) for name, value in group.items() if name not in own}
         | {"learning_rate": _plain(group.get("initial_lr", group.get("lr")))}

@@ -20,7 +20,8 @@ TYPES = {
     **dict.fromkeys(["n", "chunks", "size_of_chunk"], "i32"),
     **dict.fromkeys(["log_beta1", "log_beta2", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2"], "fp32"),
     **dict.fromkeys(["eps", "weight_decay", "lr", "lowest", "highest"], "fp32"),
-    **dict.fromkeys(["clip_factor", "corrections", "of_chunks", "sums", "step_sizes", "lr_at"], "*fp32"),
+    **dict.fromkeys(["clip_factor", "corrections", "of_chunks", "sums", "moves", "step_sizes"], "*fp32"),
+    **dict.fromkeys(["growths", "lr_at"], "*fp32"),
     **{"rows": "*i64", "owners": "*i32", "finite": "*u1"},
 }
 
@@ -36,19 +37,21 @@ def compiled(kernel: Any, **constants: Any) -> str:
 def main() -> None:
     ptx = {
         "_advance": compiled(kernels._advance, BIAS_CORRECTION=True, BLOCK=kernels._AT_ONCE),
-        "_finish": compiled(kernels._finish, ADAPTS=True, BLOCK=kernels._AT_ONCE),
-        "_finish bare": compiled(kernels._finish, ADAPTS=False, BLOCK=kernels._AT_ONCE, finite=None, lr_at=None),
+        "_finish": compiled(kernels._finish, ADAPTS=True, FIXES_NORMS=True, BLOCK=kernels._AT_ONCE),
+        "_finish bare": compiled(
+            kernels._finish, ADAPTS=False, FIXES_NORMS=False, BLOCK=kernels._AT_ONCE, finite=None, lr_at=None
+        ),
     }
     for g in (tl.float32, tl.bfloat16, tl.float16):
         square = {"G": g, "ALIGNED": True, "CHUNK": kernels.CHUNK}
         ptx[f"_square_gradients {g}"] = compiled(kernels._square_gradients, **square)
     for w, g in [(tl.float32, tl.float32), (tl.bfloat16, tl.float32), (tl.float16, tl.float16)]:
         visit = {"W": w, "ALIGNED": True, "CHUNK": kernels.CHUNK}
-        ptx[f"_first_visit {w} {g}"] = compiled(kernels._first_visit, G=g, MAXIMIZE=False, **visit)
+        ptx[f"_first_visit {w} {g}"] = compiled(kernels._first_visit, G=g, MAXIMIZE=False, FIXES_NORMS=True, **visit)
         ptx[f"_second_visit {w}"] = compiled(kernels._second_visit, **visit)
-        unasked = {"finite": None, "clip_factor": None}
+        unasked = {"finite": None, "clip_factor": None, "FIXES_NORMS": False}
         ptx[f"_first_visit {w} {g} bare"] = compiled(kernels._first_visit, G=g, MAXIMIZE=True, **unasked, **visit)
-        ptx[f"_second_visit {w} bare"] = compiled(kernels._second_visit, finite=None, **visit)
+        ptx[f"_second_visit {w} bare"] = compiled(kernels._second_visit, finite=None, growths=None, **visit)
     for name, text in ptx.items():
         if re.search(r"\b(atom|red)\.", text):
             sys.exit(f"{name} has atomics")
