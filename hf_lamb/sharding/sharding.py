@@ -119,6 +119,14 @@ class Sharding:
                 self.attach(optimizer, engine, None)
         return self.runtime is None or self.runtime.starts_step(_params(optimizer))
 
+    def check_clippable(self) -> None:
+        """Raise ShardingError if the runtime clips itself, in the step."""
+        if isinstance(self.runtime, DeepSpeed):
+            raise ShardingError(
+                "Lamb.clip_grad_norm: set gradient_clipping in DeepSpeed's configuration, or max_grad_norm of Lamb: "
+                "DeepSpeed gives the gradients to the optimizer only in the step"
+            )
+
     # -- local pieces ------------------------------------------------------------------------------------------------
 
     def pieces(
