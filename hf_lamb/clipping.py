@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+import operator
+from collections.abc import Hashable, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class Look:
         self.squares = squares
         self._buckets = list(buckets)
         # torch.compile traces neither weak references nor addresses.
-        self._grads = [] if torch.compiler.is_compiling() else [reference(grad) for grad in grads]
-        self._versions = [] if torch.compiler.is_compiling() else [version(grad) for grad in grads]
+        self._grads = [] if torch.compiler.is_compiling() else [grad if grad is None else ref(grad) for grad in grads]
+        self._versions = [] if torch.compiler.is_compiling() else versions(grads)
 
     def is_of(self, grads: Sequence[Tensor | None], buckets: Sequence[Hashable]) -> bool:
         """Return whether these are the same gradients, in the same buckets, and nothing was written to them since.
@@ -44,25 +45,16 @@ class Look:
         """
         if torch.compiler.is_compiling() or self._buckets != list(buckets) or len(self._grads) != len(grads):
             return False
-        same = all(known() is grad for known, grad in zip(self._grads, grads, strict=True))
-        return same and self._versions == [version(grad) for grad in grads]
+        known = [grad if grad is None else grad() for grad in self._grads]  # None too if it exists no more
+        return all(map(operator.is_, known, grads)) and self._versions == versions(grads)
 
 
-def reference(grad: Tensor | None) -> Callable[[], Tensor | None]:
-    """Return a function that returns the gradient as long as it exists, then None."""
-    return nothing if grad is None else weakref.ref(grad)
-
-
-def nothing() -> None:
-    """Return None."""
-
-
-def version(grad: Tensor | None) -> tuple[int, int, int] | None:
-    """Return what changes if a gradient is written to, or gets other memory."""
-    if grad is None:
-        return None
-    local = local_tensor(grad)  # a user may write to a DTensor's shard, which leaves the DTensor's own version
-    return local.data_ptr(), local._version, grad._version
+def versions(grads: Sequence[Tensor | None]) -> list[list[int]]:
+    """Return what changes if a gradient is written to, gets other memory, or comes or goes."""
+    present = [grad for grad in grads if grad is not None]
+    # A user may write to a DTensor's shard, which leaves the DTensor's own version.
+    here = present if {*map(type, present)} <= {Tensor} else [local_tensor(grad) for grad in present]
+    return [[grad.data_ptr() for grad in here], [grad._version for grad in here], [grad._version for grad in present]]
 
 
 def clip_factor(norm_sq: Tensor, max_norm: float, max_grad_norm: float | None) -> Tensor | None:
