@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from typing import Any, overload
 
@@ -12,8 +12,16 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from hf_lamb.backends import Backend, Backends, Bucket
+from hf_lamb.clipping import Look, clip_factor
 from hf_lamb.layer_stats import BucketStats, LayerStats, SkippedSteps, count_skipped, layer_stats
-from hf_lamb.options import check_iterable, check_options, check_params, name_in_group, python_numbers
+from hf_lamb.options import (
+    check_iterable,
+    check_max_norm,
+    check_options,
+    check_params,
+    name_in_group,
+    python_numbers,
+)
 from hf_lamb.packing import Packing
 from hf_lamb.sharding import Sharding, device_of
 from hf_lamb.state import check_loadable, check_state_dict, restore_precision, state_of
@@ -139,6 +147,7 @@ class Lamb(Optimizer):
         self._skipped: list[Tensor] = []  # one int64 tensor [total, in a row], made at the first step that may skip
         self._backends = Backends()
         self._packing = Packing()
+        self._looks: list[Look] = []  # none, or what `clip_grad_norm` left for the next step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or loaded optimizer; options that an older version did not have get their defaults."""
@@ -272,14 +281,15 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        look = self._looks.pop() if self._looks else None
         begins = self._sharding.begin_step(self)
         if begins is None:
             return loss
-        buckets = self._packing.buckets(self.param_groups, self.state, self._sharding, self.parameter_name)
+        work = self._work()
+        buckets = [bucket for bucket, _ in work]
         if not buckets and not self._sharding.takes_part:
             return loss
-        work = [(bucket, self._backends.choose(bucket)) for bucket in buckets]
-        self._clip_and_detect_nonfinite(work, begins)
+        self._clip_and_detect_nonfinite(work, begins, look)
 
         if begins:
             self._stats.clear()
@@ -293,7 +303,7 @@ class Lamb(Optimizer):
             visits = [backend.direction(bucket) for bucket, backend in cut]
             sums = self._sharding.add_up([bucket for bucket, _ in cut], [sums for sums, _ in visits])
             for (bucket, backend), (_, held), of_layers in zip(cut, visits, sums, strict=True):
-                backend.apply(bucket, held, *bucket.step_sizes(of_layers))
+                backend.apply(bucket, held, *backend.step_sizes(bucket, of_layers))
                 self._stats.append(BucketStats(bucket.names, bucket.group, of_layers))
         for bucket in buckets:
             bucket.grads.clear()  # zero_grad(set_to_none=True) is to free them
@@ -325,28 +335,94 @@ class Lamb(Optimizer):
         """
         return SkippedSteps(*self._skipped[0].tolist()) if self._skipped else SkippedSteps(0, 0)
 
-    def _clip_and_detect_nonfinite(self, work: list[tuple[Bucket, Backend]], begins: bool) -> None:
-        """Decide from the norm of all gradients of all processes whether to skip the step and how much to clip."""
-        skips = any(group["skip_nonfinite"] for group in self.param_groups)
-        if not skips and all(group["max_grad_norm"] is None for group in self.param_groups):
-            return
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Make the next `step` clip the gradients, and return their norm.
+
+        The step then moves the weights as after `torch.nn.utils.clip_grad_norm_(params, max_norm)`, but nothing is
+        written to the gradients, and `step` does not read them again for their norm. If a gradient was changed in
+        between, `step` reads them again, and clips by the norm that it finds. (It does not see a change through
+        `.data`, or by an all-reduce: it then clips by the norm from before.) Under fp16 unscale the gradients before.
+
+        It holds for one step: the next `step` ends it, and so do `zero_grad` and `load_state_dict` of this optimizer.
+        Checkpoints do not contain it. Where the option `max_grad_norm` is set too, it clips what is left.
+
+        All processes must call it. It does not synchronise with the device.
+
+        Args:
+            max_norm: what the norm of all gradients of all processes shall be at most. With inf nothing is clipped;
+                the step uses the norm for `skip_nonfinite` and `max_grad_norm`.
+
+        Returns:
+            The norm of all gradients of all processes, before clipping, as a 0-dim tensor; float32 unless parameters
+            are float64.
+
+        Raises:
+            ValueError: `max_norm` is not a positive number.
+            RuntimeError: a gradient is sparse.
+            hf_lamb.ShardingError: a parameter's layer cannot be put together, see `attach`; DeepSpeed is used.
+        """
+        max_norm = check_max_norm(max_norm)
+        self._sharding.check_clippable()
+        self._looks.clear()
+        work = self._work()
+        squares = [backend.squared_gradients(bucket) for bucket, backend in work]
+        buckets = [bucket for bucket, _ in work]
+        norm_sq = self._gradient_norm_sq(work, squares)
+        self._looks.append(Look(max_norm, self._gradients(), [bucket.key for bucket in buckets], squares))
+        for bucket in buckets:
+            bucket.grads.clear()
+        return norm_sq.sqrt()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as torch's optimizers do, and forget `clip_grad_norm`."""
+        self._looks.clear()
+        super().zero_grad(set_to_none)
+
+    def _work(self) -> list[tuple[Bucket, Backend]]:
+        """Return the pieces that have a gradient, in buckets, each with the backend that updates it."""
+        buckets = self._packing.buckets(self.param_groups, self.state, self._sharding, self.parameter_name)
+        return [(bucket, self._backends.choose(bucket)) for bucket in buckets]
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [param.grad for group in self.param_groups for param in group["params"]]
+
+    def _gradient_norm_sq(self, work: list[tuple[Bucket, Backend]], squares: Sequence[Tensor] | None) -> Tensor:
+        """Return the squared norm of all gradients of all processes; `squares` are those of the buckets, if known."""
         buckets = [bucket for bucket, _ in work]
         params = buckets[0].params if buckets else [param for group in self.param_groups for param in group["params"]]
-        norm_sq = self._sharding.gradient_norm_sq(
-            buckets, lambda n: work[n][1].squared_gradients(work[n][0]), device_of(params)
-        )
+
+        def of_bucket(n: int) -> Tensor:
+            bucket, backend = work[n]
+            return backend.squared_gradients(bucket) if squares is None else squares[n]
+
+        return self._sharding.gradient_norm_sq(buckets, of_bucket, device_of(params))
+
+    def _clip_and_detect_nonfinite(self, work: list[tuple[Bucket, Backend]], begins: bool, look: Look | None) -> None:
+        """Decide from the norm of all gradients of all processes whether to skip the step and how much to clip.
+
+        With a look that still holds, no gradient is read. Each process decides that for its own pieces, and all of
+        them add up their sums again: a callback may have written to a shard of one process only.
+        """
+        skips = any(group["skip_nonfinite"] for group in self.param_groups)
+        max_norm = torch.inf if look is None else look.max_norm
+        if not skips and max_norm == torch.inf and all(group["max_grad_norm"] is None for group in self.param_groups):
+            return
+        known = look is not None and look.is_of(self._gradients(), [bucket.key for bucket, _ in work])
+        norm_sq = self._gradient_norm_sq(work, look.squares if look is not None and known else None)
         finite = norm_sq < torch.inf  # one operation, where isfinite is several
         if skips and begins:
             count_skipped(self._skipped, finite)
-        factors: dict[float, Tensor] = {}
-        for bucket in buckets:
+        factors: dict[float | None, Tensor | None] = {}
+        for bucket, _ in work:
             if bucket.group["skip_nonfinite"]:
                 bucket.finite = finite.to(bucket.device)
             max_grad_norm = bucket.group["max_grad_norm"]
-            if max_grad_norm is not None:
-                if max_grad_norm not in factors:
-                    factors[max_grad_norm] = 1 / (norm_sq.sqrt() / max_grad_norm).clamp(min=1)
-                bucket.clip_factor = factors[max_grad_norm].to(bucket.device, bucket.math_dtype)
+            if max_grad_norm not in factors:
+                factors[max_grad_norm] = clip_factor(norm_sq, max_norm, max_grad_norm)
+            factor = factors[max_grad_norm]
+            if factor is not None:
+                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
 
     def parameter_name(self, group_index: int, index: int) -> str:
         """Return the name that a parameter was given with, or its place `param_groups.I.params.J`."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_iterable", "check_options", "check_params", "name_in_group", "python_numbers"]
+__all__ = ["check_iterable", "check_max_norm", "check_options", "check_params", "name_in_group", "python_numbers"]
 
 _NUMBERS = ("lr", "eps", "weight_decay", "min_trust_ratio", "max_trust_ratio", "max_grad_norm")
 
@@ -49,6 +49,12 @@ def check_options(options: dict[str, Any]) -> None:
         _check_choice(option, options[option], (True, False, None), "True, False or None")
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def check_max_norm(max_norm: Any) -> float:
+    """Return the argument of `Lamb.clip_grad_norm`; raise ValueError if it is no threshold."""
+    _check_number("max_norm", max_norm, lambda x: x > 0.0, "a positive number, or inf to compute the norm only")
+    return float(max_norm)
 
 
 def python_numbers(options: dict[str, Any]) -> dict[str, Any]:

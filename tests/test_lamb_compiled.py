@@ -48,3 +48,46 @@ def test_a_compiled_step_is_the_step_in_one_graph(backend: dict[str, bool]) -> N
     )
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_compiled_step_clips_as_it_was_told() -> None:
+    """`clip_grad_norm` outside of the graph; the compiled step looks again, and only a clipped step is clipped."""
+    params = [torch.randn(20, 7), torch.randn(7)]
+    others = [param.clone() for param in params]
+    optimizer, other = (Lamb(p, lr=1e-2, eps=1e-1) for p in (params, others))
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for max_norm in (0.5, None, 0.5, None):
+        for a, b in zip(params, others, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        if max_norm is not None:
+            optimizer.clip_grad_norm(max_norm)
+            torch.nn.utils.clip_grad_norm_(others, max_norm)
+        step()
+        other.step()
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert not counters["graph_break"]
+
+
+def test_clip_and_step_compile_together() -> None:
+    params = [torch.randn(20, 7), torch.randn(7)]
+    others = [param.clone() for param in params]
+    optimizer, other = (Lamb(p, lr=1e-2, eps=1e-1) for p in (params, others))
+
+    @torch.compile(backend="aot_eager")
+    def clipped_step() -> torch.Tensor:
+        norm = optimizer.clip_grad_norm(0.5)
+        optimizer.step()
+        return norm
+
+    for _ in range(3):
+        for a, b in zip(params, others, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        expected = torch.nn.utils.clip_grad_norm_(others, 0.5)
+        torch.testing.assert_close(clipped_step(), expected, rtol=1e-6, atol=0)
+        other.step()
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert not counters["graph_break"]

@@ -19,11 +19,14 @@ MODES = {
     2: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "tp", "tp_sp", *FSDP1, "fsdp1_grad_op"],
     4: ["ddp", "zero_redundancy", "fsdp2", "fsdp2_columns", "fsdp2_bf16", "hsdp", "tp", "tp_sp", "fsdp2_tp", *FSDP1],
 }
+LOOKED_MODES = {"ddp", "zero_redundancy", "fsdp2", "tp_sp", "fsdp2_tp", "fsdp1", "fsdp1_flat"}
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 
 # A large eps, or Adam undoes any factor of the gradients; half way one process meets a NaN; and norms are kept, for
 # which ⟨w, u⟩ is summed over the processes too.
 CLIPPED: Case = {"options": {"foreach": True, "max_grad_norm": 0.1, "eps": 1e-2, "fixed_norm": True}, "nan_at": 4}
+# The same by `clip_grad_norm` before the step, against torch's.
+LOOKED: Case = {"options": {"foreach": True, "eps": 1e-2}, "clip": 0.1, "nan_at": 4}
 # At eps 1e-6 the rounding noise of small gradients, which tensor parallelism adds up in another order, becomes a
 # difference of 3e-6 in a trust ratio.
 FLOAT32: Case = {"dtype": "float32", "options": {"foreach": True, "eps": 1e-3}}
@@ -36,7 +39,8 @@ def variants(mode: str) -> dict[str, Case]:
         return {"float32": {"mode": mode, **FLOAT32}, "clipped": {"mode": mode, "dtype": "float32", **CLIPPED}}
     if mode == "fsdp1_grad_op":
         return {"clipped": {"mode": mode, **CLIPPED}}
-    return {"float64": {"mode": mode}, "clipped": {"mode": mode, **CLIPPED}, "float32": {"mode": mode, **FLOAT32}}
+    cases = {"float64": {"mode": mode}, "clipped": {"mode": mode, **CLIPPED}, "float32": {"mode": mode, **FLOAT32}}
+    return cases | ({"looked": {"mode": mode, **LOOKED}} if mode in LOOKED_MODES else {})
 
 
 # What is left out: the variant that skips the collective where a shard is empty. It hangs instead of being wrong;
@@ -124,6 +128,18 @@ def test_really_ran_sharded(processes: int, mode: str, result_of: Callable[[int,
             assert (evidence["columns"] > 0) == (mode in ("fsdp2_columns", "tp", "tp_sp", "fsdp2_tp"))
             assert ("Replicate" in evidence["placements"]) == (mode in ("hsdp", "tp", "tp_sp", "fsdp2_tp"))
             assert ("_StridedShard" in evidence["placements"]) == (mode == "fsdp2_tp")
+
+
+@pytest.mark.parametrize(("processes", "mode"), [(processes, mode) for processes, mode in ALL if mode in LOOKED_MODES])
+def test_clip_grad_norm_returns_the_norm_of_all_gradients(
+    processes: int, mode: str, result_of: Callable[[int, Case], Result]
+) -> None:
+    """On every process that of torch's clip_grad_norm_ in the unsharded run, in each of ten steps."""
+    result = result_of(processes, variants(mode)["looked"])
+    expected = result["unsharded_gradient_norms"]
+    assert len(expected) == 10
+    assert min(expected[5:]) > 0.1
+    assert all(norms == pytest.approx(expected, rel=1e-10) for norms in result["gradient_norms"])
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", *FSDP1])

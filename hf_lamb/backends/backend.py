@@ -14,7 +14,7 @@ class Backend(Protocol):
     """One way to update a bucket, in two visits to its tensors. Each optimizer has its own object.
 
     `step` calls `update` for whole layers. For sharded layers it calls `direction`, adds up the sums over the
-    processes, and calls `apply`.
+    processes, and calls `step_sizes` and `apply`.
     """
 
     def takes(self, bucket: Bucket) -> bool:
@@ -34,6 +34,10 @@ class Backend(Protocol):
         """
         ...
 
+    def step_sizes(self, bucket: Bucket, sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what `Bucket.step_sizes` does, from sums over all processes; for `apply`."""
+        return bucket.step_sizes(sums)
+
     def apply(self, bucket: Bucket, held: Any, step_sizes: Tensor, growths: Tensor | None) -> None:
         """Do the second visit: w += growths[i]*w - step_sizes[i]*u. A layer whose step size is zero does not change.
 
@@ -47,5 +51,5 @@ class Backend(Protocol):
     def update(self, bucket: Bucket) -> Tensor:
         """Do both visits, for layers that are whole; return the sums of the first."""
         sums, held = self.direction(bucket)
-        self.apply(bucket, held, *bucket.step_sizes(sums))
+        self.apply(bucket, held, *self.step_sizes(bucket, sums))
         return sums

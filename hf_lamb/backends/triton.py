@@ -186,6 +186,15 @@ class Triton(Backend):
                 CHUNK=CHUNK,
             )
 
+    def step_sizes(self, bucket: Bucket, sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Step sizes and growths from sums over all processes, in one kernel."""
+        n = len(bucket.params)
+        moves = torch.empty(2, n, dtype=torch.float32, device=bucket.device)
+        _launch(
+            _moves_of_sums, -(-n // _AT_ONCE), bucket, n, sums, moves, *_rate(bucket), BLOCK=_AT_ONCE, **_kind(bucket)
+        )
+        return moves[0], moves[1] if bucket.fixes_norms else None
+
     def update(self, bucket: Bucket) -> Tensor:
         """Both visits, with the step sizes from a kernel."""
         sums, corrections, (step_sizes, growths) = self._first(bucket)
@@ -242,10 +251,6 @@ class Triton(Backend):
                 ALIGNED=table.aligned,
                 CHUNK=CHUNK,
             )
-        lr, lowest, highest = group["lr"], group["min_trust_ratio"], group["max_trust_ratio"]
-        lr_on_device = (
-            lr.to(bucket.device, torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
-        )
         _launch(
             _finish,
             n,
@@ -256,17 +261,25 @@ class Triton(Backend):
             of_chunks,
             sums,
             moves,
-            bucket.finite,
-            float(lr) if lr_on_device is None else 0.0,
-            lr_on_device,
-            0.0 if lowest is None else float(lowest),
-            math.inf if highest is None else float(highest),
             CHUNK,
-            ADAPTS=bool(group["layer_adaptation"]),
-            FIXES_NORMS=bucket.fixes_norms,
+            *_rate(bucket),
             BLOCK=_AT_ONCE,
+            **_kind(bucket),
         )
         return sums, corrections, moves
+
+
+def _rate(bucket: Bucket) -> tuple[Any, ...]:
+    """The arguments of `_move`: finite, lr on the host or on the device, and the bounds of the trust ratio."""
+    lr, lowest, highest = (bucket.group[option] for option in ("lr", "min_trust_ratio", "max_trust_ratio"))
+    on_device = lr.to(bucket.device, torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
+    bounds = 0.0 if lowest is None else float(lowest), math.inf if highest is None else float(highest)
+    return bucket.finite, float(lr) if on_device is None else 0.0, on_device, *bounds
+
+
+def _kind(bucket: Bucket) -> dict[str, bool]:
+    """The constants of `_move`."""
+    return {"ADAPTS": bool(bucket.group["layer_adaptation"]), "FIXES_NORMS": bucket.fixes_norms}
 
 
 def _launch(kernel: Any, programs: int, bucket: Bucket, *arguments: Any, **constants: Any) -> None:
@@ -429,12 +442,49 @@ def _norm_keeping(w_sq, u_sq, dot, step_size):
     return tl.where(x <= -0.9999, 0.0, step_size * (1.0 + growth)), growth
 
 
+@triton.jit
+def _move(
+    w_sq, u_sq, nonzero, dot, finite, lr, lr_at, lowest, highest, ADAPTS: tl.constexpr, FIXES_NORMS: tl.constexpr
+):
+    """The step size lr * r and the growth, of one layer or of many."""
+    ratio = 1.0
+    if ADAPTS:
+        both = (w_sq > 0) & (u_sq > 0)
+        ratio = tl.where(both, tl.sqrt_rn(w_sq) / tl.sqrt_rn(tl.where(both, u_sq, 1.0)), 1.0)
+        ratio = tl.minimum(tl.maximum(ratio, lowest), highest)
+        ratio = tl.where(nonzero == 0, 0.0, ratio)
+    if lr_at is not None:
+        lr = tl.load(lr_at)
+    step_size = lr * ratio
+    if finite is not None:
+        step_size = tl.where(tl.load(finite) == 0, 0.0, step_size)
+    growth = 0.0
+    if FIXES_NORMS:
+        step_size, growth = _norm_keeping(w_sq, u_sq, dot, step_size)
+    return step_size, growth
+
+
+@triton.jit(do_not_specialize=["n", "sums", "moves", "finite", "lr", "lr_at", "lowest", "highest"])
+def _moves_of_sums(
+    n, sums, moves, finite, lr, lr_at, lowest, highest,
+    ADAPTS: tl.constexpr, FIXES_NORMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w_sq = tl.load(sums + i, mask=i < n, other=0.0)
+    u_sq = tl.load(sums + n + i, mask=i < n, other=0.0)
+    nonzero = tl.load(sums + 2 * n + i, mask=i < n, other=0.0)
+    dot = tl.load(sums + 3 * n + i, mask=i < n, other=0.0)
+    step_size, growth = _move(w_sq, u_sq, nonzero, dot, finite, lr, lr_at, lowest, highest, ADAPTS, FIXES_NORMS)
+    tl.store(moves + i, step_size, mask=i < n)
+    tl.store(moves + n + i, growth, mask=i < n)
+
+
 @triton.jit(
     do_not_specialize=["rows", "n", "chunks", "of_chunks", "sums", "moves", "finite", "lr", "lr_at", "lowest",
                        "highest", "size_of_chunk"]
 )  # fmt: skip
 def _finish(
-    rows, n, chunks, of_chunks, sums, moves, finite, lr, lr_at, lowest, highest, size_of_chunk,
+    rows, n, chunks, of_chunks, sums, moves, size_of_chunk, finite, lr, lr_at, lowest, highest,
     ADAPTS: tl.constexpr, FIXES_NORMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tensor from those of its chunks; its trust ratio r, the step size lr * r, and the growth."""
@@ -461,21 +511,7 @@ def _finish(
     tl.store(sums + n + i, u_sq)
     tl.store(sums + 2 * n + i, nonzero)
     tl.store(sums + 3 * n + i, dot)
-    ratio = 1.0
-    if ADAPTS:
-        if (w_sq > 0) & (u_sq > 0):
-            ratio = tl.sqrt_rn(w_sq) / tl.sqrt_rn(u_sq)
-        ratio = tl.minimum(tl.maximum(ratio, lowest), highest)
-        if nonzero == 0:
-            ratio = 0.0
-    if lr_at is not None:
-        lr = tl.load(lr_at)
-    step_size = lr * ratio
-    if finite is not None and tl.load(finite) == 0:
-        step_size = 0.0
-    growth = 0.0
-    if FIXES_NORMS:
-        step_size, growth = _norm_keeping(w_sq, u_sq, dot, step_size)
+    step_size, growth = _move(w_sq, u_sq, nonzero, dot, finite, lr, lr_at, lowest, highest, ADAPTS, FIXES_NORMS)
     tl.store(moves + i, step_size)
     tl.store(moves + n + i, growth)
 

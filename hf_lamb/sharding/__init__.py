@@ -5,6 +5,7 @@ a row of `RUNTIMES` in `sharding.py`.
 """
 
 from hf_lamb.sharding.collectives import ShardingError
+from hf_lamb.sharding.plain import local_tensor
 from hf_lamb.sharding.sharding import Piece, Sharding, device_of
 
-__all__ = ["Piece", "Sharding", "ShardingError", "device_of"]
+__all__ = ["Piece", "Sharding", "ShardingError", "device_of", "local_tensor"]

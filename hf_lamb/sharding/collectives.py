@@ -44,7 +44,8 @@ def sum_over_processes(parts: dict[Reductions, Tensor]) -> dict[Reductions, Tens
     """
     for reduction in dict.fromkeys(reduction for reductions in parts for reduction in reductions):
         concerned = [reductions for reductions in parts if reduction in reductions]
-        vector = torch.cat([parts[reductions].flatten() for reductions in concerned])
+        flat = [parts[reductions].flatten() for reductions in concerned]
+        vector = flat[0] if len(flat) == 1 else torch.cat(flat)
         home, vector = vector.device, vector.to(reduction.device_type)
         dist.all_reduce(vector, group=reduction.group)
         sizes = [parts[reductions].numel() for reductions in concerned]

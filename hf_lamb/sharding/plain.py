@@ -47,7 +47,14 @@ def local_grad(param: Tensor, grad: Tensor) -> Tensor:
         return grad
     if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
         grad = grad.redistribute(param.device_mesh, param.placements)
-    local: Tensor = grad.to_local()
+    return local_tensor(grad)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor as it is, any other tensor itself."""
+    if not _is_dtensor(tensor):
+        return tensor
+    local: Tensor = tensor.to_local()
     return local
 
 

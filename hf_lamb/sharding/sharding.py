@@ -120,6 +120,14 @@ class Sharding:
                 self.attach(optimizer, engine, None)
         return self.runtime is None or self.runtime.starts_step(_params(optimizer))
 
+    def check_clippable(self) -> None:
+        """Raise ShardingError if the runtime clips itself, in the step."""
+        if isinstance(self.runtime, DeepSpeed):
+            raise ShardingError(
+                "Lamb.clip_grad_norm: set gradient_clipping in DeepSpeed's configuration, or max_grad_norm of Lamb: "
+                "DeepSpeed gives the gradients to the optimizer only in the step"
+            )
+
     # -- local pieces ------------------------------------------------------------------------------------------------
 
     def pieces(
@@ -268,16 +276,19 @@ class Sharding:
         known = self.runtime.gradient_norm_sq(device) if self.runtime is not None else None
         if known is not None:
             return known
-        parts = {cut.reductions: torch.zeros(1, dtype=cut.dtype, device=device) for cut in self.cuts}
-        of_whole = [torch.zeros(1, device=device)] if not buckets or self.cuts else []
+        # Of pieces by their process groups, and of whole layers by (). All processes must add up the same.
+        squared: dict[Reductions, list[Tensor]] = {(): [], **{cut.reductions: [] for cut in self.cuts}}
         for number, bucket in enumerate(buckets):
-            squared = squares(number).to(device)
-            if bucket.cut is None:
-                of_whole.append(squared)
-            else:
-                reductions = self._reductions(bucket)
-                parts[reductions] = parts[reductions] + squared.sum().reshape(1)  # 0-dim, it would not promote
-        norm_sq = torch.cat([*of_whole, *sum_over_processes(parts).values()]).sum()
+            squared[self._reductions(bucket)].append(squares(number).to(device))
+        of_whole = squared.pop(())
+        parts = {
+            cut.reductions: torch.cat(of_cut).sum().to(cut.dtype).view(1)
+            if (of_cut := squared[cut.reductions])
+            else torch.zeros(1, dtype=cut.dtype, device=device)
+            for cut in self.cuts
+        }
+        found = [*of_whole, *sum_over_processes(parts).values()]
+        norm_sq = torch.cat(found).sum() if found else torch.zeros((), device=device)
         if self.peer_group is not None:
             # All processes must use one dtype, and other processes may have parameters of another dtype.
             norm_sq = sum_over_processes({(self.peer_group,): norm_sq.double()})[(self.peer_group,)]

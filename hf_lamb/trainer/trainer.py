@@ -37,6 +37,7 @@ from hf_lamb.trainer.checkpoints import (
     refusing_another_optimizer,
     tidy,
 )
+from hf_lamb.trainer.clipping import clip_in_lamb
 from hf_lamb.trainer.deepspeed import (
     check_configuration,
     check_deepspeed_checkpoint,
@@ -81,6 +82,11 @@ class LambTrainer(Trainer):
       the micro-batches' means. It does not divide if `compute_loss` uses `num_items_in_batch`, or if the subclass sets
       `loss_is_scaled_for_ga = True`. A subclass may scale what `super().compute_loss(model, inputs,
       num_items_in_batch=num_items_in_batch)` returns, and may add batch means.
+    * Clipping: with a `Lamb` of exactly the model's trainable parameters, the optimizer clips to `max_grad_norm`
+      (`Lamb.clip_grad_norm`), and the gradients are read once for clipping, `grad_norm`, the noise scale and
+      `skip_nonfinite`. Weights and log are those of Trainer's clipping, but callbacks that read `param.grad` see the
+      gradients before clipping. If `on_pre_optimizer_step` changes a gradient, the optimizer clips what that leaves.
+      Checkpoints do not contain it: a stock Trainer that resumes clips itself. DeepSpeed clips as in a stock Trainer.
     * `eval_loss`: the mean over all labels, not over batches, without the rows that pad the last batch.
     * With `LambTrainingArguments`: a learning rate scaled from another global batch, polynomial decay, and a warning
       before the run if the rate would make the weights' norms grow too far, see `hf_lamb.scaling`.
@@ -463,7 +469,14 @@ class LambTrainer(Trainer):
         """Return whether no subclass overrides `compute_loss`."""
         return getattr(self.compute_loss, "__func__", None) is LambTrainer.compute_loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        stock = super()._clip_grad_norm
+        norm = clip_in_lamb(self, model, self.args.max_grad_norm, stock)
+        return stock(model) if norm is None else norm  # type: ignore[no-untyped-call]
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not self.args.max_grad_norm > 0:  # else a subclass has clipped and returned no norm
+            grad_norm = clip_in_lamb(self, model, math.inf, super()._get_grad_norm)
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         self.noise_measurement.take(norm)
         return norm

@@ -38,6 +38,9 @@ def main() -> None:
     ptx = {
         "_advance": compiled(kernels._advance, BIAS_CORRECTION=True, BLOCK=kernels._AT_ONCE),
         "_finish": compiled(kernels._finish, ADAPTS=True, FIXES_NORMS=True, BLOCK=kernels._AT_ONCE),
+        "_moves_of_sums": compiled(
+            kernels._moves_of_sums, ADAPTS=True, FIXES_NORMS=True, BLOCK=kernels._AT_ONCE, lr_at=None
+        ),
         "_finish bare": compiled(
             kernels._finish, ADAPTS=False, FIXES_NORMS=False, BLOCK=kernels._AT_ONCE, finite=None, lr_at=None
         ),

@@ -113,6 +113,7 @@ class PoisonedGradient(TrainerCallback):
 
 def train(folder: Path, layout: str, checkpoint: Path | None = None, model: Any = BertForMaskedLM) -> None:
     run = trainer(LambTrainer, folder, layout, model)
+    run.accelerator.clip_grad_norm_ = None  # it must not be called: the optimizer clips
     run.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if layout != "ddp":
         cpu_fsdp.assert_sharded(run.model, run.optimizer.optimizer)

@@ -85,6 +85,7 @@ class Case:
     dtype: str = "float64"
     optimizer: str = "hf_lamb"
     options: dict[str, Any] = field(default_factory=dict)
+    clip: float | None = None  # what `clip_grad_norm` gets before each step; torch's of an unsharded run
     nan_at: int | None = None  # the step at which one entry of one gradient is not finite
     mutation: str | None = None
 

@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
@@ -228,7 +229,7 @@ class Collectives(TorchDispatchMode):
 
 @dataclass
 class Outcome:
-    """What a run leaves: the weights, and per step the layers' (‖w‖, ‖u‖, r)."""
+    """What a run leaves: the weights, and per step the layers' (‖w‖, ‖u‖, r), and the gradients' norm if it clips."""
 
     weights: dict[str, Tensor]
     layers: list[Layers]
@@ -236,6 +237,7 @@ class Outcome:
     collectives: list[tuple[str, int]] = field(default_factory=list)  # of the last step
     evidence: dict[str, Any] = field(default_factory=dict)
     beside: "Outcome | None" = None
+    norms: list[float] = field(default_factory=list)
 
 
 def train(case: Case, sharded: bool) -> Outcome:
@@ -256,9 +258,13 @@ def train(case: Case, sharded: bool) -> Outcome:
         optimizer.attach(model)
     beside = Beside(named, cls, options) if sharded and case.mode == "fsdp2_bf16" else None
 
-    layers, layers_beside = [], []
+    layers, layers_beside, norms = [], [], []
     for step in range(STEPS):
         model(**batch(step, part, parts)).loss.backward()
+        if case.clip is not None:  # before the NaN, which then makes one process look again, and the others not
+            own = _own(optimizer)
+            norm = own.clip_grad_norm(case.clip) if sharded else clip_grad_norm_(named.values(), case.clip)
+            norms.append(float(norm))
         if step == case.nan_at:
             if isinstance(model, FullyShardedDataParallel):
                 _poison_last(model)
@@ -278,6 +284,7 @@ def train(case: Case, sharded: bool) -> Outcome:
         collectives=collectives.seen,
         evidence=_evidence(model, named, optimizer),
         beside=Outcome(beside.whole, layers_beside, _skipped(beside.optimizer)) if beside else None,
+        norms=norms,
     )
 
 
@@ -419,6 +426,8 @@ def measure(case: Case) -> dict[str, Any]:
         **distances(got.weights, expected.weights, got.layers, expected.layers),
         "skipped": from_all(got.skipped),
         "unsharded_skipped": expected.skipped,
+        "gradient_norms": from_all(got.norms),
+        "unsharded_gradient_norms": expected.norms,
         "collectives": from_all(got.collectives),
         "unsharded_collectives": expected.collectives,
         "evidence": from_all(got.evidence),
