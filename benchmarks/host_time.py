@@ -23,8 +23,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import BertConfig, BertForMaskedLM
 
+from benchmarks.records import stamp
 from hf_lamb import Lamb, backends, lamb_param_groups
-from recipes.lib.report import append_json_line, provenance
+from recipes.lib.report import append_json_line
 
 ADAMW = "torch AdamW fused"
 
@@ -137,7 +138,7 @@ def main() -> None:
             print(f"{gradients:6}{name:32}", "  ".join(f"{key} {value:9,.2f}" for key, value in row.items()))
     if options.output is not None:
         shape = {"hidden_size": options.hidden_size, "layers": options.layers}
-        append_json_line(options.output, {"benchmark": "host_time", **provenance(), **shape, **result})
+        append_json_line(options.output, {"benchmark": "host_time", **stamp(), **shape, **result})
 
 
 if __name__ == "__main__":
