@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 
 .PHONY: help setup pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
-	test-deepspeed sharding-report kill-test bench lint format types check clean
+	test-deepspeed sharding-report kill-test bench gpu-proof lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,10 @@ bench: setup  ## what a step costs, beside the other LAMBs that are installed, t
 	$(RUN) benchmarks.bench_trainer $(BENCHED)/trainer.jsonl
 	$(RUN) benchmarks.bench_trainer --global_batch_size 64 --per_device_train_batch_size 8 $(BENCHED)/trainer.jsonl
 	$(RUN) benchmarks.tables
+
+# Where a GPU is, there may be no network: with the machine's own Python, from this checkout.
+gpu-proof:  ## what only a GPU shows: tests, times, memory; docs/gpu.md (8 minutes; ARGS=--dry: toy sizes on a CPU)
+	$(PYTHON) -m benchmarks.gpu_proof $(ARGS)
 
 lint: setup  ## ruff: lint and format check; import-linter: which module imports which
 	$(RUN) ruff check .

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining
 
@@ -60,26 +61,30 @@ SHAPES: dict[str, Callable[[], Iterable[Iterable[int]]]] = {
 }
 
 
-def candidates(params: list[Tensor]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The steps that are compared, and the versions of what is not torch's or ours."""
+def candidates(
+    params: list[Tensor], without: Sequence[str] = ()
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The steps that are compared, and the versions of what is not torch's or ours. without: names to leave out."""
     adamw = torch.optim.AdamW(params, fused=True)
 
     def clipped_adamw() -> None:
         clip_grad_norm_(params, 1.0)
         adamw.step()
 
-    found: dict[str, Callable[[], Any]] = {
-        FUSED_ADAMW: adamw.step,
-        CLIPPED_ADAMW: clipped_adamw,
-        "torch AdamW foreach": torch.optim.AdamW(params, foreach=True).step,
-        "hf_lamb fused": Lamb(params, fused=True).step,
-        "hf_lamb fused, skip_nonfinite=False": Lamb(params, fused=True, skip_nonfinite=False).step,
-        CLIPPED: Lamb(params, fused=True, max_grad_norm=1.0).step,
-        "hf_lamb foreach": Lamb(params, foreach=True).step,
-        "hf_lamb eager": Lamb(params, foreach=False).step,
+    found: dict[str, Callable[[], Any]] = {FUSED_ADAMW: adamw.step, CLIPPED_ADAMW: clipped_adamw}
+    makers: dict[str, Callable[[], Optimizer]] = {
+        "torch AdamW foreach": lambda: torch.optim.AdamW(params, foreach=True),
+        "hf_lamb fused": lambda: Lamb(params, fused=True),
+        "hf_lamb fused, skip_nonfinite=False": lambda: Lamb(params, fused=True, skip_nonfinite=False),
+        CLIPPED: lambda: Lamb(params, fused=True, max_grad_norm=1.0),
+        "hf_lamb foreach": lambda: Lamb(params, foreach=True),
+        "hf_lamb eager": lambda: Lamb(params, foreach=False),
     }
+    found |= {name: make().step for name, make in makers.items() if name not in without}
     versions = {}
     for peer in PEERS:
+        if peer.name in without:
+            continue
         try:
             optimizer = peer.load()(params, lr=1e-3, weight_decay=0.01, **peer.options)
             optimizer.step()
@@ -104,9 +109,9 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def copied_bytes_per_second(device: str) -> float:
-    """Read and written by a copy of 400 MB, the best of ten."""
-    source = torch.ones(100_000_000, device=device)
+def copied_bytes_per_second(device: str, elements: int) -> float:
+    """Read and written by a copy, the best of ten."""
+    source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(10))
@@ -169,8 +174,11 @@ def measure(
     attempts: int,
     without: Sequence[str] = (),
     most_apart: float = MOST_APART,
+    copied: int = 100_000_000,
 ) -> dict[str, Any]:
-    """Of every optimizer, on tensors of these shapes. without: names of rows to leave out.
+    """Of every optimizer, on tensors of these shapes.
+
+    without: names of rows to leave out; copied: elements of the copy that the memory's speed is measured with.
 
     Raises:
         Unsteady: no attempt was steady.
@@ -181,8 +189,7 @@ def measure(
     for shape in shapes:
         params.append(nn.Parameter(torch.randn(*shape, device=device, dtype=dtype) * 0.02))
         params[-1].grad = torch.randn_like(params[-1]) * 1e-3
-    steps, versions = candidates(params)
-    steps = {name: step for name, step in steps.items() if name not in without}
+    steps, versions = candidates(params, without)
     for step in steps.values():
         step()  # makes the state
     seconds = steady_rounds(steps, rounds, attempts, device, most_apart)
@@ -205,7 +212,7 @@ def measure(
         "tensors": len(params),
         "parameters": elements,
         "largest_tensor_megabytes": round(4 * max(param.numel() for param in params) / 1e6, 1),
-        "gigabytes_per_second_copy": round(copied_bytes_per_second(device) / 1e9, 1),
+        "gigabytes_per_second_copy": round(copied_bytes_per_second(device, copied) / 1e9, 1),
         "gigabytes_per_second_adamw": round(least / min(seconds[FUSED_ADAMW]) / 1e9, 1),
         "rounds": rounds,
         "steps": rows,

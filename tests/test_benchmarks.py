@@ -86,7 +86,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         return {name: [first] * half + [second] * (rounds - half) for name in calls}
 
     monkeypatch.setattr(bench_step, "rounds_of", rounds_of)
-    monkeypatch.setattr(bench_step, "copied_bytes_per_second", lambda device: 1e9)
+    monkeypatch.setattr(bench_step, "copied_bytes_per_second", lambda device, elements: 1e9)
     monkeypatch.setattr(bench_step, "SHAPES", {"two": lambda: [(4, 3), (3,)]})
     return lambda *halves: attempts.extend(halves)
 
