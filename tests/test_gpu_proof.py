@@ -98,6 +98,7 @@ def run(
         return [sys.executable, "-c", scripts[name]]
 
     monkeypatch.setattr(gpu_proof, "command_of", command_of)
+    monkeypatch.setattr(gpu_proof, "PATIENCE", 1)
     monkeypatch.setattr(gpu_proof, "PARTS", dict.fromkeys(scripts, gpu_proof.Part(gpu_proof.exact, limit)))
     monkeypatch.setattr(sys, "argv", ["gpu_proof", "--dry", "--output", str(tmp_path)])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))  # which main sets
@@ -138,6 +139,19 @@ def test_another_commit_is_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
     assert run(tmp_path, monkeypatch, scripts)[1] == []
     monkeypatch.setattr("benchmarks.records.revision", lambda: "another commit")
     assert len(run(tmp_path, monkeypatch, scripts)[1]) == 1
+
+
+def test_a_bit_that_differs_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And recorded."""
+
+    def train(proof: gpu_proof.Proof, dtype: torch.dtype, captured: bool = False) -> list[torch.Tensor]:
+        return [torch.tensor([1.0, 2.0 + 1e-6 * captured])]
+
+    monkeypatch.setattr(gpu_proof, "train", train)
+    with pytest.raises(RuntimeError, match="'capture_equals_eager': False"):
+        gpu_proof.exact(gpu_proof.Proof(tmp_path / "gpu.jsonl", dry=True))
+    (record,) = recorded(tmp_path / "gpu.jsonl")
+    assert (record["same_bits_twice"], record["capture_equals_eager"]) == (True, False)
 
 
 def test_without_pytest_the_part_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
