@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 
 .PHONY: help setup pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
-	test-deepspeed sharding-report kill-test bench lint format types check clean
+	test-deepspeed sharding-report kill-test bench gpu-proof lint format types check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -74,19 +74,23 @@ kill-test: setup  ## kill the pretraining ten times, in one phase and in two; al
 	$(RUN) tests.scripts.kill_and_resume $(ARGS)
 	$(RUN) tests.scripts.kill_and_resume --plan $(ARGS)
 
-bench: setup  ## what a step costs, beside the other LAMBs that are installed; README's table (minutes)
-	rm -rf runs/bench
-	$(RUN) benchmarks.bench_step --output runs/bench/step.jsonl
-	$(RUN) benchmarks.bench_step --dtype bfloat16 --output runs/bench/step.jsonl
-	$(RUN) benchmarks.bench_step --shapes many-small --output runs/bench/step.jsonl
-	$(RUN) benchmarks.bench_step --shapes one-huge --output runs/bench/step.jsonl
+# A line is added for each measurement that is complete; a run that is stopped keeps those it has made.
+BENCHED := --output benchmarks/results
+bench: setup  ## what a step costs, beside the other LAMBs that are installed, timm among them; README's table (minutes)
+	$(RUN) pip install --quiet --constraint constraints.txt --no-deps timm
+	$(RUN) benchmarks.bench_step $(BENCHED)/step.jsonl
+	$(RUN) benchmarks.bench_step --dtype bfloat16 $(BENCHED)/step.jsonl
+	$(RUN) benchmarks.bench_step --shapes many-small $(BENCHED)/step.jsonl
+	$(RUN) benchmarks.bench_step --shapes one-huge $(BENCHED)/step.jsonl
 	for n in 2 4; do OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$n \
-		-m benchmarks.bench_sharded_step --hidden_size 256 --output runs/bench/sharded_step.jsonl || exit 1; done
-	$(RUN) benchmarks.bench_trainer --output runs/bench/trainer.jsonl
-	$(RUN) benchmarks.bench_trainer --global_batch_size 64 --per_device_train_batch_size 8 \
-		--output runs/bench/trainer.jsonl
-	mv runs/bench/*.jsonl benchmarks/results
+		-m benchmarks.bench_sharded_step --hidden_size 256 $(BENCHED)/sharded_step.jsonl || exit 1; done
+	$(RUN) benchmarks.bench_trainer $(BENCHED)/trainer.jsonl
+	$(RUN) benchmarks.bench_trainer --global_batch_size 64 --per_device_train_batch_size 8 $(BENCHED)/trainer.jsonl
 	$(RUN) benchmarks.tables
+
+# Where a GPU is, there may be no network: with the machine's own Python, from this checkout.
+gpu-proof:  ## what only a GPU shows: tests, times, memory; docs/gpu.md (8 minutes; ARGS=--dry: toy sizes on a CPU)
+	$(PYTHON) -m benchmarks.gpu_proof $(ARGS)
 
 lint: setup  ## ruff: lint and format check; import-linter: which module imports which
 	$(RUN) ruff check .

@@ -10,8 +10,10 @@ ratio to AdamW(foreach=True), and the collectives of one step as counted. gloo o
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import BertConfig, BertModel
 
+from benchmarks.peers import PEERS
+from benchmarks.records import stamp
 from hf_lamb import Lamb, lamb_param_groups
-from recipes.lib.report import append_json_line, provenance
+from recipes.lib.report import append_json_line
 
 
 def candidates() -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
@@ -34,13 +38,20 @@ def candidates() -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
         "hf_lamb foreach": lambda model: Lamb(lamb_param_groups(model), foreach=True),
         "hf_lamb, no look at gradients": lambda model: Lamb(lamb_param_groups(model), skip_nonfinite=False),
     }
-    try:
-        from timm.optim import Lamb as TimmLamb
-    except ImportError:
-        return found
-    found["timm Lamb"] = lambda model: TimmLamb(model.parameters(), max_grad_norm=None)
-    found["timm Lamb foreach"] = lambda model: TimmLamb(model.parameters(), max_grad_norm=None, foreach=True)
+    for peer in PEERS:
+        if peer.distribution == "timm":  # the only one that takes DTensors
+            try:
+                lamb = peer.load()
+            except ImportError as error:
+                if dist.get_rank() == 0:
+                    print(f"{peer.name} is left out: {error}")
+            else:
+                found[peer.name] = partial(_new, lamb, peer.options)
     return found
+
+
+def _new(lamb: type[torch.optim.Optimizer], options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    return lamb(model.parameters(), **options)
 
 
 def sharded_bert(hidden_size: int, layers: int, device: str) -> nn.Module:
@@ -111,7 +122,7 @@ def main() -> None:
             print(f"{name:32} {row['milliseconds']:9.2f} ms {row['ratio_to_adamw_foreach']:7.2f}x", end="")
             print(f" {row['collectives']:5} collectives")
         if options.output is not None:
-            record = {"benchmark": "sharded_step", **provenance(), "processes": dist.get_world_size()}
+            record = {"benchmark": "sharded_step", **stamp(), "processes": dist.get_world_size()}
             shape = {"hidden_size": options.hidden_size, "layers": options.layers, "parameters": parameters}
             append_json_line(options.output, {**record, **shape, "tensors": tensors, "steps": rows})
     dist.destroy_process_group()

@@ -22,12 +22,13 @@ from transformers import TrainerCallback
 
 import hf_lamb.scaling
 import hf_lamb.trust_ratios
+from benchmarks.records import stamp
 from hf_lamb import LambTrainer
 from recipes import pretrain_bert
 from recipes.lib.bert import new_bert
 from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.pretraining import load_data
-from recipes.lib.report import append_json_line, provenance
+from recipes.lib.report import append_json_line
 
 EXTRAS = {module.__file__ for name, module in sys.modules.items() if name.startswith("hf_lamb.trainer.")}
 EXTRAS |= {hf_lamb.scaling.__file__, hf_lamb.trust_ratios.__file__}
@@ -94,7 +95,7 @@ def main() -> None:
     accumulation = args.gradient_accumulation_steps
     print(f"{total / count * 1e3:.1f} ms a step of {accumulation} micro-batches, {share:.2%} in LambTrainer's extras")
     if own.output:
-        record = provenance() | {"size": recipe.size, "gradient_accumulation_steps": accumulation, "steps": count}
+        record = stamp() | {"size": recipe.size, "gradient_accumulation_steps": accumulation, "steps": count}
         record |= {"per_device_train_batch_size": args.per_device_train_batch_size}
         append_json_line(own.output, record | {"seconds_per_step": total / count, "share_of_extras": share})
 

@@ -2,6 +2,7 @@
 compiled, though not run, for a GPU. What only a GPU can show is in test_lamb_cuda.py."""
 
 import os
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -31,6 +32,8 @@ from tests.test_lamb_reference import (
 
 pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
 from triton.runtime.interpreter import _convert_float
+
+from tests.scripts.compile_kernels import fault
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (conftest.py: set where no GPU is)"
@@ -370,7 +373,30 @@ def test_kernels_that_compute_something_else_are_not_used(
         kernels.check(torch.device("cpu"))
 
 
-def test_the_kernels_compile_for_a_gpu() -> None:
-    """With 16-byte accesses and without atomics, whose order would change the bits."""
+def test_the_kernels_compile_for_two_kinds_of_gpu() -> None:
+    """With 16-byte accesses, without spills, and without atomics, whose order would change the bits."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-m", "tests.scripts.compile_kernels"], env=environment, check=True, timeout=240)
+    command = [sys.executable, "-m", "tests.scripts.compile_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    for target in ("sm_80", "sm_90"):
+        for kernel in ("_advance", "_square_gradients", "_first_visit", "_finish", "_second_visit"):
+            assert re.search(rf"{target} {kernel} .* registers +0 bytes spilled", done.stdout), (target, kernel)
+
+
+WIDE = "ld.global.v4.b32 {...}; st.global.v4.b32 [...];"
+
+
+@pytest.mark.parametrize(
+    ("ptx", "registers", "spilled", "words"),
+    [
+        (WIDE + "atom.global.add.f32 %f1;", 40, 0, "atomics"),
+        (WIDE, 40, 16, "16 bytes of a thread in memory"),
+        (WIDE, 128, 0, "128 registers .* at most 80"),
+        (WIDE.replace("ld.global.v4.b32", "ld.global.b32"), 40, 0, "16 bytes at once"),
+        (WIDE.replace("st.global.v4.b32", "st.global.b32"), 40, 0, "16 bytes at once"),
+    ],
+)
+def test_what_a_compiled_kernel_should_not_have_is_named(ptx: str, registers: int, spilled: int, words: str) -> None:
+    assert fault("_first_visit", WIDE, 80, 0) is None
+    assert re.search(words, fault("_first_visit", ptx, registers, spilled) or "")

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -40,6 +38,10 @@ from hf_lamb.sharpness import (
 from hf_lamb.sharpness.ascent import RandomSubspace
 from hf_lamb.sharpness.objective import Objective, objective
 from tests.helpers import one_line
+
+# The recipes need them, a machine that runs the tests for a GPU alone may not have them.
+optimize = pytest.importorskip("scipy.optimize")
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 METRICS: dict[str, Callable[..., Any]] = {
     "epsilon_sharpness": epsilon_sharpness,
