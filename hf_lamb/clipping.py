@@ -72,6 +72,6 @@ def clip_factor(norm_sq: Tensor, max_norm: float, max_grad_norm: float | None) -
         factor = (max_norm / (norm + 1e-6)).clamp(max=1)  # with torch's 1e-6
         norm = norm * factor
     if max_grad_norm is not None:
-        own = 1 / (norm / max_grad_norm).clamp(min=1)
+        own = (norm / max_grad_norm).clamp(min=1).reciprocal()  # 1 / ... would be two operations
         factor = own if factor is None else factor * own
     return factor

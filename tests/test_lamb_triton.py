@@ -223,6 +223,31 @@ def test_shards_with_sums_between_the_visits_equal_the_whole(kernels: ModuleType
             assert torch.equal(w, torch.cat(parts))  # elementwise the same arithmetic
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layer_adaptation": False},
+        {"min_trust_ratio": 0.5, "max_trust_ratio": 2.0},
+        {"fixed_norm": True},
+        {"fixed_norm": True, "lr": torch.tensor(0.5)},
+    ],
+    ids=str,
+)
+def test_step_sizes_from_sums_over_processes(kernels: ModuleType, options: dict[str, Any]) -> None:
+    """In a kernel what `Bucket.step_sizes` does in operations of torch: zero norms and layers at rest too."""
+    bucket = bucket_of([torch.ones(1)] * 5, [torch.ones(1)] * 5)
+    bucket.group = {**bucket.group, **options}
+    # ‖w‖², ‖u‖², nonzero, ⟨w, u⟩: as usual; ‖w‖ = 0; ‖u‖ = 0; at rest; a step to zero
+    sums = torch.tensor([[4.0, 0, 9, 4, 4], [1.0, 2, 0, 9, 400], [1.0, 3, 1, 0, 1], [-1.5, 0, 0, 5, 40]])
+    for finite in (None, torch.tensor(True), torch.tensor(False)):
+        bucket.finite = finite
+        for ours, theirs in zip(kernels.Triton().step_sizes(bucket, sums), bucket.step_sizes(sums), strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=1e-9)
+
+
 def test_launches_do_not_grow_with_the_elements_or_the_tensors(launches: list, kernels: ModuleType) -> None:
     def kernels_launched(shapes: list[int], **options: Any) -> list[str]:
         params = [torch.ones(shape) for shape in shapes]
