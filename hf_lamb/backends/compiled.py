@@ -24,16 +24,15 @@ CHUNK = 1 << 14
 SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE = range(4)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Elements of a larger part's u that are kept for the second visit, 4 bytes each, two parts in turn.
-KEPT = 1 << 22
-# Elements. The second visit of a part should find its w and u, 8 bytes per element, in the cache. Best of 2^17 to
-# 2^22 with 1 MB of L2 and 32 MB of L3 on BERT-base in float32, all within a tenth.
+# Elements. The second visit of a part should find its w, m and v, 12 bytes per element, in the cache. Best of 2^16 to
+# 2^20 with 1 MB of L2 and 32 MB of L3 on BERT-base in float32, all within a tenth. To keep u of a part for the second
+# visit, in memory of its own, was no faster than to compute it again.
 PART = 1 << 18
 # One more thread for each so many chunks.
 CHUNKS_PER_THREAD = 4
 
 _POINTERS = (
-    "table", "first_tensor", "progress", "of_chunks", "sums", "inverses", "step_sizes", "growths", "u", "finite",
+    "table", "first_tensor", "progress", "of_chunks", "sums", "inverses", "step_sizes", "growths", "finite",
     "clip_factor", "lr",
 )  # fmt: skip
 _NUMBERS = ("beta1", "beta2", "eps", "weight_decay", "min_ratio", "max_ratio")
@@ -44,7 +43,7 @@ class _Bucket(ctypes.Structure):
     """`Bucket` of lamb.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tensors", "parts", "u_size")),
+        *((name, ctypes.c_int64) for name in ("tensors", "parts")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_double) for name in _NUMBERS),
         *((name, ctypes.c_int32) for name in _FLAGS),
@@ -57,10 +56,9 @@ class Table:
 
     bucket: Bucket  # the table was made for this one
     grads: list[Tensor]  # and has the addresses of these: every step has a list of its own
-    rows: Tensor  # [n, 8], int64: addresses of w, g, m, v and step; elements; first chunk; offset in its part
+    rows: Tensor  # [n, 7], int64: addresses of w, g, m, v and step; elements; first chunk
     first_tensor: Tensor  # [parts + 1], int64, of each part
     chunks: int
-    u_size: int  # elements of the largest part whose u is kept
     of_chunks: Tensor  # [chunks, k]
     inverses: Tensor  # [2, n]: 1 / (1 - beta**t)
     moves: Tensor  # [2, n]: step sizes and growths
@@ -71,7 +69,6 @@ class Compiled(Backend):
 
     def __init__(self) -> None:
         self._tables: dict[Any, Table] = {}
-        self._u = torch.empty(0)
 
     def takes(self, bucket: Bucket) -> bool:
         """Return whether the library is compiled and takes these dtypes, and the tensors are contiguous."""
@@ -94,23 +91,20 @@ class Compiled(Backend):
         self._run(bucket, SECOND_VISIT)
 
     def update(self, bucket: Bucket) -> Tensor:
-        """Do both visits, part by part: the second one finds w, and u or m and v, in the cache."""
+        """Do both visits, part by part: the second one finds small parts in the cache."""
         return self._run(bucket, UPDATE)
 
     def _run(self, bucket: Bucket, task: int) -> Tensor:
         """Do one task of lamb.c with all threads; return the sums, or zeros if the task computes none."""
         table, group = self._table(bucket), bucket.group
         sums = torch.zeros(len(Sum), len(bucket.params))
-        progress = torch.zeros(table.first_tensor.numel() - 1, 5, dtype=torch.int64)
-        if self._u.numel() < 2 * table.u_size:
-            self._u = torch.empty(2 * table.u_size)
+        progress = torch.zeros(table.first_tensor.numel() - 1, 4, dtype=torch.int64)
         lr = torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu")
         lowest, highest = group["min_trust_ratio"], group["max_trust_ratio"]
         finite, clip_factor = bucket.finite, bucket.clip_factor
         arguments = _Bucket(
             tensors=len(bucket.params),
             parts=len(progress),
-            u_size=table.u_size,
             table=table.rows.data_ptr(),
             first_tensor=table.first_tensor.data_ptr(),
             progress=progress.data_ptr(),
@@ -119,7 +113,6 @@ class Compiled(Backend):
             inverses=table.inverses.data_ptr(),
             step_sizes=table.moves[0].data_ptr(),
             growths=table.moves[1].data_ptr(),
-            u=self._u.data_ptr(),
             finite=None if finite is None else finite.data_ptr(),
             clip_factor=None if clip_factor is None else clip_factor.data_ptr(),
             lr=lr.data_ptr(),
@@ -160,10 +153,8 @@ class Compiled(Backend):
         lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.steps)
         sizes = [param.numel() for param in bucket.params]
         *first_chunks, total = accumulate((-(-size // CHUNK) for size in sizes), initial=0)
-        parts = [[param.numel() for param in part.params] for part in bucket.parts(PART)]
-        starts = [*accumulate(map(len, parts), initial=0)]
-        offsets = [offset for part in parts for offset in [*accumulate(part, initial=0)][:-1]]
-        columns = [*([tensor.data_ptr() for tensor in tensors] for tensors in lists), sizes, first_chunks, offsets]
+        starts = [*accumulate((len(part.params) for part in bucket.parts(PART)), initial=0)]
+        columns = [*([tensor.data_ptr() for tensor in tensors] for tensors in lists), sizes, first_chunks]
         n = len(sizes)
         table = Table(
             bucket,
@@ -171,7 +162,6 @@ class Compiled(Backend):
             rows=torch.tensor(columns).t().contiguous(),
             first_tensor=torch.tensor(starts),
             chunks=total,
-            u_size=max((sum(part) for part in parts if sum(part) <= KEPT), default=0),
             of_chunks=torch.empty(total, len(Sum)),
             inverses=torch.empty(2, n),
             moves=torch.zeros(2, n),

@@ -1,9 +1,8 @@
 /* LAMB on the CPU, one bucket of tensors at a time: what a thread does of it.
  *
  * Every thread that takes part calls lamb_run with the same struct and takes chunks until none is left. The first visit
- * of a chunk moves m and v and leaves the sums of the chunk. The second one moves w: by the u of the first visit, which
- * is kept where a part of the bucket is small enough for the cache, else by u computed again from w, m and v. Sums are
- * added up in one order, so that the number of threads changes no bit. A thread never waits for one that has not come.
+ * of a chunk moves m and v and leaves the sums of the chunk. The second one computes u again and moves w. Sums are added
+ * up in one order, so that the number of threads changes no bit. A thread never waits for one that has not come.
  *
  * Compiled without -ffast-math: NaN and infinity must stay what they are.
  */
@@ -13,19 +12,19 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { CHUNK = 16384, BLOCK = 1024, LANES = 16 };
-enum { W, G, M, V, STEP, NUMEL, FIRST, OFFSET, COLUMNS };     /* of a tensor: OFFSET is its place in its part */
+enum { CHUNK = 16384, BLOCK = 256, LANES = 16 };
+enum { W, G, M, V, STEP, NUMEL, FIRST, COLUMNS };             /* of a tensor: FIRST is the first of its chunks */
 enum { WEIGHT_SQ, UPDATE_SQ, NONZERO, DOT, SUMS };            /* rows of the sums, as hf_lamb.norms.Sum */
 enum { FLOAT32, BFLOAT16, FLOAT16 };                          /* dtypes of weights and gradients; m and v are float32 */
 enum { SQUARE_GRADIENTS, FIRST_VISIT, SECOND_VISIT, UPDATE }; /* tasks; UPDATE is both visits, part by part */
 
 typedef struct {
-    atomic_llong next_first, done_first, ready, next_second, done_second; /* chunks taken and done in each visit */
+    atomic_llong next_first, done_first, ready, next_second; /* chunks taken and done in the visits */
 } Progress;
-_Static_assert(sizeof(Progress) == 5 * sizeof(int64_t), "Python gives it as five int64 for each part");
+_Static_assert(sizeof(Progress) == 4 * sizeof(int64_t), "Python gives it as four int64 for each part");
 
 typedef struct {
-    int64_t tensors, parts, u_size;
+    int64_t tensors, parts;
     const int64_t *table;        /* [tensors, COLUMNS] */
     const int64_t *first_tensor; /* [parts + 1], of each part */
     Progress *progress;          /* [parts], zeros */
@@ -33,7 +32,6 @@ typedef struct {
     float *sums;                 /* [SUMS, tensors] */
     float *inverses;             /* [2, tensors], made by lamb_begin: 1 / (1 - beta**t) */
     float *step_sizes, *growths; /* [tensors]: read by SECOND_VISIT, made by UPDATE */
-    float *u;                    /* [2, u_size]: of parts that are not larger, in turn */
     const uint8_t *finite;       /* 0 skips the step; NULL: it is not skipped */
     const float *clip_factor;    /* NULL: 1 */
     const double *lr;
@@ -104,10 +102,9 @@ typedef struct {
     uint32_t nonzero; /* bits of g and m, without the signs */
 } Sums;
 
-/* Move m and v, unless the step is skipped; leave u, and add to the sums. */
+/* Move m and v, unless the step is skipped, and add to the sums. While the second loop computes, the next block comes. */
 static inline void first_of_block(const Numbers *c, int n, const float *restrict w, const float *restrict g,
-                                  float *restrict m, float *restrict v, float *restrict u, int skip, int dots,
-                                  Sums *sums) {
+                                  float *restrict m, float *restrict v, int skip, int dots, Sums *sums) {
     float w_sq[LANES] = {0}, u_sq[LANES] = {0}, dot[LANES] = {0};
     uint32_t nonzero[LANES] = {0};
     if (!skip)
@@ -117,19 +114,23 @@ static inline void first_of_block(const Numbers *c, int n, const float *restrict
             v[i] = c->beta2 * v[i] + c->rest2 * scaled * scaled;
         }
     int whole = n - n % LANES;
-    for (int i = 0; i < whole; i += LANES)
+    for (int i = 0; i < whole; i += LANES) {
+        __builtin_prefetch(g + i + BLOCK);
+        __builtin_prefetch(m + i + BLOCK);
+        __builtin_prefetch(v + i + BLOCK);
         for (int j = 0; j < LANES; j++) {
-            u[i + j] = direction(c, w[i + j], m[i + j], v[i + j]);
+            float u = direction(c, w[i + j], m[i + j], v[i + j]);
             w_sq[j] += w[i + j] * w[i + j];
-            u_sq[j] += u[i + j] * u[i + j];
-            if (dots) dot[j] += w[i + j] * u[i + j];
+            u_sq[j] += u * u;
+            if (dots) dot[j] += w[i + j] * u;
             nonzero[j] |= to_bits(g[i + j]) << 1 | to_bits(m[i + j]) << 1;
         }
+    }
     for (int i = whole; i < n; i++) {
-        u[i] = direction(c, w[i], m[i], v[i]);
+        float u = direction(c, w[i], m[i], v[i]);
         w_sq[i - whole] += w[i] * w[i];
-        u_sq[i - whole] += u[i] * u[i];
-        if (dots) dot[i - whole] += w[i] * u[i];
+        u_sq[i - whole] += u * u;
+        if (dots) dot[i - whole] += w[i] * u;
         nonzero[i - whole] |= to_bits(g[i]) << 1 | to_bits(m[i]) << 1;
     }
     sums->w_sq += add_lanes(w_sq);
@@ -168,9 +169,9 @@ static void square_gradients(const Bucket *b, int64_t tensor, int64_t start, int
     sums[0] = sum;
 }
 
-static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *kept, float *sums) {
+static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, float *sums) {
     const int64_t *row = b->table + tensor * COLUMNS;
-    float w_room[BLOCK], g_room[BLOCK], u_room[BLOCK];
+    float w_room[BLOCK], g_room[BLOCK];
     Sums of_chunk = {0, 0, 0, 0};
     Numbers c = numbers(b, tensor);
     int skip = skipped(b);
@@ -178,10 +179,9 @@ static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t 
         int n = stop - at < BLOCK ? stop - at : BLOCK;
         const float *w = load(pointer(row, W), b->w_type, at, n, w_room);
         const float *g = load(pointer(row, G), b->g_type, at, n, g_room);
-        float *u = kept ? kept + row[OFFSET] + at : u_room;
         float *m = (float *)pointer(row, M) + at, *v = (float *)pointer(row, V) + at;
-        if (b->fixes_norms) first_of_block(&c, n, w, g, m, v, u, skip, 1, &of_chunk); /* two loops are compiled */
-        else first_of_block(&c, n, w, g, m, v, u, skip, 0, &of_chunk);
+        if (b->fixes_norms) first_of_block(&c, n, w, g, m, v, skip, 1, &of_chunk); /* two loops are compiled */
+        else first_of_block(&c, n, w, g, m, v, skip, 0, &of_chunk);
     }
     sums[WEIGHT_SQ] = of_chunk.w_sq;
     sums[UPDATE_SQ] = of_chunk.u_sq;
@@ -189,7 +189,7 @@ static void first_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t 
     sums[DOT] = of_chunk.dot;
 }
 
-static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop, const float *kept) {
+static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t stop) {
     float room[BLOCK], step_size = b->step_sizes[tensor], growth = b->growths[tensor];
     if (step_size == 0) return; /* eps may be 0, and u no number */
     const int64_t *row = b->table + tensor * COLUMNS;
@@ -198,11 +198,7 @@ static void second_visit(const Bucket *b, int64_t tensor, int64_t start, int64_t
         int n = stop - at < BLOCK ? stop - at : BLOCK;
         const float *restrict m = (const float *)pointer(row, M) + at, *restrict v = (const float *)pointer(row, V) + at;
         float *restrict w = (float *)load(pointer(row, W), b->w_type, at, n, room);
-        const float *restrict u = kept ? kept + row[OFFSET] + at : NULL;
-        if (u)
-            for (int i = 0; i < n; i++) w[i] = w[i] - step_size * u[i] + growth * w[i];
-        else
-            for (int i = 0; i < n; i++) w[i] = w[i] - step_size * direction(&c, w[i], m[i], v[i]) + growth * w[i];
+        for (int i = 0; i < n; i++) w[i] = w[i] - step_size * direction(&c, w[i], m[i], v[i]) + growth * w[i];
         store((void *)pointer(row, W), b->w_type, at, n, w);
     }
 }
@@ -265,35 +261,21 @@ static Chunk chunk_of(const Bucket *b, int64_t part, int64_t chunk) {
     return (Chunk){tensor, start, row[NUMEL] - start < CHUNK ? row[NUMEL] : start + CHUNK};
 }
 
-static const int64_t *last_row(const Bucket *b, int64_t part) {
-    return b->table + (b->first_tensor[part + 1] - 1) * COLUMNS;
-}
-
 static int64_t chunks_in(const Bucket *b, int64_t part) {
-    const int64_t *last = last_row(b, part);
+    const int64_t *last = b->table + (b->first_tensor[part + 1] - 1) * COLUMNS;
     return last[FIRST] + chunks_of(last) - b->table[b->first_tensor[part] * COLUMNS + FIRST];
-}
-
-/* Where the u of a part is kept, once the part before the last, which has the same place, is done with it. */
-static float *room_for_u(const Bucket *b, int64_t part) {
-    const int64_t *last = last_row(b, part);
-    if (b->task != UPDATE || last[OFFSET] + last[NUMEL] > b->u_size) return NULL;
-    if (part > 1)
-        while (atomic_load(&b->progress[part - 2].done_second) < chunks_in(b, part - 2)) sched_yield();
-    return b->u + part % 2 * b->u_size;
 }
 
 static void run_part(const Bucket *b, int64_t part) {
     int64_t from = b->first_tensor[part], to = b->first_tensor[part + 1], i;
     int64_t first = b->table[from * COLUMNS + FIRST], chunks = chunks_in(b, part);
     Progress *p = b->progress + part;
-    float *kept = room_for_u(b, part);
 
     while (b->task != SECOND_VISIT && (i = atomic_fetch_add(&p->next_first, 1)) < chunks) {
         Chunk c = chunk_of(b, part, first + i);
         float *sums = b->of_chunks + (first + i) * SUMS;
         if (b->task == SQUARE_GRADIENTS) square_gradients(b, c.tensor, c.start, c.stop, sums);
-        else first_visit(b, c.tensor, c.start, c.stop, kept, sums);
+        else first_visit(b, c.tensor, c.start, c.stop, sums);
         if (atomic_fetch_add(&p->done_first, 1) == chunks - 1) { /* the last of all threads */
             for (int64_t tensor = from; tensor < to; tensor++)
                 finish(b, tensor, chunks_of(b->table + tensor * COLUMNS));
@@ -304,8 +286,7 @@ static void run_part(const Bucket *b, int64_t part) {
     while (b->task == UPDATE && !atomic_load(&p->ready)) sched_yield();
     while ((i = atomic_fetch_add(&p->next_second, 1)) < chunks) {
         Chunk c = chunk_of(b, part, first + chunks - 1 - i); /* the last one is still in the cache */
-        second_visit(b, c.tensor, c.start, c.stop, kept);
-        atomic_fetch_add(&p->done_second, 1);
+        second_visit(b, c.tensor, c.start, c.stop);
     }
 }
 
