@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from hf_lamb.backends import Backend, Backends, Bucket
-from hf_lamb.clipping import Look, clip_factor
+from hf_lamb.clipping import Look, skip_and_clip
 from hf_lamb.layer_stats import BucketStats, LayerStats, SkippedSteps, count_skipped, layer_stats
 from hf_lamb.options import (
     check_iterable,
@@ -369,7 +369,7 @@ class Lamb(Optimizer):
         squares = [backend.squared_gradients(bucket) for bucket, backend in work]
         buckets = [bucket for bucket, _ in work]
         norm_sq = self._gradient_norm_sq(work, squares)
-        self._looks.append(Look(max_norm, self._gradients(), [bucket.key for bucket in buckets], squares))
+        self._looks.append(Look(max_norm, self._gradients(), buckets, squares))
         for bucket in buckets:
             bucket.grads.clear()
         return norm_sq.sqrt()
@@ -408,21 +408,13 @@ class Lamb(Optimizer):
         max_norm = torch.inf if look is None else look.max_norm
         if not skips and max_norm == torch.inf and all(group["max_grad_norm"] is None for group in self.param_groups):
             return
-        known = look is not None and look.is_of(self._gradients(), [bucket.key for bucket, _ in work])
-        norm_sq = self._gradient_norm_sq(work, look.squares if look is not None and known else None)
+        buckets = [bucket for bucket, _ in work]
+        known = None if look is None else look.squares_of(self._gradients(), buckets)
+        norm_sq = self._gradient_norm_sq(work, known)
         finite = norm_sq < torch.inf  # one operation, where isfinite is several
         if skips and begins:
             count_skipped(self._skipped, finite)
-        factors: dict[float | None, Tensor | None] = {}
-        for bucket, _ in work:
-            if bucket.group["skip_nonfinite"]:
-                bucket.finite = finite.to(bucket.device)
-            max_grad_norm = bucket.group["max_grad_norm"]
-            if max_grad_norm not in factors:
-                factors[max_grad_norm] = clip_factor(norm_sq, max_norm, max_grad_norm)
-            factor = factors[max_grad_norm]
-            if factor is not None:
-                bucket.clip_factor = factor.to(bucket.device, bucket.math_dtype)
+        skip_and_clip(buckets, norm_sq, finite, max_norm)
 
     def parameter_name(self, group_index: int, index: int) -> str:
         """Return the name that a parameter was given with, or its place `param_groups.I.params.J`."""

@@ -289,14 +289,19 @@ def test_an_element_beyond_two_to_the_31_is_found(kernels: ModuleType, monkeypat
 
 
 def test_a_step_makes_one_table(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The look at the gradients and the visits share it: a CUDA graph's capture has memory for one."""
+    """The look at the gradients, `clip_grad_norm` too, and the visits share it: a CUDA graph's capture has memory for
+    one. Gradients that were only written to are where they were."""
     made: list[Bucket] = []
     table_of = kernels.table_of
     monkeypatch.setattr(kernels, "table_of", lambda bucket, known: made.append(bucket) or table_of(bucket, known))
     param = torch.ones(600)
     optimizer = Lamb([param], fused=True)
-    for step in range(1, 4):
+    for step in range(1, 8):
         param.grad = torch.ones(600)
+        if step > 2:
+            optimizer.clip_grad_norm(1.0)
+        if step > 4:
+            param.grad.mul_(2)
         optimizer.step()
         assert len(made) == step
 

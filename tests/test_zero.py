@@ -215,6 +215,17 @@ def test_takes_over_the_norm_that_deepspeed_computed(
         assert float(runtime.gradient_norm_sq(torch.device("cpu"))) == expected
 
 
+def test_clip_grad_norm_refuses_an_engine(optimizer: Lamb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has the gradients until it calls `step`, and clips them itself."""
+    monkeypatch.setattr(zero, "layouts", lambda engine, optimizer: {})
+    monkeypatch.setattr(zero.DeepSpeed, "wraps", staticmethod(lambda model: True))
+    optimizer.attach(SimpleNamespace(zero_optimization=lambda: False))
+    with one_line(
+        ShardingError, "clip_grad_norm: set gradient_clipping in DeepSpeed's configuration, or max_grad_norm"
+    ):
+        optimizer.clip_grad_norm(1.0)
+
+
 # -- Trainer ---------------------------------------------------------------------------------------------------------
 
 
