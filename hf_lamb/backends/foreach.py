@@ -15,7 +15,7 @@ from hf_lamb.backends.bucket import Bucket
 from hf_lamb.norms import squared_norms
 
 # Elements. On a CPU the operations should find a part of each tensor in the cache, and scratch should be used again.
-PART = 1 << 20
+PART = 1 << 22
 
 
 class Held(NamedTuple):
