@@ -266,17 +266,23 @@ static int64_t chunks_in(const Bucket *b, int64_t part) {
     return last[FIRST] + chunks_of(last) - b->table[b->first_tensor[part] * COLUMNS + FIRST];
 }
 
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* A thread takes some chunks at once, at most a 64th of the part: of small tensors many are a moment's work. */
 static void run_part(const Bucket *b, int64_t part) {
     int64_t from = b->first_tensor[part], to = b->first_tensor[part + 1], i;
-    int64_t first = b->table[from * COLUMNS + FIRST], chunks = chunks_in(b, part);
+    int64_t first = b->table[from * COLUMNS + FIRST], chunks = chunks_in(b, part), some = chunks / 64 + 1;
     Progress *p = b->progress + part;
 
-    while (b->task != SECOND_VISIT && (i = atomic_fetch_add(&p->next_first, 1)) < chunks) {
-        Chunk c = chunk_of(b, part, first + i);
-        float *sums = b->of_chunks + (first + i) * SUMS;
-        if (b->task == SQUARE_GRADIENTS) square_gradients(b, c.tensor, c.start, c.stop, sums);
-        else first_visit(b, c.tensor, c.start, c.stop, sums);
-        if (atomic_fetch_add(&p->done_first, 1) == chunks - 1) { /* the last of all threads */
+    while (b->task != SECOND_VISIT && (i = atomic_fetch_add(&p->next_first, some)) < chunks) {
+        int64_t end = least(i + some, chunks);
+        for (int64_t k = i; k < end; k++) {
+            Chunk c = chunk_of(b, part, first + k);
+            float *sums = b->of_chunks + (first + k) * SUMS;
+            if (b->task == SQUARE_GRADIENTS) square_gradients(b, c.tensor, c.start, c.stop, sums);
+            else first_visit(b, c.tensor, c.start, c.stop, sums);
+        }
+        if (atomic_fetch_add(&p->done_first, end - i) + end - i == chunks) { /* the last of all threads */
             for (int64_t tensor = from; tensor < to; tensor++)
                 finish(b, tensor, chunks_of(b->table + tensor * COLUMNS));
             atomic_store(&p->ready, 1);
@@ -284,20 +290,27 @@ static void run_part(const Bucket *b, int64_t part) {
     }
     if (b->task < SECOND_VISIT || !chunks) return;
     while (b->task == UPDATE && !atomic_load(&p->ready)) sched_yield();
-    while ((i = atomic_fetch_add(&p->next_second, 1)) < chunks) {
-        Chunk c = chunk_of(b, part, first + chunks - 1 - i); /* the last one is still in the cache */
-        second_visit(b, c.tensor, c.start, c.stop);
-    }
+    while ((i = atomic_fetch_add(&p->next_second, some)) < chunks)
+        for (int64_t k = i; k < least(i + some, chunks); k++) {
+            Chunk c = chunk_of(b, part, first + chunks - 1 - k); /* the last one is still in the cache */
+            second_visit(b, c.tensor, c.start, c.stop);
+        }
 }
 
 /* t += 1, except where the step is skipped, and the bias corrections; by one thread, before a first visit. */
 void lamb_begin(const Bucket *b) {
+    double known = 0, inverse1 = 1, inverse2 = 1; /* of the tensor before, which mostly has the same t */
     for (int64_t tensor = 0; tensor < b->tensors; tensor++) {
         float *step = (float *)pointer(b->table + tensor * COLUMNS, STEP);
         if (!skipped(b)) *step += 1;
         double t = *step > 1 ? *step : 1; /* a tensor whose first step is skipped still has t = 0 */
-        b->inverses[tensor] = b->bias_correction ? 1 / (1 - pow(b->beta1, t)) : 1;
-        b->inverses[b->tensors + tensor] = b->bias_correction ? 1 / (1 - pow(b->beta2, t)) : 1;
+        if (b->bias_correction && t != known) {
+            inverse1 = 1 / (1 - pow(b->beta1, t));
+            inverse2 = 1 / (1 - pow(b->beta2, t));
+            known = t;
+        }
+        b->inverses[tensor] = inverse1;
+        b->inverses[b->tensors + tensor] = inverse2;
     }
 }
 
