@@ -281,12 +281,10 @@ class Sharding:
         for number, bucket in enumerate(buckets):
             squared[self._reductions(bucket)].append(squares(number).to(device))
         of_whole = squared.pop(())
-        parts = {
-            cut.reductions: torch.cat(of_cut).sum().to(cut.dtype).view(1)
-            if (of_cut := squared[cut.reductions])
-            else torch.zeros(1, dtype=cut.dtype, device=device)
-            for cut in self.cuts
-        }
+        parts = {}
+        for cut in self.cuts:
+            of_cut = squared[cut.reductions] or [torch.zeros(1, dtype=cut.dtype, device=device)]
+            parts[cut.reductions] = torch.cat(of_cut).sum().to(cut.dtype).view(1)
         found = [*of_whole, *sum_over_processes(parts).values()]
         norm_sq = torch.cat(found).sum() if found else torch.zeros((), device=device)
         if self.peer_group is not None:
