@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from recipes.lib.corpus import Document
+from recipes.lib.labelled import IGNORED
 from recipes.lib.tokenizer import tokenize_each
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):

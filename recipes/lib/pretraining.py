@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
-from recipes.lib.bert import SIZES
 from recipes.lib.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.lib.masking import MaskedBlocks, StreamedBlocks, unigram_baseline
+from recipes.lib.models import ModelArguments, fit, model_config
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
@@ -22,10 +23,9 @@ STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
 
 
 @dataclass
-class PretrainingArguments:
+class PretrainingArguments(ModelArguments):
     """Which model is pretrained, and on which data."""
 
-    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
         default_factory=lambda: ["embedded"],
         metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},
@@ -37,7 +37,11 @@ class PretrainingArguments:
         default=False, metadata={"help": "Read the hub dataset while training instead of downloading it first."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer's folder or hub name; default: trained on the training split."}
+        default=None,
+        metadata={
+            "help": "A tokenizer's folder or hub name; default: that of --model_name_or_path, else trained on the "
+            "training split."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence; default by --size."})
@@ -59,7 +63,10 @@ def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None
     """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only.
 
     checkpoint: one that the run goes on from, whose tokenizer is then the run's.
+
+    Raises ValueError, also where model, tokenizer and sequence length do not fit one another.
     """
+    model_config(arguments)  # a mistake in the model's name is found before the corpus is read
     if arguments.streaming:
         return stream_data(arguments, seed, checkpoint)
     train = load_documents(arguments.corpus)
@@ -125,13 +132,23 @@ def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
 def tokenizer_for(
     arguments: PretrainingArguments, documents: Iterable[Document], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The checkpoint's, else the one that was named, else one trained on these documents.
+    """The checkpoint's, else the one that was named, else one trained on these documents; it fits the model.
 
     Raises ValueError where the options ask for another one than the checkpoint's, to which its embeddings belong.
     """
+    tokenizer = _tokenizer_for(arguments, documents, checkpoint)
+    config = model_config(arguments)
+    if config is not None:
+        fit(arguments, config, tokenizer, arguments.max_seq_length)
+    return tokenizer
+
+
+def _tokenizer_for(
+    arguments: PretrainingArguments, documents: Iterable[Document], checkpoint: str | None
+) -> PreTrainedTokenizerBase:
     if checkpoint is not None and has_tokenizer(checkpoint):
         own = AutoTokenizer.from_pretrained(checkpoint)
-        if arguments.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(arguments.tokenizer_name)):
+        if arguments.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(arguments)):
             raise ValueError(
                 f"--tokenizer_name {arguments.tokenizer_name} is not the tokenizer of {checkpoint}: leave it out to "
                 "go on from there, or name another --output_dir"
@@ -143,17 +160,25 @@ def tokenizer_for(
                 "out to go on from there, or name another --output_dir"
             )
         return own
-    if arguments.tokenizer_name is not None:
-        return named_tokenizer(arguments.tokenizer_name)
+    if arguments.tokenizer_name is not None or arguments.model_name_or_path is not None:
+        return named_tokenizer(arguments)
     return load_or_train_tokenizer((document.text for document in documents), arguments.vocab_size)
 
 
-def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises ValueError where it cannot be loaded."""
+def named_tokenizer(arguments: PretrainingArguments) -> PreTrainedTokenizerBase:
+    """That of --tokenizer_name, else that of --model_name_or_path. Raises ValueError where it cannot be loaded."""
+    option = "tokenizer_name" if arguments.tokenizer_name is not None else "model_name_or_path"
+    name = getattr(arguments, option)
     try:
+        if Path(name).is_dir() and not has_tokenizer(name):
+            raise ValueError("there is none in this folder")
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # files of all kinds are read, by several libraries
         reason = str(error).partition("\n")[0]
+        if option == "model_name_or_path":
+            raise ValueError(
+                f"--model_name_or_path {name}: its tokenizer cannot be loaded ({reason}): give --tokenizer_name"
+            ) from None
         raise ValueError(
             f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder that "
             "save_pretrained wrote, or a hub tokenizer that can be reached"
