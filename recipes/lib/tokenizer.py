@@ -30,12 +30,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> BertTokeniz
     The same texts give the same ids, in every process.
     Raises ValueError when the vocabulary has no room for every character of the texts.
     """
-    texts = list(texts)
+    texts = _repeatable(texts)
     normalizer, pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
     # By default the trainer numbers the characters in the order of a randomly seeded hash table, and breaks
     # ties between merges by these numbers: ids, and now and then tokens, differ from run to run. So we number
     # them. A character that is split off from an "a" before it (punctuation) never continues a word.
-    characters = sorted(set().union(*(normalizer.normalize_str(text) for text in texts)) - set(" "))
+    found: set[str] = set()
+    for text in texts:
+        found.update(normalizer.normalize_str(text))
+    characters = sorted(found - set(" "))
     inner = [f"##{char}" for char in characters if len(pre_tokenizer.pre_tokenize_str(f"a{char}")) == 1]
     fixed = [*SPECIAL_TOKENS, *characters, *inner]
     if vocab_size < len(fixed):
@@ -59,7 +62,7 @@ def load_or_train_tokenizer(
     cache_dir: default `$HF_HOME/hf_lamb/tokenizers`. Processes may race for an entry: it is written elsewhere
     and then renamed. Raises ValueError when the folder cannot be written.
     """
-    texts = list(texts)
+    texts = _repeatable(texts)
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -75,6 +78,11 @@ def load_or_train_tokenizer(
             if not entry.is_dir():  # else another process was faster, with the same tokenizer
                 raise ValueError(f"cannot keep a tokenizer in {str(root)!r} ({error}): set HF_HOME") from None
     return AutoTokenizer.from_pretrained(entry)
+
+
+def _repeatable(texts: Iterable[str]) -> Iterable[str]:
+    """Texts that can be read more than once; in memory only where they would be gone after the first time."""
+    return list(texts) if isinstance(texts, Iterator) else texts
 
 
 def tokenize_into_blocks(
