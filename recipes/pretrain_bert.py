@@ -108,11 +108,13 @@ class RecipeArguments(PretrainingArguments):
             "--output` writes; what the command line gives holds for all phases."
         },
     )
-    carry_over: str = field(
-        default="moments",
+    carry_over: str | None = field(
+        default=None,
         metadata={
-            "help": "What a phase takes over from the one before. moments: weights and moments, and the step count "
-            "starts anew, as NVIDIA does; optimizer: its step count too; weights: nothing else.",
+            "help": "What a phase takes over from the one before (default: moments), and the first one from a "
+            "checkpoint of LambTrainer that --model_name_or_path names (default: weights). moments: weights and "
+            "moments, and the step count starts anew, as NVIDIA does; optimizer: its step count too; weights: nothing "
+            "else.",
             "choices": list(CARRY_OVER),
         },
     )
@@ -239,15 +241,18 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             )
         if phase.checkpoint is not None:
             check_same_model(phase.checkpoint, trainer.model)
-        if phase.previous_dir is not None and phase.checkpoint is None:
-            trainer.start_from(last_checkpoint(phase), recipe.carry_over)
+        begun_with = beginning(phase)
+        if phase.checkpoint is None and begun_with is not None:
+            taken, source = begun_with
+            if source != recipe.model_name_or_path or taken != "weights":  # whose weights the model has already
+                trainer.start_from(source, taken)
         if recipe.plan is not None:
             trainer.plan = f"{Path(recipe.plan).name}, phase {phase.number} of {phase.of}"
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
     trainer.scale_learning_rate()
-    say(describe(phase, trainer, data))
+    say(describe(phase, trainer, data, begun_with))
     asked = "fp16" if args.fp16 else "bf16" if args.bf16 else None
     for line in [*asked_for_and_off(trainer.accelerator, asked), *changes(before.get("data"), data.facts)]:
         say(f"warning: {line}")
@@ -262,7 +267,7 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
         trainer.save_model()
         trainer.create_model_card(model_name=recipe.model_name, tasks="fill-mask", **card_of(recipe.corpus))
         if trainer.is_world_process_zero():
-            record = result(phase, trainer, data, metrics, seconds, timed_steps)
+            record = result(phase, trainer, data, metrics, seconds, timed_steps, begun_with)
             output = Path(args.output_dir)
             title = f"{recipe.model_name}, {args.optim.value}, batch {recipe.global_batch_size}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
@@ -274,6 +279,32 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
     return trainer
+
+
+def beginning(phase: PhaseRun) -> tuple[str, str] | None:
+    """What the phase takes over, one of CARRY_OVER, and from where; None if it begins with a new model.
+
+    Raises ValueError where the phase before has not ended with a checkpoint.
+    """
+    if phase.previous_dir is not None:
+        source = last_checkpoint(phase) if phase.checkpoint is None else phase.previous_dir
+        return phase.recipe.carry_over or "moments", source
+    if phase.recipe.model_name_or_path is not None:
+        return phase.recipe.carry_over or "weights", phase.recipe.model_name_or_path
+    return None
+
+
+def check_moments(recipe: RecipeArguments) -> None:
+    """Raise ValueError where the moments of --model_name_or_path are asked for and there are none."""
+    name, wanted = recipe.model_name_or_path, recipe.carry_over
+    if name is None or wanted in (None, "weights"):
+        return
+    try:
+        check_checkpoint(name)
+    except CheckpointError as error:
+        newest = newest_complete_checkpoint(name)
+        remedy = "leave --carry_over out" if newest is None else f"give --model_name_or_path {newest}"
+        raise ValueError(f"--carry_over {wanted}: {str(error).partition(';')[0]}: {remedy}") from None
 
 
 def step_of(checkpoint: str | None) -> int:
@@ -444,6 +475,7 @@ def parse(
     parser.set_defaults(**planned or {})
     recipe, args = parse_options(parser, argv)
     check_numbers(recipe, args)
+    check_moments(recipe)
     check_connected(args.world_size)
     devices = args.world_size * max(1, args.n_gpu)
     if early.per_device_train_batch_size is None:
@@ -543,7 +575,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
+def describe(phase: PhaseRun, trainer: LambTrainer, data: Data, begun_with: tuple[str, str] | None = None) -> str:
     """What is printed before the training: model, data, batch, hardware, learning rate."""
     recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
@@ -559,6 +591,13 @@ def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
         f"{steps} of {args.optim.value}",
         f"{kind_of(trainer.accelerator)} on {hardware()}",
     ]
+    if phase.checkpoint is None and begun_with is not None:
+        words = {
+            "weights": "the weights",
+            "moments": "the weights and moments",
+            "optimizer": "weights, moments and step",
+        }
+        lines.append(f"begins with {words[begun_with[0]]} of {begun_with[1]}")
     if phase.checkpoint is None:
         lines.append(trainer.learning_rate_why or f"learning rate {args.learning_rate:g}")
     else:
@@ -574,10 +613,12 @@ def result(
     metrics: dict[str, float],
     seconds: float,
     timed_steps: int,
+    begun_with: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """The line of results.jsonl; of the optimizer's options those in force, whatever the command line says.
 
     seconds: of the training of the last `timed_steps` steps, also before the run was resumed.
+    begun_with: what the run took over, and from where.
     """
     recipe, args = phase.recipe, phase.args
     of_plan = {"plan": Path(recipe.plan).name, "phase": phase.number, "phases": phase.of} if recipe.plan else {}
@@ -595,6 +636,8 @@ def result(
             "parameters": trainer.model.num_parameters(),
             **{name: value for name in MODEL_OPTIONS if (value := getattr(recipe, name)) is not None},
         },
+        "carry_over": None if begun_with is None else begun_with[0],
+        "carried_over_from": None if begun_with is None else begun_with[1],
         "corpus": recipe.corpus,
         "optim": args.optim.value,
         "optim_args": args.optim_args if as_given(args, options) else None,

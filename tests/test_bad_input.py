@@ -793,6 +793,10 @@ MODELS = [
         "the tokenizer .*/padded pads with id 1, --model_name_or_path .*/model with 0: leave --tokenizer_name out",
     ),
     (
+        "--model_name_or_path {files}/model --carry_over moments",
+        "--carry_over moments: .*/model is no checkpoint: it has no trainer_state.json: leave --carry_over out",
+    ),
+    (
         "--model_type bert --tokenizer_name {files}/unmasked",
         "has no mask token: use a BERT-like tokenizer",
     ),

@@ -20,7 +20,7 @@ from transformers import (
 from recipes import pretrain_bert
 from recipes.lib.labelled import compute_logits_at_labels
 from recipes.lib.models import ModelArguments, longest_sequence, new_model
-from tests.helpers import SMALL, pretrain
+from tests.helpers import SMALL, one_line, pretrain
 
 # The names that configurations have for these numbers; each takes those that it has.
 NUMBERS = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -217,6 +217,33 @@ def test_a_checkpoint_trains_on_with_its_own_tokenizer(
     assert record["model"]["model_name_or_path"] == str(folder)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
     assert AutoConfig.from_pretrained(tmp_path).architectures == AutoConfig.from_pretrained(folder).architectures
+
+
+@pytest.mark.parametrize("carry_over", ["moments", "optimizer", "weights"])
+def test_a_checkpoint_of_lambtrainer_gives_what_is_asked_for(
+    carry_over: str, modern: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a rate of zero the moments alone change, from where the checkpoint left them or from zero."""
+    source = modern / "checkpoint-2"
+    options = ["--model_name_or_path", str(source), "--carry_over", carry_over, *RUN, "--corpus", str(texts)]
+    options += ["--learning_rate", "0", "--weight_decay", "0", "--max_steps", "1", "--output_dir", str(tmp_path)]
+    pretrain(monkeypatch, *options)
+    record = json.loads((tmp_path / "results.jsonl").read_text())
+    assert (record["carry_over"], record["carried_over_from"]) == (carry_over, str(source))
+    before, after = (torch.load(folder / "optimizer.pt") for folder in (source, tmp_path / "checkpoint-1"))
+    steps = {int(state["step"]) for state in after["state"].values()}
+    assert steps == ({3} if carry_over == "optimizer" else {1})
+    second = [state["exp_avg_sq"].sum().item() for state in after["state"].values()]
+    kept = [0.999 * state["exp_avg_sq"].sum().item() for state in before["state"].values()]
+    enough = [new >= old * (1 - 1e-5) for new, old in zip(second, kept, strict=True)]
+    assert all(enough) if carry_over != "weights" else not any(enough)
+
+
+def test_moments_are_asked_of_the_folder_of_a_run(modern: Path) -> None:
+    """Which holds the model alone: its newest checkpoint has them."""
+    message = f"--carry_over moments: {modern} is no checkpoint: .*: give --model_name_or_path {modern}/checkpoint-4"
+    with one_line(ValueError, message):
+        pretrain_bert.parse(["--model_name_or_path", str(modern), "--carry_over", "moments"])
 
 
 def test_a_checkpoint_in_half_precision_trains_in_float32(finished: Path, tmp_path: Path) -> None:
