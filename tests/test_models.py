@@ -20,7 +20,7 @@ from transformers import (
 from recipes import pretrain_bert
 from recipes.lib.labelled import compute_logits_at_labels
 from recipes.lib.models import ModelArguments, longest_sequence, new_model
-from tests.helpers import SMALL, one_line, pretrain
+from tests.helpers import SMALL, one_line, pretrain, torchrun
 
 # The names that configurations have for these numbers; each takes those that it has.
 NUMBERS = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -176,6 +176,15 @@ def test_it_resumes_to_the_same_bits(
     expected = load_file(modern / "model.safetensors")
     got = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(weight, expected[name]) for name, weight in got.items())
+
+
+@pytest.mark.distributed
+def test_two_processes_train_the_same_model(modern: Path, texts: Path, tmp_path: Path) -> None:
+    where = ["--corpus", str(texts), "--output_dir", str(tmp_path), "--per_device_train_batch_size", "4"]
+    torchrun(2, "recipes.pretrain_bert", *MODERNBERT, *RUN, *where)
+    expected = load_file(modern / "model.safetensors")
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

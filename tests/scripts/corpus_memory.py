@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from recipes.lib.corpus import load_documents
-from recipes.lib.pretraining import PretrainingArguments, load_data
+from recipes.pretrain_bert import RecipeArguments, load_data
 
 
 def main() -> None:
@@ -31,10 +31,10 @@ def main() -> None:
     if state.is_main_process:
         write_corpus(options.folder, options.megabytes)
     state.wait_for_everyone()
-    before, start = memory(), time.perf_counter()
+    before, start, cpu = memory(), time.perf_counter(), time.process_time()
     with state.main_process_first():
-        data = load_data(PretrainingArguments(corpus=[str(options.folder)], max_seq_length=128), seed=0)
-    loaded = time.perf_counter() - start
+        data = load_data(RecipeArguments(corpus=[str(options.folder)], max_seq_length=128), seed=0)
+    loaded, cpu = time.perf_counter() - start, time.process_time() - cpu
     gc.collect()
     state.wait_for_everyone()
     after = memory()
@@ -56,6 +56,7 @@ def main() -> None:
                         "process": process,
                         "tokens": tokens,
                         "seconds_to_load": round(loaded, 1),
+                        "of_them_on_a_cpu": round(cpu, 1),
                         "seconds_to_mask_its_rows": round(masked, 1),
                         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
                         **{f"bytes_per_token_{k}": round((after[k] - before[k]) / tokens, 2) for k in after},
