@@ -632,7 +632,7 @@ def result(
         **of_plan,
         "size": recipe.size,
         "model": {
-            "architecture": type(trainer.accelerator.unwrap_model(trainer.model)).__name__,
+            "architecture": trainer.model.config.architectures[0],  # as it was saved
             "parameters": trainer.model.num_parameters(),
             **{name: value for name in MODEL_OPTIONS if (value := getattr(recipe, name)) is not None},
         },

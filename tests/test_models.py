@@ -20,6 +20,7 @@ from transformers import (
 from recipes import pretrain_bert
 from recipes.lib.labelled import compute_logits_at_labels
 from recipes.lib.models import ModelArguments, longest_sequence, new_model
+from recipes.lib.tokenizer import train_tokenizer
 from tests.helpers import SMALL, one_line, pretrain, torchrun
 
 # The names that configurations have for these numbers; each takes those that it has.
@@ -42,10 +43,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 
 
 def dense_model(kind: str, options: dict[str, Any]) -> PreTrainedModel:
-    config = CONFIG_MAPPING[kind]()
-    for name, value in {**NUMBERS, **options}.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
+    default = CONFIG_MAPPING[kind]()
+    config = type(default)(**{name: value for name, value in (NUMBERS | options).items() if hasattr(default, name)})
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_prob")):
             setattr(config, name, 0.0)
@@ -83,6 +82,16 @@ def test_logits_at_labels_give_the_same_loss_and_gradient(kind: str, options: di
     logits = dense.eval()(**inputs | {"labels": None}).logits
     assert torch.equal(ours.eval()(**inputs).guesses, logits.argmax(-1).where(labels != -100, -100))
     torch.testing.assert_close(ours(**inputs | {"labels": None}).logits, logits)  # nothing is kept from call to call
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAMILIES}))
+def test_a_checkpoint_of_each_family_is_complete(kind: str, tmp_path: Path) -> None:
+    """Tied weights and biases, which are saved once, are not missed; what is saved again is the same."""
+    tokenizer, before = train_tokenizer(["some text"], 50), dense_model(kind, {})
+    before.save_pretrained(tmp_path)
+    model = new_model(ModelArguments(model_name_or_path=str(tmp_path)), tokenizer, 16)
+    assert type(model) is type(before)
+    assert all(torch.equal(weight, before.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_number_of_items_divides_the_loss_where_the_model_takes_it() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from recipes.lib.corpus import Document, content_of, held_out_numbers, read_documents
-from recipes.lib.tokenizer import tokenize_each
+from recipes.lib.tokenizer import ends_of, tokenize_each
 
 FORMAT = "1"  # of the files: another one for another cut of the text into documents or rows
 BATCH = 256  # documents at a time
@@ -143,7 +143,7 @@ def _key_of(tokenizer: PreTrainedTokenizerBase) -> str:
     settings = json.loads(backend.to_str())
     for changes_with_use in ("truncation", "padding"):
         settings.pop(changes_with_use, None)
-    return json.dumps([settings, tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id])
+    return json.dumps([settings, tokenizer.pad_token_id, *ends_of(tokenizer)])
 
 
 def _sha256(*facts: Any) -> str:

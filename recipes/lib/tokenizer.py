@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -101,6 +102,15 @@ def tokenize_into_blocks(
     return torch.from_numpy(np.concatenate(blocks))
 
 
+def ends_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """The ids that a row begins and ends with: of [CLS] and [SEP], or of a text's beginning and end; None for none."""
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return (
+        tokenizer.bos_token_id if first is None else first,  # such as EuroBERT's
+        tokenizer.eos_token_id if last is None else last,
+    )
+
+
 def tokenize_each(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> Iterator[np.ndarray]:
@@ -111,7 +121,9 @@ def tokenize_each(
     room = block_size - 2
     if room < 1:
         raise ValueError(f"block_size={block_size} has no room between [CLS] and [SEP]: give 3 or more")
-    lacking = [kind for kind in ("pad", "cls", "sep") if getattr(tokenizer, f"{kind}_token_id") is None]
+    first, last = ends_of(tokenizer)
+    ids_of = {"pad": tokenizer.pad_token_id, "cls": first, "sep": last}
+    lacking = [kind for kind, token_id in ids_of.items() if token_id is None]
     if lacking:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(lacking)} token: use a BERT one"
@@ -127,9 +139,9 @@ def tokenize_each(
                 ids = ids[: len(ids) - rest]
             starts = range(0, len(ids), room)
             rows = np.full((len(starts), block_size), tokenizer.pad_token_id, np.int32)
-            rows[:, 0] = tokenizer.cls_token_id
+            rows[:, 0] = first
             for row, start in zip(rows, starts, strict=True):
                 piece = ids[start : start + room]
                 row[1 : len(piece) + 1] = piece
-                row[len(piece) + 1] = tokenizer.sep_token_id
+                row[len(piece) + 1] = last
             yield rows
