@@ -83,9 +83,8 @@ FEW_STEPS = 100  # evaluated and saved twice, not ten times
 
 NOT_IN_PLANS = {"plan", "output_dir", "resume_from_checkpoint"}
 MODEL_OPTIONS = ("model_name_or_path", "model_type", "config_name", "config_overrides")
-SAME_IN_ALL_PHASES = (
-    *("size", *MODEL_OPTIONS, "optim", "vocab_size", "tokenizer_name", "corpus", "validation_file", "streaming"),
-)
+DATA_OPTIONS = ("vocab_size", "tokenizer_name", "corpus", "validation_file", "streaming")
+SAME_IN_ALL_PHASES = ("size", *MODEL_OPTIONS, "optim", *DATA_OPTIONS)
 
 
 @dataclass

@@ -50,7 +50,8 @@ class PretrainingArguments(ModelArguments):
     preprocessing_num_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Processes that tokenize the corpus; default: this one, in which the tokenizer uses all cores."
+            "help": "Processes that tokenize the corpus; default: this one, in which the tokenizer uses all cores. "
+            "Several are left behind where the run is killed meanwhile."
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
