@@ -1,9 +1,10 @@
-"""Pretrains a BERT by masked language modelling with LAMB (or AdamW, or SGD) on the embedded corpus or your own.
+"""Pretrains an encoder by masked language modelling with LAMB (or AdamW, or SGD) on the embedded corpus or your own.
 
     python -m recipes.pretrain_bert                                                  # a tiny BERT on a laptop
     accelerate launch --num_processes 8 -m recipes.pretrain_bert --size base --corpus HUB_NAME --streaming
     python -m recipes.pretrain_bert --optim adamw_torch_fused --learning_rate 5e-4   # everything else the same
     python -m recipes.pretrain_bert --plan recipes/configs/bert_large_64k_32k.yaml --corpus HUB_NAME   # two phases
+    python -m recipes.pretrain_bert --model_name_or_path runs/pretrain_bert/tiny-lamb --corpus my_texts/   # trains on
 
 All options of `transformers.TrainingArguments` are there, with defaults that follow `--size` and `--optim`.
 `--help` lists them, with the defaults of the `--size` and `--optim` beside it.
@@ -45,8 +46,9 @@ from hf_lamb import (
     trust_ratio_warnings,
 )
 from hf_lamb.plan import PLANS, Plan, read_plan
-from recipes.lib.bert import new_bert
-from recipes.lib.masking import IGNORED, MaskedBlocks, MaskEpochCallback
+from recipes.lib.labelled import IGNORED
+from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
+from recipes.lib.models import check_same_model, new_model
 from recipes.lib.options import checked_options, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
@@ -80,7 +82,9 @@ RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.05, "adamw_torch": 0.05,
 FEW_STEPS = 100  # evaluated and saved twice, not ten times
 
 NOT_IN_PLANS = {"plan", "output_dir", "resume_from_checkpoint"}
-SAME_IN_ALL_PHASES = ("size", "optim", "vocab_size", "tokenizer_name", "corpus", "validation_file", "streaming")
+MODEL_OPTIONS = ("model_name_or_path", "model_type", "config_name", "config_overrides")
+DATA_OPTIONS = ("vocab_size", "tokenizer_name", "corpus", "validation_file", "streaming")
+SAME_IN_ALL_PHASES = ("size", *MODEL_OPTIONS, "optim", *DATA_OPTIONS)
 
 
 @dataclass
@@ -103,11 +107,13 @@ class RecipeArguments(PretrainingArguments):
             "--output` writes; what the command line gives holds for all phases."
         },
     )
-    carry_over: str = field(
-        default="moments",
+    carry_over: str | None = field(
+        default=None,
         metadata={
-            "help": "What a phase takes over from the one before. moments: weights and moments, and the step count "
-            "starts anew, as NVIDIA does; optimizer: its step count too; weights: nothing else.",
+            "help": "What a phase takes over from the one before (default: moments), and the first one from a "
+            "checkpoint of LambTrainer that --model_name_or_path names (default: weights). moments: weights and "
+            "moments, and the step count starts anew, as NVIDIA does; optimizer: its step count too; weights: nothing "
+            "else.",
             "choices": list(CARRY_OVER),
         },
     )
@@ -220,7 +226,7 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
     try:
         torch.manual_seed(args.seed)
         trainer = LambTrainer(
-            model=new_bert(recipe.size, data.tokenizer, phase.longest_sequence),
+            model=new_model(recipe, data.tokenizer, phase.longest_sequence),
             args=args,
             train_dataset=data.train,
             eval_dataset=data.held_out,
@@ -228,15 +234,24 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             compute_metrics=accuracy,
             callbacks=[MaskEpochCallback(), facts],
         )
-        if phase.previous_dir is not None and phase.checkpoint is None:
-            trainer.start_from(last_checkpoint(phase), recipe.carry_over)
+        if args.gradient_checkpointing and not trainer.model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"--gradient_checkpointing: leave it out, transformers' {type(trainer.model).__name__} has none"
+            )
+        if phase.checkpoint is not None:
+            check_same_model(phase.checkpoint, trainer.model)
+        begun_with = beginning(phase)
+        if phase.checkpoint is None and begun_with is not None:
+            taken, source = begun_with
+            if source != recipe.model_name_or_path or taken != "weights":  # whose weights the model has already
+                trainer.start_from(source, taken)
         if recipe.plan is not None:
             trainer.plan = f"{Path(recipe.plan).name}, phase {phase.number} of {phase.of}"
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
     say = print if trainer.is_world_process_zero() else lambda *_: None
     trainer.scale_learning_rate()
-    say(describe(phase, trainer, data))
+    say(describe(phase, trainer, data, begun_with))
     asked = "fp16" if args.fp16 else "bf16" if args.bf16 else None
     for line in [*asked_for_and_off(trainer.accelerator, asked), *changes(before.get("data"), data.facts)]:
         say(f"warning: {line}")
@@ -249,11 +264,11 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             seconds, timed_steps = time.perf_counter() - start, timed_steps - first_step
         metrics = trainer.evaluate()
         trainer.save_model()
-        trainer.create_model_card(model_name=f"BERT-{recipe.size}", tasks="fill-mask", **card_of(recipe.corpus))
+        trainer.create_model_card(model_name=recipe.model_name, tasks="fill-mask", **card_of(recipe.corpus))
         if trainer.is_world_process_zero():
-            record = result(phase, trainer, data, metrics, seconds, timed_steps)
+            record = result(phase, trainer, data, metrics, seconds, timed_steps, begun_with)
             output = Path(args.output_dir)
-            title = f"BERT-{recipe.size}, {args.optim.value}, batch {recipe.global_batch_size}"
+            title = f"{recipe.model_name}, {args.optim.value}, batch {recipe.global_batch_size}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
             drawn = plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
             append_json_line(output / "results.jsonl", record)
@@ -263,6 +278,32 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")
     return trainer
+
+
+def beginning(phase: PhaseRun) -> tuple[str, str] | None:
+    """What the phase takes over, one of CARRY_OVER, and from where; None if it begins with a new model.
+
+    Raises ValueError where the phase before has not ended with a checkpoint.
+    """
+    if phase.previous_dir is not None:
+        source = last_checkpoint(phase) if phase.checkpoint is None else phase.previous_dir
+        return phase.recipe.carry_over or "moments", source
+    if phase.recipe.model_name_or_path is not None:
+        return phase.recipe.carry_over or "weights", phase.recipe.model_name_or_path
+    return None
+
+
+def check_moments(recipe: RecipeArguments) -> None:
+    """Raise ValueError where the moments of --model_name_or_path are asked for and there are none."""
+    name, wanted = recipe.model_name_or_path, recipe.carry_over
+    if name is None or wanted in (None, "weights"):
+        return
+    try:
+        check_checkpoint(name)
+    except CheckpointError as error:
+        newest = newest_complete_checkpoint(name)
+        remedy = "leave --carry_over out" if newest is None else f"give --model_name_or_path {newest}"
+        raise ValueError(f"--carry_over {wanted}: {str(error).partition(';')[0]}: {remedy}") from None
 
 
 def step_of(checkpoint: str | None) -> int:
@@ -402,7 +443,9 @@ def parse(
     early_parser = parser_of(add_help=False)
     early_parser.set_defaults(**planned or {})
     early, _ = early_parser.parse_known_args(argv)
-    defaults = dict(DEFAULTS[early.size])
+    other = early.model_name_or_path or early.model_type or early.config_name
+    size = early.size or "tiny"
+    defaults = {"size": None if other else size, **DEFAULTS[size]}
     defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
     if early.base_learning_rate is not None:
         del defaults["learning_rate"]
@@ -412,14 +455,16 @@ def parse(
     )  # None: not given
     defaults["warmup_steps"] = round(share * steps) if steps > 0 else share
     devices = int(os.environ.get("WORLD_SIZE", 1))
+    folder_name = Path(other).absolute().name if other else size
     parser = parser_of()
     parser.set_defaults(
         **defaults,
-        output_dir=f"runs/pretrain_bert/{Path(early.plan).stem if early.plan else early.size}-{early.optim}",
+        output_dir=f"runs/pretrain_bert/{Path(early.plan).stem if early.plan else folder_name}-{early.optim}",
         per_device_train_batch_size=micro_batch_of(global_batch, devices),
         per_device_eval_batch_size=32,
         logging_steps=10,
         eval_strategy="steps",
+        eval_on_start=early.model_name_or_path is not None,
         eval_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
         save_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
         save_total_limit=2,
@@ -429,6 +474,7 @@ def parse(
     parser.set_defaults(**planned or {})
     recipe, args = parse_options(parser, argv)
     check_numbers(recipe, args)
+    check_moments(recipe)
     check_connected(args.world_size)
     devices = args.world_size * max(1, args.n_gpu)
     if early.per_device_train_batch_size is None:
@@ -528,14 +574,14 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions[masked] == prediction.label_ids[masked]))}
 
 
-def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
+def describe(phase: PhaseRun, trainer: LambTrainer, data: Data, begun_with: tuple[str, str] | None = None) -> str:
     """What is printed before the training: model, data, batch, hardware, learning rate."""
     recipe, args = phase.recipe, phase.args
     size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
     of_several = f"phase {phase.number} of {phase.of}: " if phase.of > 1 else ""
     steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     lines = [
-        f"{of_several}BERT-{recipe.size}, {trainer.model.num_parameters():,} parameters, vocabulary "
+        f"{of_several}{recipe.model_name}, {trainer.model.num_parameters():,} parameters, vocabulary "
         f"{len(data.tokenizer):,}",
         f"corpus {' '.join(recipe.corpus)}: {size} of {recipe.max_seq_length} tokens to train on, "
         f"{len(data.held_out):,} held out",
@@ -544,6 +590,13 @@ def describe(phase: PhaseRun, trainer: LambTrainer, data: Data) -> str:
         f"{steps} of {args.optim.value}",
         f"{kind_of(trainer.accelerator)} on {hardware()}",
     ]
+    if phase.checkpoint is None and begun_with is not None:
+        words = {
+            "weights": "the weights",
+            "moments": "the weights and moments",
+            "optimizer": "weights, moments and step",
+        }
+        lines.append(f"begins with {words[begun_with[0]]} of {begun_with[1]}")
     if phase.checkpoint is None:
         lines.append(trainer.learning_rate_why or f"learning rate {args.learning_rate:g}")
     else:
@@ -559,10 +612,12 @@ def result(
     metrics: dict[str, float],
     seconds: float,
     timed_steps: int,
+    begun_with: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """The line of results.jsonl; of the optimizer's options those in force, whatever the command line says.
 
     seconds: of the training of the last `timed_steps` steps, also before the run was resumed.
+    begun_with: what the run took over, and from where.
     """
     recipe, args = phase.recipe, phase.args
     of_plan = {"plan": Path(recipe.plan).name, "phase": phase.number, "phases": phase.of} if recipe.plan else {}
@@ -575,6 +630,13 @@ def result(
         **provenance(),
         **of_plan,
         "size": recipe.size,
+        "model": {
+            "architecture": trainer.model.config.architectures[0],  # as it was saved
+            "parameters": trainer.model.num_parameters(),
+            **{name: value for name in MODEL_OPTIONS if (value := getattr(recipe, name)) is not None},
+        },
+        "carry_over": None if begun_with is None else begun_with[0],
+        "carried_over_from": None if begun_with is None else begun_with[1],
         "corpus": recipe.corpus,
         "optim": args.optim.value,
         "optim_args": args.optim_args if as_given(args, options) else None,
@@ -595,6 +657,7 @@ def result(
         "trust_ratio_warnings": trust_ratio_warnings(history),
         "noise_scale": trainer.noise_scale.value(),
         "held_out_loss": metrics["eval_loss"],
+        "held_out_loss_at_start": loss_at_start(trainer),
         "held_out_accuracy": metrics["eval_accuracy"],
         "unigram_loss": data.unigram_loss,
         "unigram_accuracy": data.unigram_accuracy,
@@ -602,6 +665,12 @@ def result(
         "timed_steps": timed_steps,
         "tokens_per_second": round(timed_steps * recipe.global_batch_size * recipe.max_seq_length / seconds),
     }
+
+
+def loss_at_start(trainer: LambTrainer) -> float | None:
+    """The held-out loss before the first step, where --eval_on_start has measured it."""
+    values = (line["eval_loss"] for line in trainer.state.log_history if line["step"] == 0 and "eval_loss" in line)
+    return next(values, None)
 
 
 def plain(value: Any) -> Any:
@@ -639,8 +708,10 @@ def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabu
         noise = noise_scale_in_words(noise_scale, batch)
     speed = f", {record['tokens_per_second']:,} tokens/s" if record["timed_steps"] else ""
     since = "" if record["timed_steps"] == steps else f"the last {record['timed_steps']:,} of "
+    start = record.get("held_out_loss_at_start")
+    before = "" if start is None else f"\nbefore the first step    {start:.3f} nats"
     return f"""
-held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}
+held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}{before}
 held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {record["unigram_accuracy"]:.1%}
 time                     {since}{steps:,} steps in {minutes:.1f} minutes{speed}
 noise scale              {noise}

@@ -1,9 +1,13 @@
 """Settings for all tests: no network, one seed, one thread (the models are tiny)."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Where corpora are kept, also by the processes that tests start.
+os.environ.setdefault("HF_DATASETS_CACHE", f"{tempfile.gettempdir()}/hf_lamb_tests_{os.getpid()}")
 
 from pathlib import Path
 
@@ -15,6 +19,11 @@ from hf_lamb import registration
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which torch has not done yet
+
+
+def pytest_sessionfinish() -> None:
+    """Leave no corpus behind."""
+    shutil.rmtree(f"{tempfile.gettempdir()}/hf_lamb_tests_{os.getpid()}", ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

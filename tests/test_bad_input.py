@@ -26,7 +26,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import BertTokenizer, HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import recipes.lib.corpus
 from hf_lamb import Lamb, LambTrainingArguments, convert_state_dict, lamb_param_groups, run
@@ -596,6 +604,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(root / "gpt")
     special |= {"cls_token": "[UNK]", "sep_token": "[UNK]"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(root / "unmasked")
+
+    numbers = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    tokenizer = BertTokenizer.from_pretrained(root / "bert")
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **numbers))
+    for name, saved in {"model": model, "headless": model.bert, "untokenized": model}.items():
+        saved.save_pretrained(root / name)
+        if name != "untokenized":
+            tokenizer.save_pretrained(root / name)
+    train_tokenizer(["some text, and more of it"], 80).save_pretrained(root / "larger")
+    tokenizer.pad_token = "[UNK]"
+    tokenizer.save_pretrained(root / "padded")
+    (root / "gpt2.json").write_text('{"model_type": "gpt2"}')
     return root
 
 
@@ -694,9 +714,103 @@ COMMANDS = [
     ("--resume_from_checkpoint {files}/part", ".*/part is no checkpoint: it has no trainer_state.json"),
 ]
 
+ONE_MODEL = ": give one of them, each names a model of its own"
+MODELS = [
+    ("--size smoke --model_type bert", f"--size smoke and --model_type bert{ONE_MODEL}"),
+    (
+        "--model_name_or_path {files}/model --config_name {files}/model",
+        f"--model_name_or_path .*/model and --config_name .*/model{ONE_MODEL}",
+    ),
+    (
+        "--model_name_or_path {files}/model --model_type bert",
+        f"--model_name_or_path .*/model and --model_type bert{ONE_MODEL}",
+    ),
+    (
+        "--model_type modernbrt",
+        r"--model_type modernbrt \(did you mean modernbert\?\).*no masked LM of this type: expected one of albert, b",
+    ),
+    ("--model_type gpt2", "--model_type gpt2: transformers has no masked LM of this type: expected one of albert"),
+    ("--model_type bart", "--model_type bart is of type bart, which is no encoder .*: name one such as bert, roberta"),
+    ("--config_name {files}/gpt2.json", "--config_name .*gpt2.json is of type gpt2, which is no encoder .*: name one"),
+    (
+        "--config_overrides hidden_size=8",
+        "--config_overrides hidden_size=8: it changes the numbers of --model_type: give that, or write them into a fi",
+    ),
+    (
+        "--model_name_or_path {files}/model --config_overrides hidden_size=8",
+        "--config_overrides hidden_size=8: it changes the numbers of --model_type: give that, or write them into a fi",
+    ),
+    (
+        "--model_type bert --config_overrides hiden_size=8",
+        "--config_overrides hiden_size=8 .key hiden_size isn't in .*: give name=value,name=value with names of BertC",
+    ),
+    ("--model_type bert --config_overrides hidden_size", "--config_overrides hidden_size .*: give name=value,name=v"),
+    (
+        "--model_type bert --config_overrides hidden_size=31",
+        "--model_type bert --config_overrides hidden_size=31: transformers cannot build this model .*31.*: change one",
+    ),
+    (
+        "--model_type bert --config_overrides vocab_size=50",
+        r"has \d+ tokens, --model_type bert embeddings for 50: leave vocab_size out of --config_overrides, or write",
+    ),
+    (
+        "--model_type roberta --config_overrides max_position_embeddings=64",
+        "--max_seq_length 64: --model_type roberta has positions for 63 tokens: lower it, or set max_position_em.* 65",
+    ),
+    (
+        "--model_type bert --attn_implementation fast",
+        "--model_type bert --attn_implementation fast: transformers cannot build this model .*fast.*: change one of",
+    ),
+    (
+        "--model_type albert --config_overrides hidden_size=8,num_attention_heads=2 --gradient_checkpointing",
+        "--gradient_checkpointing: leave it out, transformers' AlbertForMaskedLM has none",
+    ),
+    ("--size smoke --attn_implementation fast", "--size smoke --attn_implementation fast: transformers cannot build"),
+    ("--config_name {files}/nowhere", "--config_name .*/nowhere cannot be loaded .*: name a folder that save_pretra"),
+    ("--model_name_or_path {files}/empty", "--model_name_or_path .*/empty cannot be loaded .*: name a folder that sa"),
+    (
+        "--model_name_or_path bert-base-uncased",
+        "--model_name_or_path bert-base-uncased cannot be loaded .*: name .* or a model of the hub that can be reache",
+    ),
+    (
+        "--model_name_or_path {files}/untokenized",
+        "--model_name_or_path .*/untokenized: its tokenizer cannot be loaded .*: give --tokenizer_name",
+    ),
+    (
+        "--model_name_or_path {files}/headless --max_seq_length 32",
+        r"--model_name_or_path .*/headless has no weights for cls\.predictions\.bias.* and \d more of Bert.*: "
+        "give a checkpoint that was saved with its masked-LM head",
+    ),
+    (
+        "--model_name_or_path {files}/model --max_seq_length 64",
+        "--max_seq_length 64: --model_name_or_path .*/model has positions for 32 tokens: lower it",
+    ),
+    (
+        "--model_name_or_path {files}/model --tokenizer_name {files}/larger",
+        r"the tokenizer .*/larger has \d+ tokens, --model_name_or_path .*/model embeddings for \d+: leave --tokeniz",
+    ),
+    (
+        "--model_name_or_path {files}/model --tokenizer_name {files}/padded",
+        "the tokenizer .*/padded pads with id 1, --model_name_or_path .*/model with 0: leave --tokenizer_name out",
+    ),
+    (
+        "--model_name_or_path {files}/model --carry_over moments",
+        "--carry_over moments: .*/model is no checkpoint: it has no trainer_state.json: leave --carry_over out",
+    ),
+    (
+        "--model_type bert --tokenizer_name {files}/unmasked",
+        "has no mask token: use a BERT-like tokenizer",
+    ),
+]
 
-@pytest.mark.parametrize(("command", "message"), COMMANDS, ids=[row[0] for row in COMMANDS])
+
+@pytest.mark.parametrize(
+    ("small", "command", "message"),
+    [*((SMALL, *row) for row in COMMANDS), *((SMALL[2:], *row) for row in MODELS)],
+    ids=[row[0] for row in COMMANDS + MODELS],
+)
 def test_commands_of_the_recipe(
+    small: list[str],
     command: str,
     message: str,
     files: Path,
@@ -713,7 +827,7 @@ def test_commands_of_the_recipe(
     output = tmp_path / "out"
     arguments = command.format(files=files).split()
     with pytest.raises(SystemExit) as stopped:
-        pretrain(monkeypatch, *SMALL, "--corpus", str(texts), "--output_dir", str(output), *arguments)
+        pretrain(monkeypatch, *small, "--corpus", str(texts), "--output_dir", str(output), *arguments)
     if message.startswith("usage: "):
         assert stopped.value.code == 2
         line = capsys.readouterr().err.splitlines()[-1]

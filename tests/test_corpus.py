@@ -1,5 +1,6 @@
 """The embedded corpus is what it says, splits by document, and becomes the same blocks of ids every time."""
 
+import copy
 import gzip
 import hashlib
 import json
@@ -277,6 +278,14 @@ class TestBlocks:
         together = tokenize_into_blocks(documents[:3], tokenizer, 64)
         apart = [tokenize_into_blocks([document], tokenizer, 64) for document in documents[:3]]
         assert torch.equal(together, torch.cat(apart))
+
+    def test_a_tokenizer_without_cls_and_sep_frames_with_the_ends_of_a_text(self, tokenizer: BertTokenizer) -> None:
+        """As EuroBERT's may be."""
+        other = copy.deepcopy(tokenizer)
+        other.bos_token, other.eos_token, other.cls_token, other.sep_token = "[CLS]", "[SEP]", None, None
+        document = [Document("a", "the people of the united states")]
+        expected = tokenize_into_blocks(document, tokenizer, 8)
+        assert torch.equal(tokenize_into_blocks(document, other, 8), expected)
 
     def test_a_short_document_is_one_padded_block(self, tokenizer: BertTokenizer) -> None:
         (block,) = tokenize_into_blocks([Document("a", "the")], tokenizer, 128)

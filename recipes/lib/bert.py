@@ -1,6 +1,5 @@
 """BERT in named sizes, which computes logits only where they are needed."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ import transformers
 from torch import nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MaskedLMOutput
-from transformers.utils.generic import ModelOutput
+
+from recipes.lib.labelled import MaskedGuesses
 
 # Devlin et al. 2018 (base, large) and Turc et al. 2019 (tiny, mini). The small ones have no dropout: they underfit.
 SIZES: dict[str, dict[str, Any]] = {
@@ -18,14 +18,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
 }
-
-
-@dataclass
-class MaskedGuesses(ModelOutput):
-    """The loss, and when evaluating the likeliest token of every masked position (-100 elsewhere, [batch, length])."""
-
-    loss: torch.Tensor | None = None
-    guesses: torch.Tensor | None = None
 
 
 class BertForMaskedLM(transformers.BertForMaskedLM):  # type: ignore[no-untyped-call]
@@ -54,16 +46,18 @@ class BertForMaskedLM(transformers.BertForMaskedLM):  # type: ignore[no-untyped-
         return MaskedGuesses(loss=loss, guesses=labels.masked_scatter(masked, logits.argmax(dim=-1)))
 
 
-def new_bert(size: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> BertForMaskedLM:
+def new_bert(
+    size: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, attn_implementation: str | None = None
+) -> BertForMaskedLM:
     """A freshly initialised BERT of a named size for this tokenizer and sequence length."""
-    dropout: dict[str, Any] = (
-        {} if size in ("base", "large") else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    )
+    others: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if size not in ("base", "large"):
+        others |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=max_seq_length,
         pad_token_id=tokenizer.pad_token_id,
         **SIZES[size],
-        **dropout,
+        **others,
     )
     return BertForMaskedLM(config)

@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,38 @@ def load_documents(corpus: str | Sequence[str]) -> list[Document]:
       * the name of a hub dataset, as `name` or `name:config`: the column "text" of its split "train".
     Raises ValueError with one line that names the item and the remedy.
     """
-    items = [corpus] if isinstance(corpus, str) else list(corpus)
-    documents = [document for item in items for document in _documents(item)]
-    if not documents:
+    return list(read_documents(corpus))
+
+
+def read_documents(corpus: str | Sequence[str]) -> Iterator[Document]:
+    """The documents of `load_documents`, file by file. Raises ValueError as that does."""
+    found = False
+    for item in [corpus] if isinstance(corpus, str) else corpus:
+        files = _files(item)
+        for document in hub_documents(item) if files is None else chain.from_iterable(map(_file_documents, files)):
+            found = True
+            yield document
+    if not found:
         raise ValueError(f"the corpus {corpus!r} holds no text: name files with text in them, or 'embedded'")
-    return documents
+
+
+def content_of(corpus: Sequence[str]) -> str:
+    """The sha256 of all that the documents of a corpus follow from: names and contents of files, versions of datasets.
+
+    Raises ValueError where there is no such file or dataset, or it cannot be read.
+    """
+    content = []
+    for item in corpus:
+        files = _files(item)
+        if files is None:
+            content.append((item, _load_hub_dataset(item)._fingerprint))
+        for path in files or ():
+            try:
+                with open(path, "rb") as file:
+                    content.append((str(path), hashlib.file_digest(file, "sha256").hexdigest()))
+            except OSError as error:
+                raise _unreadable(path, error) from None
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def hub_documents(name: str, column: str = "text", streaming: bool = False) -> Iterator[Document]:
@@ -50,6 +77,14 @@ def hub_documents(name: str, column: str = "text", streaming: bool = False) -> I
 
     name: `name` or `name:config`. Raises ValueError when it cannot be loaded or has no such column.
     """
+    for number, row in enumerate(_load_hub_dataset(name, streaming)):
+        if column not in row:
+            raise ValueError(f"{name!r} has no column {column!r}, only {sorted(row)}: rename one to {column!r}")
+        if row[column].strip():
+            yield Document(f"{name} {number}", row[column])
+
+
+def _load_hub_dataset(name: str, streaming: bool = False) -> Any:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -58,24 +93,29 @@ def hub_documents(name: str, column: str = "text", streaming: bool = False) -> I
     if not _can_be_a_hub_name(path) and not os.path.exists(path):
         raise ValueError(f"there is no file or folder {name!r}: check the path, or use 'embedded'")
     try:
-        rows = load_dataset(path, config or None, split="train", streaming=streaming)
+        return load_dataset(path, config or None, split="train", streaming=streaming)
     except Exception as error:  # whatever hub, network or builder raise; it comes in many types
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{name!r} is no local file, and the hub gave no such dataset ({type(error).__name__}: {reason}): "
             "name text files, a hub dataset that can be reached, or 'embedded'"
         ) from error
-    for number, row in enumerate(rows):
-        if column not in row:
-            raise ValueError(f"{name!r} has no column {column!r}, only {sorted(row)}: rename one to {column!r}")
-        if row[column].strip():
-            yield Document(f"{name} {number}", row[column])
 
 
 def split_documents(
     documents: Sequence[Document], held_out_fraction: float = 0.05, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
     """(train, held_out): whole documents, each in one of the two, in their order; neither is empty.
+
+    Raises ValueError as `held_out_numbers` does.
+    """
+    chosen = held_out_numbers([document.name for document in documents], held_out_fraction, seed)
+    train = [document for index, document in enumerate(documents) if index not in chosen]
+    return train, [documents[index] for index in sorted(chosen)]
+
+
+def held_out_numbers(names: Sequence[str], held_out_fraction: float = 0.05, seed: int = 0) -> set[int]:
+    """Which of the documents with these names are held out.
 
     The documents are cut, in their order, into as many runs of equal length as documents are to be held out,
     and each run gives the one whose sha256 of seed and name is lowest. So the held-out messages of the embedded
@@ -84,7 +124,7 @@ def split_documents(
     """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}")
-    total = len(documents)
+    total = len(names)
     if total < 2:
         raise ValueError(
             f"cannot hold out one of {total} document(s): give --validation_file, more files, "
@@ -94,15 +134,13 @@ def split_documents(
     bounds = [run * total // runs for run in range(runs + 1)]
 
     def lot(index: int) -> bytes:
-        return hashlib.sha256(f"{seed} {documents[index].name}".encode()).digest()
+        return hashlib.sha256(f"{seed} {names[index]}".encode()).digest()
 
-    chosen = {min(range(start, end), key=lot) for start, end in pairwise(bounds)}
-    train = [document for index, document in enumerate(documents) if index not in chosen]
-    return train, [documents[index] for index in sorted(chosen)]
+    return {min(range(start, end), key=lot) for start, end in pairwise(bounds)}
 
 
-def _documents(item: str) -> Iterator[Document]:
-    """The documents of one item of a corpus."""
+def _files(item: str) -> list[Path] | None:
+    """The files of one item of a corpus; None for a hub dataset."""
     if item == "embedded":
         found = hashlib.sha256(EMBEDDED.read_bytes()).hexdigest() if EMBEDDED.is_file() else "no file"
         if found != EMBEDDED_SHA256:
@@ -110,20 +148,17 @@ def _documents(item: str) -> Iterator[Document]:
                 f"{EMBEDDED} should have sha256 {EMBEDDED_SHA256}, found {found}: "
                 "restore it with `git checkout` or recipes/data/make_corpus.py"
             )
-        yield from _file_documents(EMBEDDED)
+        return [EMBEDDED]
     elif item and Path(item).is_dir():
         files = _files_in(item)
         if not files:
             raise ValueError(f"the folder {item!r} holds no {', '.join(SUFFIXES)} file: name another")
-        for path in files:
-            yield from _file_documents(path)
+        return files
     elif files := sorted(map(Path, glob.glob(item, recursive=True))) or ([Path(item)] * Path(item).is_file()):
-        for path in files:
-            yield from _file_documents(path)
+        return files
     elif Path(item).is_absolute() or item.startswith(".") or item.endswith(SUFFIXES) or glob.has_magic(item):
         raise ValueError(f"there is no file {item!r}: check the path, or use 'embedded'")
-    else:
-        yield from hub_documents(item)
+    return None
 
 
 def _can_be_a_hub_name(path: str) -> bool:
@@ -151,7 +186,7 @@ def _file_documents(path: Path) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"cannot read {str(path)!r} ({error}): check the file and its permissions") from None
+        raise _unreadable(path, error) from None
 
     if path.suffix == ".jsonl":
         texts = [(f"{path}:{n}", _json_text(path, n, line)) for n, line in enumerate(text.split("\n"), 1) if line]
@@ -159,6 +194,10 @@ def _file_documents(path: Path) -> Iterator[Document]:
         before_any_header, *rest = HEADER.split(text)
         texts = [(str(path), before_any_header), *zip(rest[::2], rest[1::2], strict=True)]
     yield from (Document(name, text.strip()) for name, text in texts if text.strip())
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"cannot read {str(path)!r} ({error}): check the file and its permissions")
 
 
 def _json_text(path: Path, number: int, line: str) -> str:

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from recipes.lib.corpus import Document
+from recipes.lib.labelled import IGNORED
+from recipes.lib.stored import StoredBlocks
 from recipes.lib.tokenizer import tokenize_each
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
@@ -30,8 +30,9 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
     Since a row's mask depends on (seed, epoch, index) alone, a resumed run masks as the uninterrupted one does,
     whatever the number of workers and processes and however far they read ahead.
 
-    blocks: integer ids, [n_blocks, block_size]. mlm_probability: of choosing a token; special tokens are never
-    chosen, and every row that holds a token has at least one chosen. Random tokens are no special ones.
+    blocks: integer ids, [n_blocks, block_size], in memory or on the disk. mlm_probability: of choosing a token;
+    special tokens are never chosen, and every row that holds a token has at least one chosen. Random tokens are no
+    special ones.
     dynamic: new masks every epoch (`set_epoch`); False for a held-out set, whose masks then never change.
     identities: for every block two numbers, int64, that its mask follows from in place of its index (0, index): these
     blocks are a piece of something longer.
@@ -41,7 +42,7 @@ class MaskedBlocks(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        blocks: torch.Tensor,
+        blocks: torch.Tensor | StoredBlocks,
         tokenizer: PreTrainedTokenizerBase,
         mlm_probability: float = 0.15,
         seed: int = 0,
@@ -218,16 +219,22 @@ class MaskEpochCallback(TrainerCallback):
 
 
 def unigram_baseline(
-    train_blocks: torch.Tensor, held_out: MaskedBlocks, special_ids: Iterable[int], vocab_size: int
+    train_blocks: torch.Tensor | StoredBlocks, held_out: MaskedBlocks, special_ids: Iterable[int], vocab_size: int
 ) -> tuple[float, float]:
     """(cross-entropy in nats, accuracy) of guessing each masked held-out token by its frequency in training.
 
     This is what a model can know without any context. Frequencies are smoothed by adding one to the count of every
     id below `vocab_size`; `special_ids` count nothing.
     """
-    counts = torch.bincount(train_blocks.flatten().long(), minlength=vocab_size)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for some in train_blocks.split(10_000):
+        more = torch.bincount(some.flatten().long(), minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
     counts[torch.as_tensor(list(special_ids))] = 0
     log_probabilities = torch.log((counts + 1).double() / (counts.sum() + vocab_size))
-    labels = torch.cat([held_out[i]["labels"] for i in range(len(held_out))])
+    numbers = range(len(held_out))
+    at_once = (held_out.__getitems__(numbers[start : start + 1000]) for start in numbers[::1000])
+    labels = torch.cat([row["labels"] for rows in at_once for row in rows])
     labels = labels[labels != IGNORED]
     return -log_probabilities[labels].mean().item(), (labels == counts.argmax()).double().mean().item()

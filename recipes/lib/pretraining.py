@@ -1,10 +1,12 @@
 """The data of a pretraining run: their options, the tokenizer, masked blocks, the held-out part and its baseline."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import importlib.util
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,10 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
-from recipes.lib.bert import SIZES
 from recipes.lib.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.lib.masking import MaskedBlocks, StreamedBlocks, unigram_baseline
+from recipes.lib.models import ModelArguments, fit, model_config
+from recipes.lib.stored import StoredBlocks, StoredDocuments
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 
 # Of a stream, whose length nobody knows: the first documents are held out, the next ones train the tokenizer.
@@ -22,10 +25,9 @@ STREAM_HELD_OUT, STREAM_SAMPLE = 200, 2000
 
 
 @dataclass
-class PretrainingArguments:
+class PretrainingArguments(ModelArguments):
     """Which model is pretrained, and on which data."""
 
-    size: str = field(default="tiny", metadata={"help": "Model size.", "choices": list(SIZES)})
     corpus: list[str] = field(
         default_factory=lambda: ["embedded"],
         metadata={"help": "'embedded', text or JSON-lines files, folders, patterns, or a hub dataset's name."},
@@ -37,11 +39,25 @@ class PretrainingArguments:
         default=False, metadata={"help": "Read the hub dataset while training instead of downloading it first."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer's folder or hub name; default: trained on the training split."}
+        default=None,
+        metadata={
+            "help": "A tokenizer's folder or hub name; default: that of --model_name_or_path, else trained on the "
+            "training split."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence; default by --size."})
+    preprocessing_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that tokenize the corpus; default: this one, in which the tokenizer uses all cores. "
+            "Several are left behind where the run is killed meanwhile."
+        },
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+
+
+Documents = list[Document] | StoredDocuments
 
 
 class Data(NamedTuple):
@@ -59,25 +75,47 @@ def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None
     """The corpus, split by document, as masked blocks; the tokenizer is trained on the training split only.
 
     checkpoint: one that the run goes on from, whose tokenizer is then the run's.
+
+    Raises ValueError, also where model, tokenizer and sequence length do not fit one another.
     """
+    model_config(arguments)  # a mistake in the model's name is found before the corpus is read
     if arguments.streaming:
         return stream_data(arguments, seed, checkpoint)
-    train = load_documents(arguments.corpus)
-    if arguments.validation_file:
-        held_out = load_documents(arguments.validation_file)
-        check_held_out(arguments, train, held_out)
-    else:
-        train, held_out = split_documents(train)
+    train, held_out = train_and_held_out(arguments)
     tokenizer = tokenizer_for(arguments, train, checkpoint)
-    blocks = tokenize_into_blocks(train, tokenizer, arguments.max_seq_length)
+    blocks = blocks_of(arguments, train, tokenizer)
     dataset = MaskedBlocks(blocks, tokenizer, arguments.mlm_probability, seed)
     return with_held_out(arguments, tokenizer, dataset, blocks, held_out)
 
 
-def check_held_out(arguments: PretrainingArguments, train: Sequence[Document], held_out: Sequence[Document]) -> None:
+def train_and_held_out(arguments: PretrainingArguments) -> tuple[Documents, Documents]:
+    """The documents, in memory-mapped files; in memory where `datasets` is not installed."""
+    if importlib.util.find_spec("datasets") is None:
+        train: Documents = load_documents(arguments.corpus)
+        held_out: Documents | None = load_documents(files) if (files := arguments.validation_file) else None
+    else:
+        train = StoredDocuments.of(arguments.corpus)
+        held_out = StoredDocuments.of(files) if (files := arguments.validation_file) else None
+    if held_out is not None:
+        check_held_out(arguments, train, held_out)
+        return train, held_out
+    return train.split() if isinstance(train, StoredDocuments) else split_documents(train)
+
+
+def blocks_of(
+    arguments: PretrainingArguments, documents: Documents, tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor | StoredBlocks:
+    """The documents as rows of ids."""
+    if isinstance(documents, StoredDocuments):
+        return documents.blocks(tokenizer, arguments.max_seq_length, arguments.preprocessing_num_workers)
+    return tokenize_into_blocks(documents, tokenizer, arguments.max_seq_length)
+
+
+def check_held_out(arguments: PretrainingArguments, train: Documents, held_out: Documents) -> None:
     """Raise where a held-out document is in the training corpus too."""
-    texts = {document.text for document in train}
-    both = [document.name for document in held_out if document.text in texts]
+    texts = {document.text for document in held_out}
+    found = {document.text for document in train if document.text in texts}
+    both = [document.name for document in held_out if document.text in found]
     if both:
         raise ValueError(
             f"--validation_file {' '.join(arguments.validation_file or [])}: {len(both)} of its {len(held_out)} "
@@ -125,13 +163,23 @@ def streamed_documents(name: str, first: int = 0) -> Iterator[Document]:
 def tokenizer_for(
     arguments: PretrainingArguments, documents: Iterable[Document], checkpoint: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The checkpoint's, else the one that was named, else one trained on these documents.
+    """The checkpoint's, else the one that was named, else one trained on these documents; it fits the model.
 
     Raises ValueError where the options ask for another one than the checkpoint's, to which its embeddings belong.
     """
+    tokenizer = _tokenizer_for(arguments, documents, checkpoint)
+    config = model_config(arguments)
+    if config is not None:
+        fit(arguments, config, tokenizer, arguments.max_seq_length)
+    return tokenizer
+
+
+def _tokenizer_for(
+    arguments: PretrainingArguments, documents: Iterable[Document], checkpoint: str | None
+) -> PreTrainedTokenizerBase:
     if checkpoint is not None and has_tokenizer(checkpoint):
         own = AutoTokenizer.from_pretrained(checkpoint)
-        if arguments.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(arguments.tokenizer_name)):
+        if arguments.tokenizer_name is not None and not one_tokenizer(own, named_tokenizer(arguments)):
             raise ValueError(
                 f"--tokenizer_name {arguments.tokenizer_name} is not the tokenizer of {checkpoint}: leave it out to "
                 "go on from there, or name another --output_dir"
@@ -143,17 +191,35 @@ def tokenizer_for(
                 "out to go on from there, or name another --output_dir"
             )
         return own
-    if arguments.tokenizer_name is not None:
-        return named_tokenizer(arguments.tokenizer_name)
-    return load_or_train_tokenizer((document.text for document in documents), arguments.vocab_size)
+    if arguments.tokenizer_name is not None or arguments.model_name_or_path is not None:
+        return named_tokenizer(arguments)
+    return load_or_train_tokenizer(Texts(documents), arguments.vocab_size)
 
 
-def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises ValueError where it cannot be loaded."""
+class Texts:
+    """The texts of documents, which can be read more than once."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self.documents = documents
+
+    def __iter__(self) -> Iterator[str]:
+        return (document.text for document in self.documents)
+
+
+def named_tokenizer(arguments: PretrainingArguments) -> PreTrainedTokenizerBase:
+    """That of --tokenizer_name, else that of --model_name_or_path. Raises ValueError where it cannot be loaded."""
+    option = "tokenizer_name" if arguments.tokenizer_name is not None else "model_name_or_path"
+    name = getattr(arguments, option)
     try:
+        if Path(name).is_dir() and not has_tokenizer(name):
+            raise ValueError("there is none in this folder")
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # files of all kinds are read, by several libraries
         reason = str(error).partition("\n")[0]
+        if option == "model_name_or_path":
+            raise ValueError(
+                f"--model_name_or_path {name}: its tokenizer cannot be loaded ({reason}): give --tokenizer_name"
+            ) from None
         raise ValueError(
             f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder that "
             "save_pretrained wrote, or a hub tokenizer that can be reached"
@@ -164,11 +230,11 @@ def with_held_out(
     arguments: PretrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
-    train_blocks: torch.Tensor,
-    documents: list[Document],
+    train_blocks: torch.Tensor | StoredBlocks,
+    documents: Documents,
 ) -> Data:
     """Add the held-out blocks, whose masks depend on nothing but their text, and the unigrams' score on them."""
-    blocks = tokenize_into_blocks(documents, tokenizer, arguments.max_seq_length)
+    blocks = blocks_of(arguments, documents, tokenizer)
     held_out = MaskedBlocks(blocks, tokenizer, arguments.mlm_probability, seed=0, dynamic=False)
     unigrams = unigram_baseline(train_blocks, held_out, held_out.special_ids, len(tokenizer))
     facts = {
@@ -181,9 +247,12 @@ def with_held_out(
     return Data(tokenizer, train, held_out, *unigrams, facts)
 
 
-def digest(blocks: torch.Tensor) -> str:
+def digest(blocks: torch.Tensor | StoredBlocks) -> str:
     """The sha256 of tokenized text."""
-    return hashlib.sha256(str(tuple(blocks.shape)).encode() + blocks.numpy().tobytes()).hexdigest()
+    sha256 = hashlib.sha256(str(tuple(blocks.shape)).encode())
+    for some in blocks.split(10_000):
+        sha256.update(some.numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:

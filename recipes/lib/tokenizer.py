@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -30,12 +31,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> BertTokeniz
     The same texts give the same ids, in every process.
     Raises ValueError when the vocabulary has no room for every character of the texts.
     """
-    texts = list(texts)
+    texts = _repeatable(texts)
     normalizer, pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
     # By default the trainer numbers the characters in the order of a randomly seeded hash table, and breaks
     # ties between merges by these numbers: ids, and now and then tokens, differ from run to run. So we number
     # them. A character that is split off from an "a" before it (punctuation) never continues a word.
-    characters = sorted(set().union(*(normalizer.normalize_str(text) for text in texts)) - set(" "))
+    found: set[str] = set()
+    for text in texts:
+        found.update(normalizer.normalize_str(text))
+    characters = sorted(found - set(" "))
     inner = [f"##{char}" for char in characters if len(pre_tokenizer.pre_tokenize_str(f"a{char}")) == 1]
     fixed = [*SPECIAL_TOKENS, *characters, *inner]
     if vocab_size < len(fixed):
@@ -59,7 +63,7 @@ def load_or_train_tokenizer(
     cache_dir: default `$HF_HOME/hf_lamb/tokenizers`. Processes may race for an entry: it is written elsewhere
     and then renamed. Raises ValueError when the folder cannot be written.
     """
-    texts = list(texts)
+    texts = _repeatable(texts)
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -75,6 +79,11 @@ def load_or_train_tokenizer(
             if not entry.is_dir():  # else another process was faster, with the same tokenizer
                 raise ValueError(f"cannot keep a tokenizer in {str(root)!r} ({error}): set HF_HOME") from None
     return AutoTokenizer.from_pretrained(entry)
+
+
+def _repeatable(texts: Iterable[str]) -> Iterable[str]:
+    """Texts that can be read more than once; in memory only where they would be gone after the first time."""
+    return list(texts) if isinstance(texts, Iterator) else texts
 
 
 def tokenize_into_blocks(
@@ -93,6 +102,15 @@ def tokenize_into_blocks(
     return torch.from_numpy(np.concatenate(blocks))
 
 
+def ends_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """The ids that a row begins and ends with: of [CLS] and [SEP], or of a text's beginning and end; None for none."""
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return (
+        tokenizer.bos_token_id if first is None else first,  # such as EuroBERT's
+        tokenizer.eos_token_id if last is None else last,
+    )
+
+
 def tokenize_each(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> Iterator[np.ndarray]:
@@ -103,7 +121,9 @@ def tokenize_each(
     room = block_size - 2
     if room < 1:
         raise ValueError(f"block_size={block_size} has no room between [CLS] and [SEP]: give 3 or more")
-    lacking = [kind for kind in ("pad", "cls", "sep") if getattr(tokenizer, f"{kind}_token_id") is None]
+    first, last = ends_of(tokenizer)
+    ids_of = {"pad": tokenizer.pad_token_id, "cls": first, "sep": last}
+    lacking = [kind for kind, token_id in ids_of.items() if token_id is None]
     if lacking:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(lacking)} token: use a BERT one"
@@ -119,9 +139,9 @@ def tokenize_each(
                 ids = ids[: len(ids) - rest]
             starts = range(0, len(ids), room)
             rows = np.full((len(starts), block_size), tokenizer.pad_token_id, np.int32)
-            rows[:, 0] = tokenizer.cls_token_id
+            rows[:, 0] = first
             for row, start in zip(rows, starts, strict=True):
                 piece = ids[start : start + room]
                 row[1 : len(piece) + 1] = piece
-                row[len(piece) + 1] = tokenizer.sep_token_id
+                row[len(piece) + 1] = last
             yield rows
