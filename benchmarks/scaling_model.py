@@ -19,7 +19,7 @@ SEVERAL_NODES = 1.8  # factor on the NVLink hop when there are several nodes
 BYTES_PER_MICROSECOND = 80e3 / 3.8 / 2 * 0.4  # 80 GB/s, a quarter of it useful, both ways; worst size correction
 # Bytes a second: HBM3 of an H100 SXM, https://www.nvidia.com/en-us/data-center/h100/
 MEMORY = 3.35e12
-BYTES_PER_UNIT, BYTES_PER_PARAMETER = 12, 40  # three fp32 sums; w, m and v visited twice, g once
+BYTES_PER_UNIT, BYTES_PER_PARAMETER = 16, 40  # four fp32 sums; w, m and v visited twice, g once
 
 
 def all_reduce_microseconds(gpus: int, size: int) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lamb.norms import Sum
 from tests.helpers import Case, Result, measure, torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -179,19 +180,19 @@ def test_nothing_is_sent_when_nothing_is_sharded(processes: int, result_of: Call
     ("processes", "mode"), [(n, mode) for n, mode in ALL if mode.startswith(("fsdp", "hsdp", "tp"))]
 )
 def test_one_all_reduce_for_all_norms(processes: int, mode: str, result_of: Callable[[int, Case], Result]) -> None:
-    """Per process group: one number for skipping and clipping together, then three numbers a layer."""
+    """Per process group: one number for skipping and clipping together, then the sums of each layer."""
     for case in variants(mode).values():
         result = result_of(processes, case)
         layers, number = result["evidence"][0]["sharded"], 4 if case.get("dtype") == "float32" else 8
         sent = all_reduces(result)
         if mode == "fsdp2_tp":  # each process group has its layers; those that are sharded over both go through both
-            over_tp = sent[3] // (3 * number)
+            over_tp = sent[3] // (len(Sum) * number)
             assert 0 < over_tp < layers
-            assert sent == [2 * number, number, layers * 3 * number, over_tp * 3 * number]
+            assert sent == [2 * number, number, layers * len(Sum) * number, over_tp * len(Sum) * number]
         elif mode == "tp_sp":  # eight gradients come as partial sums, which the model left to be added up
-            assert sent[8:] == [number, layers * 3 * number]
+            assert sent[8:] == [number, layers * len(Sum) * number]
         else:
-            assert sent == [number, layers * 3 * number]
+            assert sent == [number, layers * len(Sum) * number]
         assert len(result["collectives"][0]) == len(sent)
 
 
@@ -200,9 +201,9 @@ def test_one_all_reduce_for_all_norms(processes: int, mode: str, result_of: Call
 def test_without_skipping_and_clipping_one_all_reduce(
     processes: int, mode: str, result_of: Callable[[int, Case], Result]
 ) -> None:
-    """Twelve bytes a layer."""
+    """The sums of each layer, 4 bytes each."""
     result = result_of(processes, {**NOT_LOOKING, "mode": mode})
-    assert result["collectives"][0] == [["allreduce", 12 * result["evidence"][0]["sharded"]]]
+    assert result["collectives"][0] == [["allreduce", 4 * len(Sum) * result["evidence"][0]["sharded"]]]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
