@@ -240,7 +240,11 @@ def with_found_rate(plan: Plan, path: str | Path, rule: str = "sqrt") -> Plan:
     Raises:
         ValueError: the file cannot be read, or has no rate; the rule is unknown.
     """
-    found = dict(read_plan(path).options)
+    try:
+        found = dict(read_plan(path).options)
+    except ValueError as error:
+        why = str(error).partition(": ")[0]
+        raise ValueError(f"--rate: {why}: `python -m recipes.find_rate` writes such a file") from None
     rate, batch = found.pop("base_learning_rate", None), found.pop("base_batch_size", None)
     if not isinstance(rate, float | int) or not isinstance(batch, int):
         raise ValueError(

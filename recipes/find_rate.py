@@ -110,7 +110,8 @@ def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str]
     Raises ValueError for options that the search decides itself, and for what `parse` refuses.
     """
     parser = parser_of(add_help=False)
-    given = {k: v for k, v in vars(parser.parse_known_args(argv)[0]).items() if v != parser.get_default(k)}
+    given, unchanged = (vars(parser.parse_known_args(words)[0]) for words in (argv, []))
+    given = {name: value for name, value in given.items() if value != unchanged[name]}
     if taken := [name for name in DECIDED if name in given]:
         raise ValueError(f"--{taken[0]} {given[taken[0]]}: leave it out, {DECIDED[taken[0]]}")
     recipe, args = parse(argv)

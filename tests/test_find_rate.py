@@ -57,6 +57,8 @@ def test_it_ends_with_a_rate_for_each_optimizer_between_two_worse_ones(
     for content in found.values():
         assert 1 / 1.42 < content["base_learning_rate"] / BEST[content["optim"]] < 1.42
         assert (content["base_batch_size"], content["size"], content["vocab_size"]) == (BATCH, "smoke", 400)
+        rate = ("base_learning_rate", "base_batch_size")
+        assert content.keys() == {"size", "vocab_size", "corpus", "optim", *rate}, "what was given, and the rate"
     assert {(p.args.max_steps, p.recipe.global_batch_size, p.args.seed) for p in trained} == {(8, BATCH, 42)}
     optimizers = [phase.args.optim.value for phase in trained]
     assert optimizers.count("lamb") == optimizers.count("adamw_torch_fused") >= 4
@@ -192,7 +194,7 @@ def test_bad_input_ends_in_one_line(
         ("size: tiny\n", "--rate .*: .*no base_learning_rate and base_batch_size.*find_rate"),
         ("base_learning_rate: 1e-2\nbase_batch_size: 16\n", "no base_learning_rate"),  # YAML 1.1 takes it for text
         ("base_learning_rate: -1\nbase_batch_size: 16\n", "base_learning_rate -1: expected a positive number"),
-        (None, "cannot be read"),
+        (None, "--rate: .*rate.yaml cannot be read.*find_rate"),
     ],
 )
 def test_the_plan_refuses_a_file_without_a_rate(text: str | None, message: str, tmp_path: Path) -> None:
