@@ -139,6 +139,7 @@ def trials_of(study: Study, argv: list[str], is_first: bool) -> Callable[[Trial,
             "output_dir": str(folder),
             "save_strategy": "no",
             "eval_strategy": "no",
+            "eval_on_start": "False",
             "report_to": "none",
             "disable_tqdm": str(not is_first),
         }
