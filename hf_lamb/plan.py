@@ -4,6 +4,7 @@
     python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
     python -m hf_lamb.plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
         --seconds_per_micro_batch 0.11 --parameters 336e6
+    python -m hf_lamb.plan --global_batch_size 8192 --rate runs/find_rate/base/lamb.yaml --output plan.yaml
 
 `--output` writes a YAML file for `recipes.pretrain_bert --plan`. Time and memory are estimates. The time counts the
 micro-batches only: measure one (forward and backward) on one of your devices; perfect scaling is assumed. The memory
@@ -227,6 +228,43 @@ def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt")
     return replace(plan, name=f"{base} at {batch_size:,}", phases=(phase,), source=scaled.why)
 
 
+def with_found_rate(plan: Plan, path: str | Path, rule: str = "sqrt") -> Plan:
+    """Return the plan with the model and the learning rate of a file that `recipes.find_rate` wrote.
+
+    Args:
+        plan: the plan. Its batches, steps and sequence lengths stay.
+        path: the file: the options of a model, `base_learning_rate` and `base_batch_size`.
+        rule: how the rate is scaled to the batch of each phase, see `hf_lamb.scaling.scaled_learning_rate`. Default
+            "sqrt".
+
+    Raises:
+        ValueError: the file cannot be read, or has no rate; the rule is unknown.
+    """
+    try:
+        found = dict(read_plan(path).options)
+    except ValueError as error:
+        why = str(error).partition(": ")[0]
+        raise ValueError(f"--rate: {why}: `python -m recipes.find_rate` writes such a file") from None
+    rate, batch = found.pop("base_learning_rate", None), found.pop("base_batch_size", None)
+    if not isinstance(rate, float | int) or not isinstance(batch, int):
+        raise ValueError(
+            f"--rate {path} has no base_learning_rate and base_batch_size: `python -m recipes.find_rate` writes them"
+        )
+    found.pop("max_seq_length", None)  # of the search; a plan has its own
+    scaled = [scaled_learning_rate(rate, batch, phase.options["global_batch_size"], rule) for phase in plan.phases]
+    phases = (
+        replace(p, options=p.options | {"learning_rate": s.learning_rate}, from_memory=_without_rate(p.from_memory))
+        for p, s in zip(plan.phases, scaled, strict=True)
+    )
+    options = {name: value for name, value in plan.options.items() if name != "size"} | found
+    source = f"{plan.source}; {', then '.join(s.why for s in scaled)} ({path})"
+    return replace(plan, options=options, phases=tuple(phases), name=f"{plan.name} with a rate found", source=source)
+
+
+def _without_rate(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name != "learning_rate")
+
+
 def find_plan(name: str) -> Plan:
     """Return the plan with this name.
 
@@ -375,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", help="The plan's name; with --global_batch_size, the plan to scale (paper-32k).")
     parser.add_argument("--global_batch_size", type=int, help="Scale a plan of one phase to this batch.")
     parser.add_argument("--learning_rate_scaling", default="sqrt", help="Rule for its rate: sqrt, linear, none.")
+    parser.add_argument("--rate", help="A file of recipes.find_rate: its model and rate, scaled to the plan's batch.")
     parser.add_argument("--gpus", type=int, default=1, help="Data-parallel devices.")
     parser.add_argument("--per_device_train_batch_size", type=int, nargs="+", default=[], help="For every phase.")
     parser.add_argument("--seconds_per_micro_batch", type=float, nargs="+", default=[], help="Measured, every phase.")
@@ -383,14 +422,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="Write the plan to this YAML file, for recipes.pretrain_bert --plan."
     )
     args = parser.parse_args(argv)
-    if args.plan is None and args.global_batch_size is None:
+    if args.plan is None and args.global_batch_size is None and args.rate is None:
         sys.stdout.write(names() + "\n")
         return
     try:
         if args.global_batch_size is None:
-            plan = find_plan(args.plan)
+            plan = find_plan(args.plan or "paper-32k")
         else:
             plan = plan_for_batch(args.global_batch_size, args.plan or "paper-32k", args.learning_rate_scaling)
+        if args.rate is not None:
+            plan = with_found_rate(plan, args.rate, args.learning_rate_scaling)
         plan = split_over(plan, args.per_device_train_batch_size)
         overview = table(plan, args.gpus, args.seconds_per_micro_batch, args.parameters)
         sys.stdout.write(f"{overview}\n{commands(plan)}\n")

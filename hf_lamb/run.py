@@ -4,10 +4,14 @@
     python -m hf_lamb.run -m package.module --optim lamb ...
     accelerate launch -m hf_lamb.run script.py --optim lamb ...
     torchrun --nproc_per_node 2 -m hf_lamb.run script.py --optim lamb ...
+    python -m hf_lamb.run --trainer lamb script.py --optim lamb ...
 
 The script runs as under plain `python`: arguments, `__main__`, `sys.path`, exit codes and tracebacks are the same.
 Differences: torch is imported before the script's first line. Child processes of `multiprocessing` have "lamb" too;
 new commands (`subprocess.run([sys.executable, ...])`) do not.
+
+With `--trainer lamb`, before the script's name, `transformers.Trainer` is `hf_lamb.LambTrainer` in all of these
+processes, so that the script's loss does not depend on how its global batch is split. One line says so.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import builtins
 import multiprocessing.spawn
 import os
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
@@ -32,14 +37,23 @@ def main() -> None:
         prog="python -m hf_lamb.run", description="Run a script with LAMB registered in transformers"
     )
     parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name")
+    parser.add_argument(
+        "--trainer", type=_trainer, metavar="lamb", help="LambTrainer in place of transformers.Trainer"
+    )
     parser.add_argument("script", help="a script, a folder or zip file with a __main__.py, or a module's name")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
     options = parser.parse_args()
 
     try:
+        if options.trainer and options.is_module:
+            _replace_trainer()  # before `_load` imports the packages around the module, which may import Trainer
         module, code = _load(options.script, options.is_module)
         register()
-        _register_in_spawned_processes()
+        _call_in_spawned_processes(register)
+        if options.trainer:
+            _call_in_spawned_processes(_replace_trainer())
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{parser.prog}: {_WITH_TRAINER}", file=sys.stderr, flush=True)  # noqa: T201
         sys.argv = [str(module.__file__) if options.is_module else options.script, *options.args]
         sys.modules["__main__"] = module
         exec(code, vars(module))
@@ -60,6 +74,31 @@ def _has_lamb_in_other_letters(args: list[str]) -> bool:
     values = [value for option, value in pairwise(args) if option == "--optim"]
     values += [arg.removeprefix("--optim=") for arg in args if arg.startswith("--optim=")]
     return any(value != "lamb" and value.strip().lower() in ("lamb", "hf_lamb") for value in values)
+
+
+# What `--trainer lamb` changes in a run. About eps and too low a learning rate, LAMB itself says a line.
+_WITH_TRAINER = (
+    "transformers.Trainer is LambTrainer: loss and gradient are the mean over all labels of the global batch, however "
+    "it is split, and eval_loss is the mean over all labels; Lamb clips to max_grad_norm; checkpoints get their names "
+    "when they are complete; log lines have lamb/... values; optimizer, rate and schedule stay the script's"
+)
+
+
+def _trainer(name: str) -> str:
+    if name != "lamb":
+        raise argparse.ArgumentTypeError(f"write --trainer lamb, not {name!r}")
+    return name
+
+
+def _replace_trainer() -> Callable[[], None]:
+    """Put LambTrainer in the place of Trainer; return the function that does so."""
+    from hf_lamb.trainer.replacement import replace_trainer  # imports transformers
+
+    try:
+        replace_trainer()
+    except RuntimeError as error:
+        raise _CannotRun(f"--trainer lamb: {error}") from None
+    return replace_trainer
 
 
 class _CannotRun(Exception):
@@ -141,18 +180,28 @@ def _from_script(frames: TracebackType | None) -> TracebackType | None:
     return frames
 
 
-def _register_in_spawned_processes() -> None:
-    """Register "lamb" in processes that multiprocessing spawns too: they may build `TrainingArguments` themselves.
+def _call_in_spawned_processes(function: Callable[[], None]) -> None:
+    """Call a function of hf_lamb in processes that multiprocessing spawns too: they may build `TrainingArguments`.
 
-    A spawned process unpickles the preparation data before it loads the script. Unpickling `register` imports hf_lamb;
-    multiprocessing ignores the additional key.
+    A spawned process unpickles the preparation data before it loads the script; multiprocessing ignores the additional
+    key.
     """
     preparation_data = multiprocessing.spawn.get_preparation_data
 
-    def with_register(name: str) -> dict[str, Any]:
-        return {**preparation_data(name), "hf_lamb": register}
+    def with_call(name: str) -> dict[str, Any]:
+        return {**preparation_data(name), f"hf_lamb {function.__name__}": _Call(function)}
 
-    multiprocessing.spawn.get_preparation_data = with_register
+    multiprocessing.spawn.get_preparation_data = with_call
+
+
+class _Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return self.function, ()
 
 
 if __name__ == "__main__":

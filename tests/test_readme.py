@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 from benchmarks import scaling_model, tables
 from hf_lamb import plan
-from recipes import pretrain_bert, readme
+from recipes import find_rate, pretrain_bert, readme
 from recipes.lib.bert import SIZES
 from recipes.study.tables import filled
 from tests.scripts import sharding_report
@@ -103,6 +103,16 @@ def test_lines_of_the_other_recipes_parse(name: str) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         HfArgumentParser(arguments).parse_args_into_dataclasses(words[words.index(f"recipes.{name}") + 1 :])
+
+
+def test_lines_of_find_rate_parse() -> None:
+    lines = [line for line in SHELL if "-m recipes.find_rate" in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        words = words[words.index("recipes.find_rate") + 1 :]
+        own, others = find_rate.search_parser().parse_args_into_dataclasses(words, return_remaining_strings=True)
+        assert find_rate.options_of_trials(others, own.optimizers)[2].keys() == {"lamb", "adamw"}
 
 
 @pytest.mark.parametrize("file", tables.TABLES)

@@ -1,6 +1,7 @@
 """`python -m hf_lamb.run`: scripts that nobody edited run as under plain `python`, and have "lamb"."""
 
 import json
+import math
 import multiprocessing.spawn
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 import hf_lamb
 from hf_lamb import run
+from tests.helpers import says
 
 ROOT = Path(hf_lamb.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -204,6 +206,10 @@ def test_so_it_does_with_all_of_hf_lamb(files: Path) -> None:
             "No module named json.__main__; 'json' is a package and cannot be directly executed",
         ),
         (["-m", "_json"], "No code object available for _json"),
+        (["--trainer", "adam", "script.py"], "argument --trainer: write --trainer lamb, not 'adam'"),
+        (["--trainer", "script.py"], "argument --trainer: write --trainer lamb, not 'script.py'"),
+        (["--trainer"], "argument --trainer: expected one argument"),
+        (["--trainer", "lamb"], "the following arguments are required: script"),
     ],
 )
 def test_nothing_to_run_is_a_usage_error(
@@ -287,3 +293,102 @@ def test_launchers_train_an_unedited_script_with_lamb(launcher: str, processes: 
         "world_size": processes,
         "steps": 2,
     }
+
+
+# ---- With LambTrainer -----------------------------------------------------------------------------------------------
+
+TRAINERS = {
+    # The package imports Trainer before its module runs.
+    "mine/__init__.py": "from transformers import Trainer",
+    "mine/train.py": """
+        import multiprocessing, sys
+        import transformers
+        import transformers.trainer
+        from mine import Trainer as Packages
+        from transformers import Seq2SeqTrainer, Trainer
+
+        class MyTrainer(Seq2SeqTrainer):
+            pass
+
+        def names(classes):
+            return [c.__name__ for c in classes]
+
+        def tell(queue):
+            queue.put(names([Trainer, transformers.trainer.Trainer]))
+
+        if __name__ == "__main__":
+            print(names([Packages, Trainer, transformers.Trainer, transformers.trainer.Trainer]))
+            print("LambTrainer" in names(MyTrainer.__mro__), sys.argv[1:])
+            context = multiprocessing.get_context("spawn")
+            queue = context.Queue()
+            process = context.Process(target=tell, args=(queue,))
+            process.start()
+            print(queue.get(timeout=60), process.join())
+    """,
+    "plain.py": "import sys, transformers; print(transformers.Trainer.__name__, sys.argv[1:])",
+    "early/sitecustomize.py": "from transformers import Trainer",
+}
+
+
+@pytest.fixture
+def trainers(tmp_path: Path) -> Path:
+    for name, source in TRAINERS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(source))
+    return tmp_path
+
+
+def test_trainer_lamb_is_the_trainer_wherever_a_script_finds_it(trainers: Path) -> None:
+    """In packages, in derived classes, in spawned processes; a `--trainer` after the script's name is the script's."""
+    options = ["--trainer", "mine", "--optim", "lamb"]
+    done = execute("-m", "hf_lamb.run", "--trainer", "lamb", "-m", "mine.train", *options, cwd=trainers)
+    assert done.returncode == 0, done.stderr
+    names, derived, spawned = done.stdout.splitlines()
+    assert names == str(["LambTrainer"] * 4)
+    assert derived == f"True {options}"
+    assert spawned == "['LambTrainer', 'LambTrainer'] None"
+    (line,) = (line for line in done.stderr.splitlines() if "hf_lamb.run" in line)
+    says(line, "transformers.Trainer is LambTrainer: loss and gradient.*clips.*checkpoint.*lamb/.*the script's")
+
+
+def test_without_the_flag_the_trainer_is_the_stock_one(trainers: Path) -> None:
+    done = execute("-m", "hf_lamb.run", "plain.py", "--trainer", "lamb", cwd=trainers)
+    assert done.stdout == "Trainer ['--trainer', 'lamb']\n", done.stderr
+
+
+def test_a_trainer_that_was_imported_before_the_script_is_an_error(trainers: Path) -> None:
+    """It would stay the stock one there, and the run would silently be another one."""
+    done = execute("-m", "hf_lamb.run", "--trainer", "lamb", "plain.py", cwd=trainers, package=trainers / "early")
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    says(line, "hf_lamb.run: --trainer lamb: sitecustomize must not import transformers.Trainer before the script")
+
+
+SPLITS = {
+    "1x32": ("", 32, 1),
+    "8x4": (
+        "accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no",
+        8,
+        4,
+    ),
+    "two of 4x4": ("torch.distributed.run --standalone --nproc_per_node 2", 4, 4),
+}
+
+
+@pytest.mark.distributed
+def test_trainer_lamb_gives_one_loss_and_one_gradient_for_every_split(tmp_path: Path) -> None:
+    """Of an unedited script without dropout; the stock Trainer multiplies both by 4 and by 8."""
+    options = "--optim lamb --learning_rate 1e-2 --max_steps 2 --logging_steps 1 --use_cpu --report_to none --seed 3"
+    first = {}
+    for split, (launcher, rows, accumulation) in SPLITS.items():
+        size = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", accumulation]
+        script = [SCRIPTS / "fixed_labels.py", *options.split(), *size, "--output_dir", split]
+        command = ["-m", *launcher.split()] if launcher else []
+        done = execute(*command, "-m", "hf_lamb.run", "--trainer", "lamb", *script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("transformers.Trainer is LambTrainer") == 1
+        first[split] = json.loads((tmp_path / split / "trainer_state.json").read_text())["log_history"][0]
+    whole = first["1x32"]
+    assert whole["loss"] == pytest.approx(math.log(64), rel=0.1)
+    for line in first.values():
+        assert (line["loss"], line["grad_norm"]) == pytest.approx((whole["loss"], whole["grad_norm"]), rel=1e-6)

@@ -417,9 +417,9 @@ class LambTrainer(Trainer):
         if args.optim != "lamb" and args.optim == default_of(args, "optim") and args.should_log:
             name = getattr(args.optim, "value", args.optim)
             logger.warning(
-                "for LAMB use LambTrainingArguments, or optim='lamb' and a learning rate of about 1e-3: this run uses "
-                f"{name}, the default of {type(args).__name__}, at rate {args.learning_rate:g}. To use {name} "
-                f"without this warning: LambTrainingArguments(optim='{name}', learning_rate=...)"
+                "for LAMB use LambTrainingArguments, or optim='lamb' (--optim lamb) and a learning rate of about "
+                f"1e-3: this run uses {name}, the default of {type(args).__name__}, at rate {args.learning_rate:g}. "
+                f"To use {name} without this warning: LambTrainingArguments(optim='{name}', learning_rate=...)"
             )
 
     # -- a step: the loss of its micro-batches, and their gradients ---------------------------------------------------
