@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": sum(p == r for p, r in zip(predictions, references)) / len(predictions)}
 """
 
+STOCK, LAMBS = (), ("--trainer", "lamb")
+each_trainer = pytest.mark.parametrize("trainer", [STOCK, LAMBS], ids=["Trainer", "LambTrainer"])
 each_number_of_processes = pytest.mark.parametrize("processes", [1, 2])
 
 
@@ -77,12 +80,12 @@ def example(name: str) -> Path:
     return Path(examples, name)
 
 
-def train(folder: Path, processes: int, *arguments: object) -> tuple[dict[str, Any], str]:
+def train(folder: Path, processes: int, *arguments: object, trainer: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
     """Run in `folder` and see that it was LAMB that trained: the last line of the trainer's log, and all output."""
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split() if processes > 1 else []
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "hf_lamb.run", *map(str, arguments), *OPTIONS.split()],
+        [sys.executable, *launcher, "-m", "hf_lamb.run", *trainer, *map(str, arguments), *OPTIONS.split()],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -105,17 +108,23 @@ def train(folder: Path, processes: int, *arguments: object) -> tuple[dict[str, A
 
 
 @pytest.mark.slow
+@each_trainer
 @each_number_of_processes
-def test_run_mlm(folder: Path, processes: int) -> None:
-    """With worker processes that load the data, and accumulation: one warning names what Trainer does to the loss."""
+def test_run_mlm(folder: Path, processes: int, trainer: Sequence[str]) -> None:
+    """With worker processes that load the data, and accumulation: one warning names what Trainer does to the loss.
+
+    LambTrainer does not do it, and there is no warning.
+    """
     overrides = ",".join(f"{key}={value}" for key, value in SIZES.items())
     data = "--train_file train.txt --validation_file validation.txt --max_seq_length 64 --dataloader_num_workers 2"
     model = f"--model_type bert --config_overrides {overrides} --tokenizer_name bert --gradient_accumulation_steps 2"
     script = example("language-modeling/run_mlm.py")
-    log, output = train(folder, processes, script, "--do_train", "--do_eval", *data.split(), *model.split())
-    assert output.count("BertForMaskedLM.accepts_loss_kwargs = False") == 1
-    splits = 2 * processes
-    assert f"multiplies its loss and gradient by {splits} " in output
+    options = ["--do_train", "--do_eval", *data.split(), *model.split()]
+    log, output = train(folder, processes, script, *options, trainer=trainer)
+    warned = output.count("BertForMaskedLM.accepts_loss_kwargs = False")
+    splits = 2 * processes if trainer == STOCK else 1
+    assert warned == (trainer == STOCK)
+    assert not warned or f"multiplies its loss and gradient by {splits} " in output
     assert log["loss"] == pytest.approx(splits * math.log(SIZES["vocab_size"]), rel=0.2)
     results = json.loads((folder / "out/all_results.json").read_text())
     assert math.isfinite(results["eval_loss"])
@@ -134,7 +143,8 @@ def test_run_glue(folder: Path, processes: int) -> None:
 
 
 @pytest.mark.slow
-def test_trl_sft(folder: Path) -> None:
+@each_trainer
+def test_trl_sft(folder: Path, trainer: Sequence[str]) -> None:
     """A module of a package, with `TrainingArguments` and a Trainer of its own.
 
     On one process: on two, with gloo, it may hang at its very end under any optimizer and launcher, because it
@@ -142,5 +152,5 @@ def test_trl_sft(folder: Path) -> None:
     """
     pytest.importorskip("trl")
     options = "--model_name_or_path llama --dataset_name prose --max_length 64"
-    log, _ = train(folder, 1, "-m", "trl.scripts.sft", *options.split())
+    log, _ = train(folder, 1, "-m", "trl.scripts.sft", *options.split(), trainer=trainer)
     assert log["loss"] == pytest.approx(math.log(SIZES["vocab_size"]), rel=0.2)
