@@ -78,6 +78,7 @@ def candidates(
         "hf_lamb fused, skip_nonfinite=False": lambda: Lamb(params, fused=True, skip_nonfinite=False),
         CLIPPED: lambda: Lamb(params, fused=True, max_grad_norm=1.0),
         "hf_lamb foreach": lambda: Lamb(params, foreach=True),
+        "hf_lamb foreach, skip_nonfinite=False": lambda: Lamb(params, foreach=True, skip_nonfinite=False),
         "hf_lamb eager": lambda: Lamb(params, foreach=False),
     }
     found |= {name: make().step for name, make in makers.items() if name not in without}
