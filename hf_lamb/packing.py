@@ -42,7 +42,7 @@ class Packing:
         if torch.compiler.is_compiling():  # torch.compile cannot trace addresses
             return pack(param_groups, state, sharding, name_of)
         params = [param for group in param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
+        grads = [*map(_GRAD, params)]
         plain = not sharding.layouts and {*map(type, params), *map(type, grads)} <= PLAIN
         if plain and self._signature is not None and self._signature == signature(param_groups, params, grads, state):
             for bucket, places in zip(self._buckets, self._places, strict=True):
@@ -101,7 +101,8 @@ def signature(
         return None
     missing = [grad is None for grad in grads] if len(present) < len(grads) else None
     of_present = params if missing is None else [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-    states = [entry for entry in map(state.get, of_present) if entry]
+    in_order = [*map(id, state)] == [*map(id, of_present)]  # mostly; to look 10,000 tensors up takes longer
+    states = [entry for entry in (state.values() if in_order else map(state.get, of_present)) if entry]
     try:
         of_state = [[*map(itemgetter(name), states)] for name in ("exp_avg", "exp_avg_sq", "step")]
     except KeyError:
@@ -115,4 +116,4 @@ def signature(
     return found
 
 
-_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
+_DTYPE, _GRAD, _LAYOUT = attrgetter("dtype"), attrgetter("grad"), attrgetter("layout")

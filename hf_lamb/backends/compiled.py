@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import os
+from array import array
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import accumulate
@@ -147,7 +148,7 @@ class Compiled(Backend):
         known = self._tables.get(bucket.key)
         if known is not None and known.bucket is bucket:
             if known.grads is not bucket.grads:
-                known.rows[:, 1] = torch.tensor([grad.data_ptr() for grad in bucket.grads])
+                known.rows[:, 1] = torch.frombuffer(array("q", map(Tensor.data_ptr, bucket.grads)), dtype=torch.int64)
                 known.grads = bucket.grads
             return known
         lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.steps)
