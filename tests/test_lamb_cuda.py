@@ -13,7 +13,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-OPTIONS = pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "max_trust_ratio": 10.0}])
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.5, "max_trust_ratio": 10.0}, {"fixed_norm": True}], ids=str
+)
 FUSED = pytest.mark.skipif(
     not torch.cuda.is_available() or not backends.fused_kinds(torch.device("cuda")), reason="needs Triton"
 )
