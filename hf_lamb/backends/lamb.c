@@ -102,7 +102,7 @@ typedef struct {
     uint32_t nonzero; /* bits of g and m, without the signs */
 } Sums;
 
-/* Move m and v, unless the step is skipped, and add to the sums. While the second loop computes, the next block comes. */
+/* Move m and v, unless the step is skipped, and add to the sums. The second loop prefetches the next block. */
 static inline void first_of_block(const Numbers *c, int n, const float *restrict w, const float *restrict g,
                                   float *restrict m, float *restrict v, int skip, int dots, Sums *sums) {
     float w_sq[LANES] = {0}, u_sq[LANES] = {0}, dot[LANES] = {0};
