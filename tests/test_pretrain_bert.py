@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,9 +259,10 @@ def test_a_checkpoint_that_does_not_say_how_long_it_took(
     assert "the last 4 of 8 steps in" in capsys.readouterr().out
 
 
-def wait_for_checkpoint(run: subprocess.Popen[str], output: Path) -> None:
+def wait_for_checkpoint(run: subprocess.Popen[str], output: Path, known: Iterable[Path] = ()) -> None:
+    """Wait for one that is not known."""
     end = time.monotonic() + 240
-    while not any(output.glob("checkpoint-*")):
+    while not {*output.glob("checkpoint-*")} - {*known}:
         assert run.poll() is None, "it has ended"
         assert time.monotonic() < end
         time.sleep(0.2)
@@ -289,9 +291,10 @@ def test_a_signal_to_make_ends_the_training_which_then_goes_on(texts: Path, tmp_
     for end in (signal.SIGTERM, signal.SIGINT):
         # A process that was started in the background ignores SIGINT, and so would what it starts.
         interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        known = {*output.glob("checkpoint-*")}
         with subprocess.Popen(command, **options, start_new_session=True, preexec_fn=interruptible) as run:
             try:
-                wait_for_checkpoint(run, output)
+                wait_for_checkpoint(run, output, known)
                 deadline = time.monotonic() + 240
                 while not is_locked(output) and time.monotonic() < deadline:
                     time.sleep(0.2)

@@ -228,9 +228,9 @@ def losses(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """The lines of results, of which there must be one, without what a clock says."""
+    """The lines of results, of which there must be one, without what a clock says and where the run lies."""
     file = folder / "results.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text().replace(str(folder.parent), "").splitlines() if file.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k not in OF_THE_CLOCK} for line in lines]
 
 
