@@ -21,6 +21,7 @@ ParamGroups = list[dict[str, Any]]
 States = dict[Any, Any]
 # Tensors that `Lamb` updates themselves. A subclass such as DTensor has another local tensor in every step.
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_DTYPE, _GRAD, _LAYOUT = attrgetter("dtype"), attrgetter("grad"), attrgetter("layout")
 
 
 class Packing:
@@ -114,6 +115,3 @@ def signature(
     for tensors in (params, *of_state):
         found += [[*map(id, tensors)], [*map(Tensor.data_ptr, tensors)]]
     return found
-
-
-_DTYPE, _GRAD, _LAYOUT = attrgetter("dtype"), attrgetter("grad"), attrgetter("layout")

@@ -66,9 +66,9 @@ def lamb_param_groups(
         weight_decay: λ of the parameters that decay. Default 0.01.
         adapt_all: adapt biases and normalisation parameters too, as apex with `use_nvlamb` and optax do. Default
             False.
+        fixed_norm: let hidden matrices keep their norms. Default False.
         exclude_from_weight_decay: regular expressions. Parameters whose names match one (by `re.search`) do not decay
             either. Default none.
-        fixed_norm: let hidden matrices keep their norms. Default False.
         exclude_from_layer_adaptation: the same for adaptation. Default none.
         exclude_from_fixed_norm: the same for hidden matrices that are not to keep their norms. Default none.
 
@@ -311,7 +311,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     try:
         return find() if callable(find) else None
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # transformers' way to say that this model has none
         return None
 
 

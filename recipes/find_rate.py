@@ -44,7 +44,7 @@ DECIDED = {
     "resume_from_checkpoint": "the same command goes on with the same search",
     "num_train_epochs": "--max_steps is the length of a trial",
 }
-# What says nothing about the outcome of a trial.
+# Options that do not change the outcome of a trial.
 NO_PART = {"use_cpu", "disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to"}
 # What belongs to the search, and not to the run that uses its rate.
 OF_THE_SEARCH = {"global_batch_size", "max_steps", "warmup_steps", "per_device_train_batch_size"}

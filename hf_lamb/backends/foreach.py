@@ -59,15 +59,15 @@ class Foreach(Backend):
         k = root / bias_corrections1
         denominators = torch._foreach_sqrt(bucket.exp_avg_sqs)
         torch._foreach_add_(denominators, (bucket.eps * root).unbind())
-        updates = torch._foreach_mul(weights, (bucket.group["weight_decay"] / k).unbind())
+        updates = list(torch._foreach_mul(weights, (bucket.group["weight_decay"] / k).unbind()))
         torch._foreach_addcdiv_(updates, bucket.exp_avgs, denominators)
         sums = (
             squared_norms(weights),
-            squared_norms(list(updates)) * k.square(),
+            squared_norms(updates) * k.square(),
             bucket.nonzero(bucket.grads, bucket.exp_avgs),
-            bucket.dots(weights, list(updates)) * k,
+            bucket.dots(weights, updates) * k,
         )
-        return torch.stack(sums), Held(list(updates), k)
+        return torch.stack(sums), Held(updates, k)
 
     def apply(self, bucket: Bucket, held: Held, step_sizes: Tensor, growths: Tensor | None) -> None:
         """w += growth * w - step_size * u."""

@@ -1,4 +1,4 @@
-"""A Trainer script that knows nothing of hf_lamb: no dropout, and from 1 to 12 labels a row, which never change."""
+"""A Trainer script that does not name hf_lamb: no dropout, and from 1 to 12 labels a row, which never change."""
 
 import torch
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
