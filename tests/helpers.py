@@ -1,12 +1,17 @@
 """Ways to run things from tests."""
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +74,60 @@ def torchrun(processes: int, *command: str, timeout: float = 240, max_restarts: 
     return errors
 
 
+def on_processes(processes: int, module: str, *arguments: str, timeout: float = 240) -> None:
+    """Run a module of tests.scripts on several processes, in the environment that torchrun would give them.
+
+    The processes are forked from one that has imported torch and transformers. Under `torchrun`, each would import
+    them anew, for seconds.
+    """
+    from torch.distributed import TCPStore
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets", "transformers.trainer", "torch.distributed.fsdp", "hf_lamb.trainer"])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, str(rank)) for rank in range(processes)]
+        workers = []
+        for rank in range(processes):
+            ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(context.Process(target=_as_main, args=(ranked, said[rank], module, arguments)))
+            workers[-1].start()
+        end = time.monotonic() + timeout
+        while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
+            if not wait([worker.sentinel for worker in workers if worker.is_alive()], end - time.monotonic()):
+                break
+        codes = [worker.exitcode for worker in workers]  # None: still running, where another failed or time is over
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        failed = [
+            f"rank {rank} ended with {code}: {said[rank].read_text()[-3000:]}"
+            for rank, code in enumerate(codes)
+            if code != 0
+        ]
+        assert not failed, failed
+
+
+def _as_main(environment: dict[str, str], said: Path, module: str, arguments: tuple[str, ...]) -> None:
+    """A worker of `on_processes`: what it prints goes to a file."""
+    os.environ.update(environment)
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def measure(processes: int, script: str, cases: list[Case], folder: Path) -> dict[str, Result]:
     """What tests.scripts.sharded_lamb or zero_lamb measures on several processes, by the case's JSON."""
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
-    torchrun(processes, f"tests.scripts.{script}", str(given), str(results), timeout=800)
+    on_processes(processes, f"tests.scripts.{script}", str(given), str(results), timeout=800)
     return dict(zip(map(json.dumps, cases), json.loads(results.read_text()), strict=True))

@@ -36,7 +36,7 @@ from hf_lamb.trainer.checkpoints import (
 )
 from hf_lamb.trainer.deepspeed import check_deepspeed_checkpoint
 from recipes.lib import bert
-from tests.helpers import SMALL, pretrain, torchrun
+from tests.helpers import SMALL, on_processes, pretrain
 from tests.scripts.checkpointed_run import STEPS, trainer
 
 SAVED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -128,7 +128,7 @@ def test_the_recipe_resumes_exactly_with_dropout(texts: Path, tmp_path: Path, mo
 )
 def test_two_processes_leave_their_parts_and_resume(tmp_path: Path) -> None:
     """Both processes' random numbers are in every checkpoint; one that lacks some is passed over."""
-    torchrun(2, "tests.scripts.checkpointed_run", str(tmp_path))
+    on_processes(2, "tests.scripts.checkpointed_run", str(tmp_path))
     numbers = ("rng_state_0.pth", "rng_state_1.pth")
     for folder in (tmp_path / "whole").glob("checkpoint-*"):
         assert {file.name for file in folder.glob("rng_state*")} == set(numbers)

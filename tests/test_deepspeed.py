@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_lamb.norms import Sum
-from tests.helpers import Case, Result, measure, torchrun
+from tests.helpers import Case, Result, measure, on_processes
 from tests.scripts.split_batch import trained_model
 from tests.test_sharding import CLIPPED, FLOAT32
 
@@ -146,7 +146,7 @@ def test_really_ran_sharded(processes: int, mode: str, result_of: Callable[[int,
 
 def test_a_layer_that_nothing_uses_keeps_its_weights(tmp_path: Path) -> None:
     """ZeRO hands zeros for it. As without DeepSpeed it keeps its weights to the bit, and is in no statistics."""
-    torchrun(2, "tests.scripts.zero_unused", str(tmp_path / "results.json"), timeout=400)
+    on_processes(2, "tests.scripts.zero_unused", str(tmp_path / "results.json"), timeout=400)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["0", "1", "2", "3"]
     for stage, result in results.items():
@@ -162,7 +162,7 @@ def test_a_layer_that_nothing_uses_keeps_its_weights(tmp_path: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     trained_model("mlm", root / "start")
-    torchrun(2, "tests.scripts.zero_runs", str(root), timeout=600)
+    on_processes(2, "tests.scripts.zero_runs", str(root), timeout=600)
     return root
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from hf_lamb.trainer.checkpoints import find_fault
-from tests.helpers import SMALL, torchrun
+from tests.helpers import SMALL, on_processes, torchrun
 from tests.scripts import fsdp_runs
 from tests.scripts.split_batch import trained_model
 
@@ -37,11 +37,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         param.data.mul_(1.5)
     another.save_pretrained(root / "another-start")
     script = ["tests.scripts.fsdp_runs", str(root)]
-    torchrun(1, *script, "--whole", "--resume", "1")
-    torchrun(2, *script, "--whole", "--resume", "1", "2", timeout=400)
-    torchrun(4, *script, "--whole", "--resume", "1", "2", "4", timeout=400)
-    torchrun(2, *script, "--resume", "4")
-    torchrun(1, *script, "--resume", "2", "4")
+    on_processes(1, *script, "--whole", "--resume", "1")
+    on_processes(2, *script, "--whole", "--resume", "1", "2", timeout=400)
+    on_processes(4, *script, "--whole", "--resume", "1", "2", "4", timeout=400)
+    on_processes(2, *script, "--resume", "4")
+    on_processes(1, *script, "--resume", "2", "4")
     return root
 
 

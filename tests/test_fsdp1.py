@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from tests.helpers import torchrun
+from tests.helpers import on_processes
 from tests.scripts.fsdp1_runs import RUNS
 from tests.scripts.split_batch import trained_model
 from tests.test_fsdp import distance, launch_recipe, log
@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         param.data.mul_(1.5)
     another.save_pretrained(root / "another-start")
     for processes in (2, 4, 1):
-        torchrun(processes, "tests.scripts.fsdp1_runs", str(root))
+        on_processes(processes, "tests.scripts.fsdp1_runs", str(root))
     return root
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import torchrun
+from tests.helpers import on_processes
 from tests.scripts import noise_runs
 
 SPLITS = [(processes, accumulation) for processes in (1, 2) for accumulation in (1, 4, 16)]
@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict
         if processes == 1:
             noise_runs.main("split", *split, output)
         else:
-            torchrun(processes, "tests.scripts.noise_runs", "split", *map(str, split), str(output))
+            on_processes(processes, "tests.scripts.noise_runs", "split", *map(str, split), str(output))
         found[processes, accumulation] = json.loads(output.read_text())
     return found
 

@@ -10,7 +10,7 @@ import torch
 
 from hf_lamb import LambTrainer
 from hf_lamb.trainer.noise_scale import NoiseScale, noise_scale_in_words
-from tests.helpers import torchrun
+from tests.helpers import on_processes
 from tests.scripts.noise_runs import DIMENSIONS, NOISE_SCALE, noise_trainer
 
 KEY = "lamb/noise_scale"
@@ -57,7 +57,7 @@ def test_the_known_noise_scale_is_found(batch: int, accumulation: int, tmp_path:
 def test_two_processes_find_it_too(what: str, batch: int, accumulation: int, tmp_path: Path) -> None:
     """Without accumulation from the gradients before DDP averages them, with `sync_each_batch` too, which averages
     those of every micro-batch; else from the first micro-batches."""
-    torchrun(2, "tests.scripts.noise_runs", what, str(batch), str(accumulation), str(tmp_path / "log.json"))
+    on_processes(2, "tests.scripts.noise_runs", what, str(batch), str(accumulation), str(tmp_path / "log.json"))
     assert json.loads((tmp_path / "log.json").read_text())[-1] == pytest.approx(NOISE_SCALE, rel=0.2)
 
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_polynomial_decay_schedule_with_warmup
 
 from hf_lamb import LambTrainer, LambTrainingArguments, options_in_force, scaling
-from tests.helpers import one_line, torchrun
+from tests.helpers import on_processes, one_line
 from tests.scripts import split_batch
 
 # The LAMB paper's batch sizes, steps and learning rates 5 / (2**(k/2) * 1000) for BERT-Large.
@@ -127,7 +127,7 @@ def test_the_rate_follows_the_global_batch(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.distributed
 def test_processes_count_in_the_global_batch(tmp_path: Path) -> None:
     """Two processes of 8: a batch of 16, as that of 4 accumulated four times above, and the same rate."""
-    torchrun(2, "tests.scripts.noise_runs", "rate", "8", "1", str(tmp_path / "rates.json"))
+    on_processes(2, "tests.scripts.noise_runs", "rate", "8", "1", str(tmp_path / "rates.json"))
     rates = json.loads((tmp_path / "rates.json").read_text())
     assert rates == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
 
@@ -135,7 +135,7 @@ def test_processes_count_in_the_global_batch(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_split_batches_are_dealt_out_not_multiplied(tmp_path: Path) -> None:
     """accelerate splits each batch of 16 between two processes: the global batch is 16 for rate, noise and card."""
-    torchrun(2, "tests.scripts.noise_runs", "split_batches", "16", "1", str(tmp_path / "found.json"))
+    on_processes(2, "tests.scripts.noise_runs", "split_batches", "16", "1", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["learning_rate"] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
     assert found["rows"] == 8

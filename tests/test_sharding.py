@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_lamb.norms import Sum
-from tests.helpers import Case, Result, measure, torchrun
+from tests.helpers import Case, Result, measure, on_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -223,7 +223,7 @@ SOURCE = (Path(__file__).parent / "scripts/sharded_layouts.py").read_text()
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     output = tmp_path_factory.mktemp("layouts") / "results.json"
-    torchrun(4, "tests.scripts.sharded_layouts", str(output), timeout=600)
+    on_processes(4, "tests.scripts.sharded_layouts", str(output), timeout=600)
     return json.loads(output.read_text())
 
 

@@ -25,7 +25,7 @@ from hf_lamb.sharpness import (
 )
 from hf_lamb.sharpness.compare import Comparison, Measured, recorded_history
 from hf_lamb.sharpness.objective import Scores
-from tests.helpers import says, torchrun
+from tests.helpers import on_processes, says
 from tests.test_sharpness import digits, trained, unchanged
 
 # -- the comparison --------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_on_two_processes(tmp_path: Path) -> None:
     """DDP with half the batches each gives the values of one process with all; FSDP2 is refused by name."""
-    torchrun(2, "tests.scripts.sharpness_ddp", str(tmp_path))
+    on_processes(2, "tests.scripts.sharpness_ddp", str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second, "the processes report different values"
     for name, (shared, alone) in first["metrics"].items():

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback, registration
-from tests.helpers import torchrun
+from tests.helpers import on_processes
 from tests.scripts import loss_runs, split_batch
 
 TASKS = ["mlm", "classification"]
@@ -36,7 +36,7 @@ def splits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root, task = tmp_path_factory.mktemp("splits"), request.param
     split_batch.main(task, 64, 1, root / "1x64")
     split_batch.main(task, 16, 4, root / "4x16")
-    torchrun(2, "tests.scripts.split_batch", task, "32", "1", str(root / "2 processes x 32"))
+    on_processes(2, "tests.scripts.split_batch", task, "32", "1", str(root / "2 processes x 32"))
     return {name: root / name for name in ("1x64", "4x16", "2 processes x 32")}
 
 
@@ -474,7 +474,7 @@ def test_rows_that_fill_the_last_batch_are_not_evaluated(tmp_path: Path) -> None
     """eval_loss on two processes is that on one, for float labels and for a loss that knows no -100, with and without
     predictions."""
     loss_runs.main("evaluate", tmp_path / "one.json")
-    torchrun(2, "tests.scripts.loss_runs", "evaluate", str(tmp_path / "two.json"))
+    on_processes(2, "tests.scripts.loss_runs", "evaluate", str(tmp_path / "two.json"))
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     for kind, metrics in one.items():
         assert two[kind]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6), kind
@@ -485,7 +485,7 @@ def test_rows_that_fill_the_last_batch_are_not_evaluated(tmp_path: Path) -> None
 @pytest.mark.parametrize("what", ["twice", "fsdp2-twice", "unequal"])
 def test_processes_train_again_and_from_unequal_batches(what: str, tmp_path: Path) -> None:
     """A second `train()` after an evaluation and with more accumulation; a first batch of one row here, four there."""
-    torchrun(2, "tests.scripts.loss_runs", what, str(tmp_path / "found.json"))
+    on_processes(2, "tests.scripts.loss_runs", what, str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     if what == "unequal":
         assert len(found["loss"]) == 3
