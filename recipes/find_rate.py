@@ -6,8 +6,9 @@
     python -m recipes.pretrain_bert --plan runs/find_rate/tiny/lamb.yaml                # trains with the rate found
 
 It takes the options of recipes.pretrain_bert, and trains that recipe for a while at a small batch, with rates that are
-factors of two apart, until the best one has worse neighbours; both optimizers get equally many trials. If it is
-stopped, also by SIGKILL, the same command goes on: finished trials are kept. Each trial runs on one device.
+factors of two apart, until the best one has worse neighbours; of rates within 0.01 nats of the best one it takes the
+lowest. Both optimizers get equally many trials. If it is stopped, also by SIGKILL, the same command goes on: finished
+trials are kept. Each trial runs on one device.
 """
 
 import json

@@ -16,6 +16,10 @@ from recipes.study.tables import TUNED, markdown_table, tuned_cells
 # The recipe's --optim of each optimizer.
 OPTIM = {"lamb": "lamb", "adamw": "adamw_torch_fused"}
 
+# Of rates whose losses are this close to the best, in nats, the lowest is taken: a longer run wants lower rates, and
+# the loss grows faster above the best rate than below it.
+TIE = 0.01
+
 
 def search_at(batch_size: int, first_rates: Mapping[str, float]) -> Search:
     """A search at one batch size, with one seed; every optimizer gets as many trials as the others."""
@@ -28,7 +32,7 @@ def write_report(study: Study, records: Sequence[Record], model: Mapping[str, An
     model: the options of the recipe that the rates belong to: model, data, what the optimizer was given.
     """
     (batch_size,) = study.search.settings
-    best = {o: tuned(study.search, records, o, batch_size) for o in study.search.optimizers}
+    best = {o: lowest_of_the_best(study, records, o) for o in study.search.optimizers}
     for optimizer, found in best.items():
         if math.isfinite(found.objective):
             write_rate(
@@ -43,6 +47,15 @@ def write_report(study: Study, records: Sequence[Record], model: Mapping[str, An
     return "\n".join(lines)
 
 
+def lowest_of_the_best(study: Study, records: Sequence[Record], optimizer: str) -> Tuned:
+    """The best rate, or the lowest one whose loss is within TIE of it."""
+    (batch_size,) = study.search.settings
+    best = tuned(study.search, records, optimizer, batch_size)
+    tried = study.search.tried({trial_of(r): objective_of(r) for r in records}, optimizer, batch_size)
+    rate = min(rate for rate, loss in tried.items() if loss <= best.objective + TIE)
+    return best._replace(learning_rate=rate, objective=tried[rate], interior=best.interior and rate / 2 in tried)
+
+
 def in_words(optimizer: str, found: Tuned, batch_size: int, folder: Path) -> str:
     """The result as options of the recipe."""
     if not math.isfinite(found.objective):
@@ -55,7 +68,7 @@ def in_words(optimizer: str, found: Tuned, batch_size: int, folder: Path) -> str
 
 
 def losses(study: Study, records: Sequence[Record], optimizer: str, found: Tuned) -> list[str]:
-    """The best loss, and by how much it rises at half and at twice the rate."""
+    """The loss, and by how much it rises at half and at twice the rate."""
     done = {trial_of(record): objective_of(record) for record in records}
     tried = study.search.tried(done, optimizer, study.search.settings[0])
     cells = [f"{found.objective:.3f}" if math.isfinite(found.objective) else "diverged"]
