@@ -67,7 +67,7 @@ test-deepspeed: setup  ## run the tests with DeepSpeed ZeRO on two and four proc
 	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(VENV)/torch_extensions" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 		$(RUN) pytest -m deepspeed $(ARGS)
 
-sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
+sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; docs/sharding.md's table
 	$(RUN) tests.scripts.sharding_report
 
 kill-test: setup  ## kill the pretraining ten times, in one phase and in two; all must end bit for bit alike (minutes)
@@ -76,7 +76,7 @@ kill-test: setup  ## kill the pretraining ten times, in one phase and in two; al
 
 # A line is added for each measurement that is complete; a run that is stopped keeps those it has made.
 BENCHED := --output benchmarks/results
-bench: setup  ## what a step costs, beside the other LAMBs that are installed, timm among them; README's table (minutes)
+bench: setup  ## what a step costs, beside the other LAMBs that are installed, timm among them; docs/speed.md (minutes)
 	$(RUN) pip install --quiet --constraint constraints.txt --no-deps timm
 	$(RUN) benchmarks.bench_step $(BENCHED)/step.jsonl
 	$(RUN) benchmarks.bench_step --dtype bfloat16 $(BENCHED)/step.jsonl

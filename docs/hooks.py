@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from docs.options import COMMANDS, options_page, uri_of
@@ -34,7 +34,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in files.documentation_pages():
         for _, name, _ in OUTSIDE.findall(page.content_string):
             if (ROOT / name).is_file() and files.get_file_from_path(f"files/{name}") is None:
-                files.append(File.generated(config, f"files/{name}", abs_src_path=str(ROOT / name)))
+                source = str(ROOT / name)
+                file = File.generated(
+                    config, f"files/{name}", abs_src_path=source, inclusion=InclusionLevel.NOT_IN_NAV
+                )
+                files.append(file)
     return files
 
 
