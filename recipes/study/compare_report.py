@@ -61,8 +61,9 @@ def summary_of(records: list[Record]) -> list[str]:
     found = {(row[0], row[2]): f"{row[5]}, {row[6]}" for row in rows_of(cells, MIN_STEPS)}
     batches, names = (list(dict.fromkeys(column)) for column in zip(*found, strict=True))
     rows = [[batch, *(found[batch, name] for name in names)] for batch in batches]
-    ties = "Losses: nats, mean ± standard deviation over 3 seeds. At most two standard deviations (pooled) apart is a tie."
-    return [description(records), markdown_table(["batch", *names], rows), ties]
+    first, *more = notes_on_losses(search, cells, MIN_STEPS)
+    notes = [first.removesuffix(" Trials: learning rates tried."), *more]  # this table has no such column
+    return [description(records), markdown_table(["batch", *names], rows), *notes]
 
 
 class Cell(NamedTuple):

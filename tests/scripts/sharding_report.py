@@ -1,6 +1,6 @@
 """Measures sharded against unsharded training, of this LAMB and of others, and writes docs/sharding.md's table.
 
-`make sharding-report`: recipes/results/sharding.jsonl gets a line for each run, and docs/sharding.md the table made of them.
+`make sharding-report`: recipes/results/sharding.jsonl gets a line for each run, docs/sharding.md the table of them.
 Each optimizer is compared with itself. `pip install timm pytorch_optimizer` for the columns of the others, `pip
 install deepspeed` for the rows of ZeRO.
 """
