@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 
 .PHONY: help setup pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
-	test-deepspeed sharding-report kill-test bench gpu-proof lint format types check clean
+	test-deepspeed sharding-report kill-test bench gpu-proof lint format types docs check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -67,7 +67,7 @@ test-deepspeed: setup  ## run the tests with DeepSpeed ZeRO on two and four proc
 	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(VENV)/torch_extensions" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 		$(RUN) pytest -m deepspeed $(ARGS)
 
-sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; README's table
+sharding-report: setup  ## measure sharded against unsharded runs, of other LAMBs too where installed; docs/sharding.md's table
 	$(RUN) tests.scripts.sharding_report
 
 kill-test: setup  ## kill the pretraining ten times, in one phase and in two; all must end bit for bit alike (minutes)
@@ -76,7 +76,7 @@ kill-test: setup  ## kill the pretraining ten times, in one phase and in two; al
 
 # A line is added for each measurement that is complete; a run that is stopped keeps those it has made.
 BENCHED := --output benchmarks/results
-bench: setup  ## what a step costs, beside the other LAMBs that are installed, timm among them; README's table (minutes)
+bench: setup  ## what a step costs, beside the other LAMBs that are installed, timm among them; docs/speed.md (minutes)
 	$(RUN) pip install --quiet --constraint constraints.txt --no-deps timm
 	$(RUN) benchmarks.bench_step $(BENCHED)/step.jsonl
 	$(RUN) benchmarks.bench_step --dtype bfloat16 $(BENCHED)/step.jsonl
@@ -104,7 +104,12 @@ format: setup  ## ruff: mend what can be mended
 types: setup  ## mypy --strict on hf_lamb/ and recipes/lib/
 	$(RUN) mypy
 
-check: lint types test test-slow test-distributed test-deepspeed test-peers  ## all of the above
+# MkDocs 1 is what the theme needs; the variable ends its advertisement for another program.
+docs: setup  ## the documentation site in build/site: strict, links checked; installs [docs]
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build $(ARGS)
+
+check: lint types docs test test-slow test-distributed test-deepspeed test-peers  ## all of the above
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage runs

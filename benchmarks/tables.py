@@ -95,7 +95,7 @@ def trainer_table(records: list[Record]) -> str:
 
 # {file: {name of the markers: (name of the records, the table)}}
 TABLES: dict[str, dict[str, tuple[str, Callable[[list[Record]], str]]]] = {
-    "README.md": {"bench: step": ("step", step_table)},
+    "docs/speed.md": {"bench: step": ("step", step_table)},
     "docs/scaling.md": {"bench: sharded step": ("sharded_step", sharded_table)},
     "docs/large_batches.md": {"bench: trainer": ("trainer", trainer_table)},
     "docs/gpu.md": {"bench: gpu": ("gpu", gpu_report)},

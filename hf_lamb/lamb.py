@@ -60,7 +60,8 @@ class Lamb(Optimizer):
         weight_decay: λ, added inside u, so the trust ratio scales it too. Default 0.01.
         bias_correction: divide the moments by 1 - beta**t. False gives the paper's v3. Default True.
         layer_adaptation: use the trust ratio. False (r = 1, without bounds) gives `torch.optim.AdamW`. Default True.
-        min_trust_ratio, max_trust_ratio: bounds of r. `max_trust_ratio=10` is the paper's v1. Default None.
+        min_trust_ratio: lower bound of r. Default None.
+        max_trust_ratio: upper bound of r; 10 is the paper's v1. Default None.
         fixed_norm: scale each layer that adapts back to the norm that it had before the step, so that only its
             direction changes: w = ‖w‖·(w - lr·r·u) / ‖w - lr·r·u‖ ("Hyperball", arXiv 2606.16899). A layer of zeros
             takes the plain step. Meant for hidden matrices: `lamb_param_groups(model, fixed_norm=True)`. Default

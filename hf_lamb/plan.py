@@ -197,6 +197,7 @@ _ALL_PLANS = (
     ),
 )
 PLANS = {plan.name: plan for plan in _ALL_PLANS}
+"""The published plans by name."""
 
 
 def plan_for_batch(batch_size: int, base: str = "paper-32k", rule: str = "sqrt") -> Plan:

@@ -19,12 +19,15 @@ __all__ = [
     "scaled_learning_rate",
 ]
 
-# The exponent of (batch / base batch).
 RULES = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
+"""The rules of `scaled_learning_rate`: the exponent of (batch / base batch) by name."""
 
-# Published runs of many epochs keep lr²T/3 at 0.13 (every row of the LAMB paper), 0.08 (NVIDIA's BERT-Large) or 0.52
-# (ltg-bert). Of our own small masked LMs those at 0.04 and 0.15 trained; those at 0.61 and 1.7 did not.
 NORM_GROWTH_LIMIT = 0.6
+"""The value of lr²T/3 above which `norm_growth_warning` warns.
+
+Published runs of many epochs keep it at 0.13 (every row of the LAMB paper), 0.08 (NVIDIA's BERT-Large) or 0.52
+(ltg-bert). Of our own small masked LMs those at 0.04 and 0.15 trained; those at 0.61 and 1.7 did not.
+"""
 
 
 class ScaledRate(NamedTuple):

@@ -1,4 +1,4 @@
-"""Writes the tables of README's Results, and the sentences with numbers, from the committed records.
+"""Writes the tables of docs/results.md and README, and the sentences with numbers, from the committed records.
 
     python -m recipes.readme
 
@@ -16,7 +16,8 @@ from recipes.study.sweep import Record
 from recipes.study.tables import write_tables
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS: dict[str, Callable[[list[Record]], list[str]]] = {
+README: dict[str, Callable[[list[Record]], list[str]]] = {"compare_summary": compare_report.summary_of}
+RESULTS_PAGE: dict[str, Callable[[list[Record]], list[str]]] = {
     "compare_optimizers": compare_report.losses_of,
     "compare_targets": compare_report.targets_of,
     "lstm_digits": lstm_report.results_of,
@@ -26,12 +27,13 @@ SECTIONS: dict[str, Callable[[list[Record]], list[str]]] = {
     "finetune_supersense": finetune_report.results_of,
     "sharp_minima": sharp_minima_report.results_of,
 }
-FILES = {"compare_targets": "compare_optimizers"}  # a second table of the same records
+PAGES = {"README.md": README, "docs/results.md": RESULTS_PAGE}
+FILES = dict.fromkeys(("compare_targets", "compare_summary"), "compare_optimizers")  # more tables of the same records
 
 
-def results() -> dict[str, str]:
-    """{name of the markers: tables and sentences}."""
-    return {f"results: {name}": in_words(results_of(records_of(name))) for name, results_of in SECTIONS.items()}
+def results_in(page: str) -> dict[str, str]:
+    """{name of the markers: tables and sentences} of a page."""
+    return {f"results: {name}": in_words(results_of(records_of(name))) for name, results_of in PAGES[page].items()}
 
 
 def records_of(name: str) -> list[Record]:
@@ -47,4 +49,5 @@ def in_words(parts: list[str]) -> str:
 
 if __name__ == "__main__":
     no_options(__doc__)
-    write_tables("README.md", results())
+    for page in PAGES:
+        write_tables(page, results_in(page))

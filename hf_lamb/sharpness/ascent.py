@@ -106,7 +106,12 @@ def adaptive_sharpness(
 
     Args:
         rho: ρ, the largest relative change of a weight. Default 1e-2.
-        model, loss_fn, batches, steps, seed, process_group: see `epsilon_sharpness`, which raises the same errors.
+        model: see `epsilon_sharpness`, which raises the same errors.
+        loss_fn: see `epsilon_sharpness`.
+        batches: see `epsilon_sharpness`.
+        steps: see `epsilon_sharpness`.
+        seed: see `epsilon_sharpness`.
+        process_group: see `epsilon_sharpness`.
 
     Returns:
         `Sharpness`, with `value` in nats.
@@ -135,8 +140,12 @@ def layer_sharpness(
     add up to the sharpness of the whole network. Each layer costs as much as one `adaptive_sharpness`.
 
     Args:
-        model, loss_fn, batches, rho, steps, seed: see `adaptive_sharpness`, which raises the same errors. `steps` has
-            the default 10.
+        model: see `adaptive_sharpness`, which raises the same errors.
+        loss_fn: see `adaptive_sharpness`.
+        batches: see `adaptive_sharpness`.
+        rho: see `adaptive_sharpness`.
+        steps: see `adaptive_sharpness`. Default 10.
+        seed: see `adaptive_sharpness`.
 
     Returns:
         `{name of the module: Sharpness}`.

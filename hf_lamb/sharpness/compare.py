@@ -181,17 +181,20 @@ def compare(
     """Compare two networks on the same batches with every metric, and measure the line between them.
 
     Args:
-        small, large: modules of the same architecture, or checkpoints (folders that `save_pretrained` or Trainer
-        wrote).
-        loss_fn, batches: the training data, see `epsilon_sharpness`.
+        small: a module, or a checkpoint (a folder that `save_pretrained` or Trainer wrote).
+        large: another one of the same architecture.
+        loss_fn: see `epsilon_sharpness`.
+        batches: the training data, see `epsilon_sharpness`.
         held_out: held-out batches. Default none.
         names: names of the two networks in the report. Default ("small batch", "large batch").
-        epsilon, subspace: see `epsilon_sharpness`. Defaults 1e-3 and None.
+        epsilon: see `epsilon_sharpness`. Default 1e-3.
         rho: see `adaptive_sharpness`. Default 1e-2.
-        steps, seed: of both. Defaults 20 and 0.
+        steps: number of gradients of both. Default 20.
+        subspace: see `epsilon_sharpness`. Default None.
         layers: measure `layer_sharpness` too, with half the steps. Default True.
         curvature: measure `lambda_max`, `hessian_trace` and `weighted_trace` too. Default False.
         alphas: see `interpolate`.
+        seed: of all metrics. Default 0.
         say: a function that is called with one line before each measurement. Default: nothing is called.
 
     Returns:

@@ -53,7 +53,9 @@ def epsilon_flatness(
         directions: number of random directions, uniform on the sphere. Default 10.
         steps: turns in the search for the worst direction; 0 uses the gradient's direction. Default 10.
         seed: of the random directions. Default 0.
-        model, loss_fn, batches: see `epsilon_sharpness`, which raises the same errors.
+        model: see `epsilon_sharpness`, which raises the same errors.
+        loss_fn: see `epsilon_sharpness`.
+        batches: see `epsilon_sharpness`.
 
     Returns:
         `Flatness`.

@@ -46,7 +46,9 @@ def lambda_max(
             that number if the eigenvalue with the largest magnitude is negative. Default 100.
         tolerance: stop when the relative change of the estimate is at most this. Default 1e-4.
         seed: of the start vector. Default 0.
-        model, loss_fn, batches: see `epsilon_sharpness`, which raises the same errors.
+        model: see `epsilon_sharpness`, which raises the same errors.
+        loss_fn: see `epsilon_sharpness`.
+        batches: see `epsilon_sharpness`.
 
     Returns:
         `Curvature`.
@@ -69,7 +71,10 @@ def hessian_trace(
 
     Args:
         samples: number of Hessian-vector products. Default 20.
-        model, loss_fn, batches, seed: see `lambda_max`.
+        model: see `lambda_max`, which raises the same errors.
+        loss_fn: see `lambda_max`.
+        batches: see `lambda_max`.
+        seed: see `lambda_max`.
 
     Returns:
         `Curvature`.
@@ -85,7 +90,11 @@ def weighted_trace(
     The estimate is the mean of (wz)ᵀH(wz) over random signs z.
 
     Args:
-        model, loss_fn, batches, samples, seed: see `hessian_trace`.
+        model: see `hessian_trace`, which raises the same errors.
+        loss_fn: see `hessian_trace`.
+        batches: see `hessian_trace`.
+        samples: see `hessian_trace`.
+        seed: see `hessian_trace`.
 
     Returns:
         `Curvature`.

@@ -36,9 +36,11 @@ def interpolate(
     end.
 
     Args:
-        a, b: the two networks.
+        a: the first network.
+        b: the second one.
         alphas: the values of α. Default: 25 from -1 to 2, as in the paper.
-        loss_fn, batches: see `epsilon_sharpness`, which raises the same errors.
+        loss_fn: see `epsilon_sharpness`, which raises the same errors.
+        batches: see `epsilon_sharpness`.
 
     Returns:
         One `Point` for each α.
@@ -91,7 +93,8 @@ def alpha_scale(
     Args:
         model: the model; it is not changed.
         alpha: α, any number except zero.
-        first, second: names of modules with a `weight`, as in `model.named_modules()`.
+        first: the name of a module with a `weight`, as in `model.named_modules()`.
+        second: that of the module after it.
         inputs: inputs to test with: the outputs of the model and of the copy must be the same.
 
     Returns:

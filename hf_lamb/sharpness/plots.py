@@ -22,7 +22,10 @@ __all__ = [
     "require_matplotlib",
 ]
 
-BLUE, ORANGE = "#2066a8", "#d1661f"
+BLUE = "#2066a8"
+"""The first colour of the plots."""
+ORANGE = "#d1661f"
+"""The second colour of the plots."""
 
 
 def require_matplotlib() -> Any:

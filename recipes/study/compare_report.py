@@ -54,6 +54,18 @@ def targets_of(records: list[Record]) -> list[str]:
     return [markdown_table(TARGET_HEADER, target_rows(cells, target)), *notes]
 
 
+def summary_of(records: list[Record]) -> list[str]:
+    """What was run, and a row for each batch size: the loss of every optimizer, and how it compares."""
+    search = search_behind(records, search_of)
+    cells = cells_of(search, records)
+    found = {(row[0], row[2]): f"{row[5]}, {row[6]}" for row in rows_of(cells, MIN_STEPS)}
+    batches, names = (list(dict.fromkeys(column)) for column in zip(*found, strict=True))
+    rows = [[batch, *(found[batch, name] for name in names)] for batch in batches]
+    first, *more = notes_on_losses(search, cells, MIN_STEPS)
+    notes = [first.removesuffix(" Trials: learning rates tried."), *more]  # this table has no such column
+    return [description(records), markdown_table(["batch", *names], rows), *notes]
+
+
 class Cell(NamedTuple):
     """One optimizer at one batch size, tuned and judged."""
 

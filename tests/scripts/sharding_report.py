@@ -1,6 +1,6 @@
-"""Measures sharded against unsharded training, of this LAMB and of others, and writes README's table.
+"""Measures sharded against unsharded training, of this LAMB and of others, and writes docs/sharding.md's table.
 
-`make sharding-report`: recipes/results/sharding.jsonl gets a line for each run, and README.md the table made of them.
+`make sharding-report`: recipes/results/sharding.jsonl gets a line for each run, docs/sharding.md the table of them.
 Each optimizer is compared with itself. `pip install timm pytorch_optimizer` for the columns of the others, `pip
 install deepspeed` for the rows of ZeRO.
 """
@@ -163,7 +163,7 @@ def main() -> None:
             records += measure(processes, columns)
     with atomic_write(RESULTS) as unfinished:
         unfinished.write_text("".join(json.dumps({**facts, **record}) + "\n" for record in records))
-    write_tables("README.md", {MARKERS: table(records)})
+    write_tables("docs/sharding.md", {MARKERS: table(records)})
     print(table(records))
 
 
