@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
 	@OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) exec $(RUN) recipes.pretrain_bert --resume_from_checkpoint auto $(ARGS)
 
-# As many processes as cores, a thread each; on GPUs, see the recipes' `--help` and README.
+# As many processes as cores, a thread each; on GPUs, see docs/several_gpus.md.
 EVERY_CORE := OMP_NUM_THREADS=1 $(RUN) torch.distributed.run --standalone --nproc_per_node $$(getconf _NPROCESSORS_ONLN)
 
 compare: setup  ## LAMB against AdamW and SGD over batch sizes, on the CPU (minutes): tables, plots, a page

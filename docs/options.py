@@ -60,9 +60,11 @@ def options_page(command: str) -> str:
 def row_of(action: Action) -> str:
     """An option as a row of the table: how it is written, its default, what it does."""
     names = [name for name in action.option_strings if "-" not in name.lstrip("-")] or [action.metavar or action.dest]
-    value = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+    text = in_a_cell(action.help or "")
+    if action.choices and action.nargs != 0:
+        text += f" One of {', '.join(f'`{choice}`' for choice in map(plain, action.choices))}."
     default = "" if action.default in (None, SUPPRESS, []) or action.nargs == 0 else f"`{plain(action.default)}`"
-    return f"| `{', '.join(map(str, names))}{value}` | {default} | {in_a_cell(action.help or '')} |"
+    return f"| `{', '.join(map(str, names))}` | {default} | {text} |"
 
 
 def plain(value: object) -> str:

@@ -32,7 +32,7 @@ __all__ = ["Lamb", "LayerStats", "SkippedSteps"]
 class Lamb(Optimizer):
     """LAMB: AdamW whose step on each layer is rescaled to a fixed fraction of the layer's norm.
 
-    For every parameter tensor w with gradient g, at its step t = 1, 2, ...::
+    For every parameter tensor w with gradient g, at its step t = 1, 2, ...:
 
         m = beta1*m + (1 - beta1)*g          v = beta2*v + (1 - beta2)*g*g
         m̂ = m / (1 - beta1**t)               v̂ = v / (1 - beta2**t)
