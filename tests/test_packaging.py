@@ -48,9 +48,9 @@ def test_the_wheel_holds_hf_lamb_and_nothing_else(dist: Path) -> None:
 
 def test_the_sdists_tests_run_with_the_wheel(dist: Path) -> None:
     """Those against golden numbers; `make release` runs all of them."""
-    release.test_built(dist, ["tests/test_lamb_reference.py", "-k", "golden"])
+    release.test_built(dist, ["--numprocesses", "0", "tests/test_lamb_reference.py", "-k", "golden"])
     with pytest.raises(subprocess.CalledProcessError):
-        release.test_built(dist, ["tests/test_lamb_reference.py", "-k", "no_test_of_this_name"])
+        release.test_built(dist, ["--numprocesses", "0", "tests/test_lamb_reference.py", "-k", "no_test_of_this_name"])
 
 
 def test_a_release_writes_its_version_everywhere_or_nowhere(source: Path) -> None:
