@@ -1,11 +1,12 @@
 # `make pretrain` and `make test` need nothing but Python 3.11+ and git.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
 .PHONY: help setup pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
-	test-deepspeed sharding-report kill-test bench gpu-proof lint format types docs check clean
+	test-deepspeed sharding-report kill-test bench gpu-proof lint format types docs release check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -13,9 +14,9 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## create the virtual environment and install the tested set
 
 # The marker is newer than every file that decides what is installed.
-$(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
+$(VENV)/.installed: pyproject.toml setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[recipes,dev]'
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --editable '.[recipes,dev]'
 	@touch $@
 
 # In the shell's place, so that a signal to make ends the training; started again, it goes on.
@@ -32,7 +33,7 @@ lstm: setup  ## an LSTM on images by rows, small and large batches, on the CPU (
 	$(EVERY_CORE) -m recipes.lstm_mnist --use_cpu True $(ARGS)
 
 finetune: setup  ## fine-tune what `make pretrain` made, against the same from scratch, on the CPU; installs [wiki]
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[wiki]'
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --editable '.[wiki]'
 	test -e runs/pretrain_bert/tiny-lamb/model.safetensors || $(MAKE) pretrain ARGS=
 	$(EVERY_CORE) -m recipes.finetune --use_cpu True $(ARGS)
 
@@ -50,8 +51,8 @@ coverage: setup  ## run the tests and print the share of hf_lamb's and the recip
 
 # timm without its dependencies: its Lamb needs torch alone, and a torchvision that does not fit torch stops transformers.
 test-peers: setup  ## compare with the LAMBs of optax and timm; installs them
-	$(RUN) pip install --quiet --constraint constraints.txt jax optax
-	$(RUN) pip install --quiet --constraint constraints.txt --no-deps timm
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) jax optax
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --no-deps timm
 	HF_LAMB_PEERS=required $(RUN) pytest tests/test_oracles.py $(ARGS)
 
 test-slow: setup  ## run the tests that take long
@@ -63,7 +64,7 @@ test-distributed: setup  ## run the tests on two and four processes (minutes)
 # On a CPU DeepSpeed compiles an extension at its first start: a C++ compiler, and the environment's ninja in the path.
 # In a folder of this environment: a process that was killed while it compiled leaves a lock that all later ones wait for.
 test-deepspeed: setup  ## run the tests with DeepSpeed ZeRO on two and four processes (minutes); installs [deepspeed]
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --editable '.[deepspeed]'
 	TORCH_EXTENSIONS_DIR="$(CURDIR)/$(VENV)/torch_extensions" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 		$(RUN) pytest -m deepspeed $(ARGS)
 
@@ -77,7 +78,7 @@ kill-test: setup  ## kill the pretraining ten times, in one phase and in two; al
 # A line is added for each measurement that is complete; a run that is stopped keeps those it has made.
 BENCHED := --output benchmarks/results
 bench: setup  ## what a step costs, beside the other LAMBs that are installed, timm among them; docs/speed.md (minutes)
-	$(RUN) pip install --quiet --constraint constraints.txt --no-deps timm
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --no-deps timm
 	$(RUN) benchmarks.bench_step $(BENCHED)/step.jsonl
 	$(RUN) benchmarks.bench_step --dtype bfloat16 $(BENCHED)/step.jsonl
 	$(RUN) benchmarks.bench_step --shapes many-small $(BENCHED)/step.jsonl
@@ -92,10 +93,15 @@ bench: setup  ## what a step costs, beside the other LAMBs that are installed, t
 gpu-proof:  ## what only a GPU shows: tests, times, memory; docs/gpu.md (8 minutes; ARGS=--dry: toy sizes on a CPU)
 	$(PYTHON) -m benchmarks.gpu_proof $(ARGS)
 
-lint: setup  ## ruff: lint and format check; import-linter: which module imports which
+SCHEMA := $(VENV)/bin/check-jsonschema --builtin-schema vendor
+lint: setup  ## ruff: lint and format check; import-linter: which module imports which; schemas of what GitHub reads
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(SCHEMA).github-workflows .github/workflows/*.yml
+	$(SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/*_re*.yml
+	$(SCHEMA).github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA).citation-file-format CITATION.cff
 
 format: setup  ## ruff: mend what can be mended
 	$(RUN) ruff check --fix .
@@ -106,8 +112,11 @@ types: setup  ## mypy --strict on hf_lamb/ and recipes/lib/
 
 # MkDocs 1 is what the theme needs; the variable ends its advertisement for another program.
 docs: setup  ## the documentation site in build/site: strict, links checked; installs [docs]
-	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build $(ARGS)
+
+release: setup  ## prepare a release: make release VERSION=0.2.0; it builds and tests, and prints how to publish
+	$(RUN) tests.scripts.release $(VERSION) $(ARGS)
 
 check: lint types docs test test-slow test-distributed test-deepspeed test-peers  ## all of the above
 

@@ -4,36 +4,81 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from datetime import date
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import hf_lamb
+from tests.scripts import release
 
 ROOT = Path(__file__).parent.parent
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 
 
-def test_the_wheel_holds_hf_lamb_and_nothing_else(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git tracks."""
+    source = tmp_path_factory.mktemp("source")
+    for name in TRACKED:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def dist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, and the wheel that is built from it."""
+    dist = tmp_path_factory.mktemp("dist")
+    release.build(source, dist)
+    return dist
+
+
+def test_the_wheel_holds_hf_lamb_and_nothing_else(dist: Path) -> None:
     """No recipes, no tests in site-packages; every module and py.typed are there."""
-    source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in tracked:
-        if name.startswith(("hf_lamb/", "recipes/", "tests/")) or "/" not in name:
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     metadata = f"hf_lamb-{hf_lamb.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(metadata)} == {
-        name for name in tracked if name.startswith("hf_lamb/")
+        name for name in TRACKED if name.startswith("hf_lamb/")
     }
     assert metadata + "licenses/LICENSE" in names
+
+
+def test_the_sdists_tests_run_with_the_wheel(dist: Path) -> None:
+    """Those against golden numbers; `make release` runs all of them."""
+    release.test_built(dist, ["--numprocesses", "0", "tests/test_lamb_reference.py", "-k", "golden"])
+    with pytest.raises(subprocess.CalledProcessError):
+        release.test_built(dist, ["--numprocesses", "0", "tests/test_lamb_reference.py", "-k", "no_test_of_this_name"])
+
+
+def test_a_release_writes_its_version_everywhere_or_nowhere(source: Path) -> None:
+    """The changelog's newest section, the citation and the package; a second release needs a new section."""
+    files = [source / name for name in ("CHANGELOG.md", "CITATION.cff", "hf_lamb/_version.py")]
+    before = [file.read_text() for file in files]
+    with pytest.raises(ValueError, match=r"the version 1\.2 is not of the form 1\.2\.3"):
+        release.write_version(source, "1.2", date(2027, 1, 2))
+    release.write_version(source, "1.2.3", date(2027, 1, 2))
+    changelog, citation, version = (file.read_text() for file in files)
+    assert "\n## 1.2.3 (2027-01-02)\n" in changelog
+    assert "\nversion: 1.2.3\ndate-released: 2027-01-02\n" in citation
+    assert version.endswith('__version__ = "1.2.3"\n')
+    with pytest.raises(ValueError, match=r"CHANGELOG\.md: expected one line like .*unreleased"):
+        release.write_version(source, "1.2.4", date(2027, 1, 3))
+    assert [file.read_text() for file in files] == [changelog, citation, version]
+    for file, text in zip(files, before, strict=True):
+        file.write_text(text)
+
+
+def test_the_floors_that_are_tested_are_those_of_the_metadata() -> None:
+    """.github/workflows/ci.yml tests with the lowest versions that an installation may have."""
+    floors = (ROOT / ".github/floors.txt").read_text().splitlines()[1:]
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert [Version(line.partition("==")[2]) for line in floors] == [
+        Version(requirement.partition(">=")[2].partition(",")[0]) for requirement in needed
+    ]
+    assert [line.partition("==")[0] for line in floors] == [need.partition(">=")[0] for need in needed]
 
 
 def loaded_by(statement: str) -> set[str]:
