@@ -189,5 +189,5 @@ def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(accelerate_loop, "load_data", lambda *_: SimpleNamespace(facts={}))
     monkeypatch.setattr(accelerate_loop, "only_run_in", lambda *_: nullcontext())
     with ExitStack() as until_the_end:
-        _, args, _, accumulation, _ = accelerate_loop.prepare(until_the_end)
-    assert (args.warmup_steps, args.per_device_train_batch_size, accumulation) == (4, 32, 2)
+        _, args, _, stages, _ = accelerate_loop.prepare(until_the_end)
+    assert (args.warmup_steps, args.per_device_train_batch_size, stages.at(0).accumulation) == (4, 32, 2)

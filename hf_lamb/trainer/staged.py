@@ -227,8 +227,8 @@ class StagedTraining(TrainingLogCallback):
         if not isinstance(scheduler, LambdaLR):
             name = SchedulerType(self.trainer.args.lr_scheduler_type).value
             raise ValueError(
-                f"lr_scheduler_type {name}: with batch_size_schedule and base_learning_rate use a function of the step, "
-                "such as linear"
+                f"lr_scheduler_type {name}: with batch_size_schedule and base_learning_rate use a function of the "
+                "step, such as linear"
             )
 
         def scaled(factor: Callable[[int], float]) -> Callable[[int], float]:
