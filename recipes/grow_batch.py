@@ -14,7 +14,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from transformers import HfArgumentParser
 
 from hf_lamb.batch_schedule import batch_stages
 from recipes.lib.pretraining import load_data
@@ -25,36 +28,52 @@ from recipes.study.sweep import Record, Study, Trial
 
 SHORT = {"size": "smoke", "vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
 DECIDED = {"--batch_size_schedule", "--learning_rate", "--base_learning_rate", "--base_batch_size", "--plan", "--seed"}
-FOLDER = "runs/grow_batch"
+
+
+@dataclass
+class GrowthArguments:
+    """The recipe's own option; all others are those of recipes.pretrain_bert, whose --help lists them."""
+
+    output_dir: str = field(default="runs/grow_batch", metadata={"help": "The folder of the study."})
 
 
 def main() -> None:
     """Run the trials that are missing; print the table."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{__doc__}\nAll options are those of recipes.pretrain_bert: see its --help.")
-        return
     try:
-        argv = [*words_of(SHORT), *sys.argv[1:]]
-        if given := [word for word in argv if word.partition("=")[0] in DECIDED]:
-            raise ValueError(f"{given[0]}: leave it out, it is what this recipe varies")
+        own, given = parser_of_study().parse_args_into_dataclasses(return_remaining_strings=True)
+        if decided := [word for word in given if word.partition("=")[0] in DECIDED]:
+            raise ValueError(f"{decided[0]}: leave it out, it is what this recipe varies")
+        argv = [*words_of(SHORT), *given]
         recipe, args = parse(argv)
-        if args.max_steps < len(NAMES):
-            raise ValueError(f"--max_steps {args.max_steps}: give the number of steps of a trial, such as 400")
-        folder = Path(args.output_dir if any(word.startswith("--output_dir") for word in argv) else FOLDER)
+        if args.max_steps < 10:
+            raise ValueError(f"--max_steps {args.max_steps}: give at least 10 steps of a trial")
+        batch = recipe.global_batch_size
+        if batch % 4:
+            raise ValueError(f"--global_batch_size {batch}: give a multiple of 4, a quarter of it is where it begins")
         facts = {
             "model": f"BERT-{recipe.size}" if recipe.size else recipe.model_name,
             **{
                 name: getattr(recipe, name) for name in ("vocab_size", "max_seq_length", "global_batch_size", "corpus")
             },
             "max_steps": args.max_steps,
-            "per_device_train_batch_size": max(1, recipe.global_batch_size // 4),
+            "per_device_train_batch_size": batch // 4,
         }
-        study = Study(folder, search_of(["lamb"], list(NAMES), 3), facts)
-        make_output_dir(str(folder))
+        study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
+        make_output_dir(own.output_dir)
         records = study.run(trials_of(study, argv))
         print("\n".join(results_of(records)))
     except (ValueError, OSError) as error:
         sys.exit(f"grow_batch: {' '.join(str(error).split())}")
+
+
+def parser_of_study() -> HfArgumentParser:
+    """The parser of the recipe's own option, which leaves the pretraining's alone."""
+    return HfArgumentParser(
+        GrowthArguments,
+        description=__doc__.splitlines()[0],
+        epilog="All other options are those of recipes.pretrain_bert: see its --help.",
+        allow_abbrev=False,
+    )
 
 
 def words_of(options: dict[str, object]) -> list[str]:
