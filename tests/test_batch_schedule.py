@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_lamb import LambTrainer, LambTrainingArguments
 from hf_lamb.batch_schedule import batch_stages
@@ -389,6 +389,24 @@ def test_what_fixes_the_batch_is_refused(options: dict[str, Any], message: str, 
     assert not list(tmp_path.iterdir())
 
 
+def test_deepspeed_is_refused(start: Path, tmp_path: Path) -> None:
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), FixedRows("mlm", ROWS, seed=0))
+    run.is_deepspeed_enabled = True
+    with one_line(ValueError, "DeepSpeed fixes the accumulation steps: leave it out, or batch_size_schedule"):
+        run.train()
+
+
+def test_a_script_without_the_option_is_left_alone(start: Path, tmp_path: Path) -> None:
+    """Plain TrainingArguments, as those of a script under `hf_lamb.run --trainer lamb`, do not know it."""
+    args = TrainingArguments(
+        output_dir=str(tmp_path), optim="lamb", max_steps=1, gradient_accumulation_steps=2, **QUIET
+    )
+    run = LambTrainer(model=trained_model("mlm", start), args=args, train_dataset=FixedRows("mlm", 64, seed=0))
+    run.train()
+    assert run.staged is None
+    assert run.get_total_train_batch_size(args) == 16
+
+
 # -- two processes ----------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +436,16 @@ def test_two_processes_train_as_one(two_processes: dict[str, Any], start: Path, 
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in theirs], abs=1e-5)
     for key in ("learning_rate", "epoch", "lamb/batch_size"):
         assert [line[key] for line in lines] == [line[key] for line in theirs], key
+
+
+@pytest.mark.distributed
+def test_two_processes_read_a_stream_as_one(two_processes: dict[str, Any], start: Path) -> None:
+    rows = FixedRows("mlm", ROWS, seed=0)
+    rows.input_ids, rows.labels = rows.input_ids.repeat(9, 1), rows.labels.repeat(9, 1)
+    expected, lines = by_hand(trained_model("mlm", start), rows), two_processes["stream"]
+    for key in ("loss", "learning_rate", "lamb/batch_size"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+    assert lines[-1]["epoch"] == 1
 
 
 @pytest.mark.distributed

@@ -173,6 +173,11 @@ def main(folder: Path) -> None:
     found["long"] = lines_of(long)
     forget_accelerator()
 
+    stream = trainer(folder / "stream", trained_model("mlm", folder / "start"), Stream(data, 9))
+    stream.train()
+    found["stream"] = lines_of(stream)
+    forget_accelerator()
+
     ways = []  # of ending after the kill: the weights of all processes
     for resumed in (False, True):
         run = trainer(
