@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 COMMANDS = (
     *("hf_lamb.run", "hf_lamb.plan", "hf_lamb.sharpness"),
-    *("recipes.pretrain_bert", "recipes.find_rate", "recipes.accelerate_loop"),
+    *("recipes.pretrain_bert", "recipes.find_rate", "recipes.grow_batch", "recipes.accelerate_loop"),
     *("recipes.compare_optimizers", "recipes.finetune", "recipes.lstm_mnist", "recipes.sharp_minima"),
 )
 

@@ -4,6 +4,7 @@
     python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
     python -m hf_lamb.plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
         --seconds_per_micro_batch 0.11 --parameters 336e6
+    python -m hf_lamb.plan --plan paper-32k --batch_size_schedule '0:8192 4000:32768' --output plan.yaml
     python -m hf_lamb.plan --global_batch_size 8192 --rate runs/find_rate/base/lamb.yaml --output plan.yaml
 
 `--output` writes a YAML file for `recipes.pretrain_bert --plan`. Time and memory are estimates. The time counts the
@@ -18,13 +19,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml  # transformers and accelerate bring it
 
+from hf_lamb.batch_schedule import BatchStages, Stage, batch_stages
 from hf_lamb.files import atomic_write
 from hf_lamb.scaling import did_you_mean, norm_growth, norm_growth_warning, scaled_learning_rate
 
@@ -39,8 +41,9 @@ class Phase:
 
     Args:
         options: this phase's own options, by name. The published plans have `max_seq_length` (tokens),
-            `global_batch_size` (sequences per optimizer step), and options of `LambTrainingArguments`: `max_steps`,
-            `warmup_steps`, `learning_rate` (the peak), and the decay if it is not linear.
+            `global_batch_size` (sequences per optimizer step) or `batch_size_schedule`, and options of
+            `LambTrainingArguments`: `max_steps`, `warmup_steps`, `learning_rate` (the peak), and the decay if it is
+            not linear.
         from_memory: names of the options that were not checked against the source.
     """
 
@@ -50,13 +53,47 @@ class Phase:
     @property
     def sequences(self) -> int:
         """The number of sequences that the phase trains on."""
-        return int(self.options["max_steps"] * self.options["global_batch_size"])
+        return self.stages().sequences(self.options["max_steps"])
+
+    def stages(self, at_once: int = 1) -> BatchStages:
+        """Return the batches of the phase's steps, in multiples of `at_once`."""
+        schedule = self.options.get("batch_size_schedule") or f"0:{self.options['global_batch_size']}"
+        return batch_stages(schedule, at_once)
+
+    def rate(self, batch_size: int) -> float:
+        """Return the peak learning rate at a batch."""
+        if "base_learning_rate" not in self.options:
+            return float(self.options["learning_rate"])
+        rate, base, rule = (
+            self.options.get(name, "sqrt")
+            for name in ("base_learning_rate", "base_batch_size", "learning_rate_scaling")
+        )
+        return scaled_learning_rate(rate, base, batch_size, rule).learning_rate
+
+    @property
+    def norm_growth(self) -> float:
+        """lr²T/3, with the rate of every step's batch."""
+        return sum(growth for *_, growth in self.of_stages())
+
+    def of_stages(self, at_once: int = 1) -> Iterator[tuple[int, int, int, float, float]]:
+        """Yield first step, batch, accumulation, peak rate, and its part of lr²T/3, for every stage."""
+        steps = self.options["max_steps"]
+        for stage, end in self.stages(at_once).within(steps):
+            rate = self.rate(stage.batch_size)
+            growth = norm_growth(rate, steps, stage.first_step, end)
+            yield stage.first_step, stage.batch_size, stage.accumulation, rate, growth
 
     @property
     def decay(self) -> str:
         """The decay in words, for the table."""
-        if "lr_scheduler_kwargs" in self.options:
-            return f"cosine to {self.options['lr_scheduler_kwargs']['min_lr_rate']:.0%}"
+        shape, more = self.options.get("lr_scheduler_type"), self.options.get("lr_scheduler_kwargs", {})
+        if shape == "cosine_with_min_lr":
+            part = f"{2 * more['num_cycles']:.0%} of a " if "num_cycles" in more else ""
+            return f"{part}cosine to {more['min_lr_rate']:.0%}"
+        if shape == "polynomial":
+            return f"(1 - t)^{more['power']:g} to {more['lr_end']:.3g}"
+        if shape == "warmup_stable_decay":
+            return f"none, then linear in {more['num_decay_steps']:,} steps"
         of_all = " of all steps" if self.options.get("decay_from_first_step") else ""
         return f"(1 - t)^{self.options.get('decay_power', 1):g}{of_all}"
 
@@ -146,11 +183,11 @@ _RATE = ("learning_rate", "warmup_steps")
 
 
 def _phase(
-    tokens: int, batch: int, steps: int, warmup_steps: int, rate: float, *from_memory: str, **decay: Any
+    tokens: int, batch: int | str, steps: int, warmup_steps: int, rate: float, *from_memory: str, **decay: Any
 ) -> Phase:
     options = {
         "max_seq_length": tokens,
-        "global_batch_size": batch,
+        "global_batch_size" if isinstance(batch, int) else "batch_size_schedule": batch,
         "max_steps": steps,
         "warmup_steps": warmup_steps,
         "learning_rate": rate,
@@ -194,6 +231,52 @@ _ALL_PLANS = (
         "ltg-bert",
         "https://github.com/ltgoslo/ltg-bert; the batch is that of https://github.com/ltgoslo/gpt-bert, with the same "
         "rate and steps",
+    ),
+    # In the source one run: lengths and batches change at 70 and 90 % of 15,625 steps, the rest step by step. The
+    # masking is the mean over each phase. The rate of phase 2 is within 1.3 % of the source's cosine. That of phase 3
+    # is its root mean square, at most 11 % away from it; then the source's cooldown.
+    Plan(
+        (
+            _phase(
+                128,
+                "8192->25394 over 10937",
+                10_937,
+                250,
+                1e-2,
+                "mlm_probability",
+                mlm_probability=0.2475,
+                lr_scheduler_type="cosine_with_min_lr",
+                lr_scheduler_kwargs={"min_lr_rate": 0.1, "num_cycles": 0.3475},
+            ),
+            _phase(
+                256,
+                "12697->15155 over 3125",
+                3125,
+                0,
+                2.911e-3,
+                "mlm_probability",
+                "learning_rate",
+                mlm_probability=0.18,
+                lr_scheduler_type="polynomial",
+                lr_scheduler_kwargs={"lr_end": 1.228e-3, "power": 1.31},
+            ),
+            _phase(
+                512,
+                "7577->8192 over 1563",
+                1563,
+                0,
+                1.092e-3,
+                "mlm_probability",
+                "learning_rate",
+                mlm_probability=0.1575,
+                lr_scheduler_type="warmup_stable_decay",
+                lr_scheduler_kwargs={"num_stable_steps": 1313, "num_decay_steps": 250, "decay_type": "linear"},
+            ),
+        ),
+        {**_BASE, "vocab_size": 16_384, "adam_beta2": 0.98, "adam_epsilon": 1e-8, "carry_over": "optimizer"},
+        "gpt-bert",
+        "https://github.com/ltgoslo/gpt-bert at 9fc1507, pretraining/train_multi_gpu.py, utils.py, configs/base.json; "
+        "without its causal objective, z-loss, average of the weights (EMA), and architecture",
     ),
 )
 PLANS = {plan.name: plan for plan in _ALL_PLANS}
@@ -252,6 +335,10 @@ def with_found_rate(plan: Plan, path: str | Path, rule: str = "sqrt") -> Plan:
             f"--rate {path} has no base_learning_rate and base_batch_size: `python -m recipes.find_rate` writes them"
         )
     found.pop("max_seq_length", None)  # of the search; a plan has its own
+    if scheduled := [
+        phase.options["batch_size_schedule"] for phase in plan.phases if "batch_size_schedule" in phase.options
+    ]:
+        raise ValueError(f"--rate: choose a plan with one batch in each phase, not {scheduled[0]!r}")
     scaled = [scaled_learning_rate(rate, batch, phase.options["global_batch_size"], rule) for phase in plan.phases]
     phases = (
         replace(p, options=p.options | {"learning_rate": s.learning_rate}, from_memory=_without_rate(p.from_memory))
@@ -264,6 +351,30 @@ def with_found_rate(plan: Plan, path: str | Path, rule: str = "sqrt") -> Plan:
 
 def _without_rate(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name != "learning_rate")
+
+
+def with_schedules(plan: Plan, schedules: Sequence[str], rule: str = "sqrt") -> Plan:
+    """Return the plan with one `batch_size_schedule` for each phase; without schedules, the plan itself.
+
+    The plan's own rate is then that of its own batch, and is scaled to the batch of each step.
+
+    Raises:
+        ValueError: there are not as many schedules as phases; one of them is no schedule; the phase has one already.
+    """
+    if not schedules:
+        return plan
+    _check_one_for_each(plan, "batch_size_schedule", schedules)
+    phases = []
+    for phase, schedule in zip(plan.phases, schedules, strict=True):
+        batch_stages(schedule)
+        options = dict(phase.options)
+        batch, rate = options.pop("global_batch_size", None), options.pop("learning_rate")
+        if batch is None:
+            raise ValueError(f"batch_size_schedule {schedule!r}: plan {plan.name} has its own, leave it out")
+        options |= {"batch_size_schedule": schedule, "base_learning_rate": rate, "base_batch_size": batch}
+        options |= {"learning_rate_scaling": rule}
+        phases.append(replace(phase, options=options, from_memory=(*phase.from_memory, "batch_size_schedule")))
+    return replace(plan, name=f"{plan.name} with a schedule of the batch", phases=tuple(phases))
 
 
 def find_plan(name: str) -> Plan:
@@ -294,11 +405,13 @@ def split_over(plan: Plan, micro_batches: Sequence[int]) -> Plan:
 def _check_one_for_each(plan: Plan, option: str, values: Sequence[Any]) -> None:
     if len(values) != len(plan.phases):
         raise ValueError(
-            f"{option}: give {len(plan.phases)} numbers, one for each phase of {plan.name}, not {len(values)}"
+            f"{option}: give {len(plan.phases)} values, one for each phase of {plan.name}, not {len(values)}"
         )
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
+
+MOST_STAGES = 40  # in a list, if no micro-batch says how coarse it is
 
 COLUMNS = {
     "sequence": "max_seq_length",
@@ -328,23 +441,25 @@ def table(plan: Plan, gpus: int = 1, seconds: Sequence[float] = (), parameters: 
         rows[0].append("time")
     for i, phase in enumerate(plan.phases):
         options = phase.options
-        rate, steps = options["learning_rate"], options["max_steps"]
         pairs = zip(_numbers(phase), COLUMNS.values(), strict=True)
         row = [f"{number}*" if name in phase.from_memory else number for number, name in pairs]
         row += [
             phase.decay,
             f"{phase.sequences / 1e6:.3g}M",
             f"{phase.sequences * options['max_seq_length'] / 1e9:.3g}G",
-            f"{norm_growth(rate, steps):.3f}",
+            f"{phase.norm_growth:.3f}",
         ]
         if split:
-            accumulation = _accumulation(options, gpus)
+            at_once = _at_once(options, gpus)
+            stages = phase.stages(at_once)
+            accumulation = " to ".join(
+                f"{number}" for number in _ends([s.accumulation for s, _ in _used(phase, stages)])
+            )
             row.append(f"{options['per_device_train_batch_size']} x {accumulation} x {gpus}")
             if seconds:
-                row.append(_duration(steps * accumulation * seconds[i]))
+                row.append(_duration(stages.sequences(options["max_steps"]) / at_once * seconds[i]))
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = _aligned(rows)
     weight_decay, max_grad_norm = plan.options["weight_decay"], plan.options["max_grad_norm"]
     lines = [f"{plan.name}: weight decay {weight_decay:g}, gradients clipped to {max_grad_norm:g}", *lines]
     if any(phase.from_memory for phase in plan.phases):
@@ -356,9 +471,42 @@ def table(plan: Plan, gpus: int = 1, seconds: Sequence[float] = (), parameters: 
             f"memory: {gib:.1f} GiB for weights, gradients and moments in float32; add one micro-batch's activations"
         )
     for phase in plan.phases:
-        if warning := norm_growth_warning(phase.options["learning_rate"], phase.options["max_steps"]):
+        rate = phase.rate(phase.stages().largest)
+        if warning := norm_growth_warning(rate, phase.options["max_steps"], phase.norm_growth):
             lines.append(f"warning: {warning}")
+    for number, phase in enumerate(plan.phases, 1):
+        if "batch_size_schedule" in phase.options:
+            lines += stage_table(phase, number, gpus)
     return "\n".join(lines)
+
+
+def stage_table(phase: Phase, number: int, gpus: int) -> list[str]:
+    """Return lines with batch, rate, lr²T/3 and if given the split of every stage of a phase."""
+    micro_batch = phase.options.get("per_device_train_batch_size")
+    if micro_batch is None and len(phase.stages().stages) > MOST_STAGES:
+        return [f"phase {number}: give per_device_train_batch_size, and its stages are listed"]
+    rows = [["from step", "batch", "rate", "lr²T/3"] + ["split"] * (micro_batch is not None)]
+    for first, batch, accumulation, rate, growth in phase.of_stages(
+        1 if micro_batch is None else _at_once(phase.options, gpus)
+    ):
+        rows.append([f"{first:,}", f"{batch:,}", f"{rate:.4g}", f"{growth:.4f}"])
+        if micro_batch is not None:
+            rows[-1].append(f"{micro_batch} x {accumulation} x {gpus}")
+    return [f"phase {number}, {phase.options['batch_size_schedule']}:", *_aligned(rows)]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _used(phase: Phase, stages: BatchStages) -> list[tuple[Stage, int]]:
+    return list(stages.within(phase.options["max_steps"]))
+
+
+def _ends(numbers: list[int]) -> list[int]:
+    """Return the first and the last number, or the one that both are."""
+    return numbers[:1] if numbers[0] == numbers[-1] else [numbers[0], numbers[-1]]
 
 
 def commands(plan: Plan) -> str:
@@ -383,19 +531,24 @@ def names() -> str:
 
 def _numbers(phase: Phase) -> list[str]:
     """What the columns of the table begin with."""
-    values = [phase.options[name] for name in COLUMNS.values()]
-    return [f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in values]
+    batches = _ends([stage.batch_size for stage, _ in _used(phase, phase.stages())])
+    own = {
+        "global_batch_size": " to ".join(f"{batch:,}" for batch in batches),
+        "learning_rate": " to ".join(f"{rate:.4g}" for rate in sorted({phase.rate(batch) for batch in batches})),
+    }
+    return [own.get(name) or f"{phase.options[name]:,}" for name in COLUMNS.values()]
 
 
-def _accumulation(options: dict[str, Any], gpus: int) -> int:
-    batch, micro_batch = options["global_batch_size"], options["per_device_train_batch_size"]
-    at_once = micro_batch * gpus
+def _at_once(options: dict[str, Any], gpus: int) -> int:
+    """Return micro-batch x GPUs. A schedule's batches are rounded to its multiples; a single batch must be one."""
+    batch, micro_batch = options.get("global_batch_size", 0), options["per_device_train_batch_size"]
+    at_once: int = micro_batch * gpus
     if micro_batch < 1 or gpus < 1 or batch % at_once:
         raise ValueError(
             f"global_batch_size {batch:,} is no multiple of {at_once} = {micro_batch} "
             f"(per_device_train_batch_size) x {gpus} GPUs"
         )
-    return int(batch // at_once)
+    return at_once
 
 
 def _duration(seconds: float) -> str:
@@ -413,6 +566,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--plan", help="The plan's name; with --global_batch_size, the plan to scale (paper-32k).")
     parser.add_argument("--global_batch_size", type=int, help="Scale a plan of one phase to this batch.")
+    parser.add_argument(
+        "--batch_size_schedule",
+        nargs="+",
+        default=[],
+        help="Batches that change during a phase, such as '0:8192 4000:32768' or '8192->32768 over 4000', one of "
+        "these for every phase. The rate follows the batch.",
+    )
     parser.add_argument("--learning_rate_scaling", default="sqrt", help="Rule for its rate: sqrt, linear, none.")
     parser.add_argument("--rate", help="A file of recipes.find_rate: its model and rate, scaled to the plan's batch.")
     parser.add_argument("--gpus", type=int, default=1, help="Data-parallel devices.")
@@ -423,7 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="Write the plan to this YAML file, for recipes.pretrain_bert --plan."
     )
     args = parser.parse_args(argv)
-    if args.plan is None and args.global_batch_size is None and args.rate is None:
+    if args.plan is None and args.global_batch_size is None and args.rate is None and not args.batch_size_schedule:
         sys.stdout.write(names() + "\n")
         return
     try:
@@ -433,6 +593,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan = plan_for_batch(args.global_batch_size, args.plan or "paper-32k", args.learning_rate_scaling)
         if args.rate is not None:
             plan = with_found_rate(plan, args.rate, args.learning_rate_scaling)
+        plan = with_schedules(plan, args.batch_size_schedule, args.learning_rate_scaling)
         plan = split_over(plan, args.per_device_train_batch_size)
         overview = table(plan, args.gpus, args.seconds_per_micro_batch, args.parameters)
         sys.stdout.write(f"{overview}\n{commands(plan)}\n")

@@ -120,22 +120,32 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
         )
 
 
-def norm_growth(learning_rate: float, total_steps: int) -> float:
+def norm_growth(learning_rate: float, total_steps: int, first_step: int = 0, end: int | None = None) -> float:
     """Return lr² T / 3, the sum of the squared learning rates of T steps with linear decay from lr.
+
+    With `first_step` and `end`, return the part of this sum that the steps from the one until before the other have.
 
     A LAMB step changes the weights by a fraction lr of their norm. If steps are nearly orthogonal to the weights and
     to each other, ‖w‖² grows by the factor exp(lr² T / 3) over a run. The sqrt rule keeps this number constant at a
     constant number of epochs.
     """
-    return learning_rate**2 * total_steps / 3
+    before, after = ((total_steps - step) / total_steps for step in (first_step, total_steps if end is None else end))
+    return learning_rate**2 * total_steps / 3 * (before**3 - after**3)
 
 
-def norm_growth_warning(learning_rate: float, total_steps: int) -> str | None:
-    """Return a one-line warning, with a rate that is low enough, if `norm_growth` is above `NORM_GROWTH_LIMIT`."""
-    growth = norm_growth(learning_rate, total_steps)
+def norm_growth_warning(learning_rate: float, total_steps: int, growth: float | None = None) -> str | None:
+    """Return a one-line warning, with a rate that is low enough, if `norm_growth` is above `NORM_GROWTH_LIMIT`.
+
+    Args:
+        learning_rate: the peak.
+        total_steps: the run's.
+        growth: the run's `norm_growth`, if the rate also follows the batch. Default: that of a linear decay.
+    """
+    if growth is None:
+        growth = norm_growth(learning_rate, total_steps)
     if growth <= NORM_GROWTH_LIMIT:
         return None
-    highest = math.sqrt(3 * NORM_GROWTH_LIMIT / total_steps)
+    highest = learning_rate * math.sqrt(NORM_GROWTH_LIMIT / growth)
     return (
         f"learning rate {learning_rate:.4g} over {total_steps:,} steps makes the weights' squared norm grow about "
         f"{math.exp(min(growth, 100.0)):.3g}-fold (lr²T/3 = {growth:.2g}; the paper's runs have 0.13). Small masked "

@@ -5,7 +5,6 @@ accelerate launch --config_file recipes/configs/accelerate/fsdp2.yaml -m recipes
 """
 
 import json
-import math
 import shutil
 import sys
 from contextlib import ExitStack, nullcontext
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
+from hf_lamb.batch_schedule import BatchStages, batch_stages
 from hf_lamb.scaling import check_warmup, decay_factor
 from recipes.lib.bert import SIZES, new_bert
 from recipes.lib.options import parse_options
@@ -54,6 +54,10 @@ class LoopArguments:
     vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the tokenizer that is trained."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens in a training sequence."})
     global_batch_size: int = field(default=64, metadata={"help": "Sequences in an optimizer step."})
+    batch_size_schedule: str | None = field(
+        default=None,
+        metadata={"help": "In place of it: batches from given steps on, '0:64 1000:128', or '64->128 over 1000'."},
+    )
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Sequences at a time on each process; default: at most 32, as many as fit."}
     )
@@ -86,7 +90,7 @@ def main() -> None:
         accelerator.end_training()
 
 
-def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data, int, Path | None]:
+def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data, BatchStages, Path | None]:
     """The arguments of `train`; where an option is wrong, the program ends with one line.
 
     until_the_end: gets the lock of the output folder.
@@ -102,11 +106,13 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
                 "DeepSpeed steps inside backward, which this loop does not support: use recipes.pretrain_bert"
             )
         check_connected(accelerator.num_processes)
+        schedule, processes = args.batch_size_schedule or f"0:{args.global_batch_size}", accelerator.num_processes
         if args.per_device_train_batch_size is None:
-            args.per_device_train_batch_size = micro_batch_of(args.global_batch_size, accelerator.num_processes)
-        accumulation = accumulation_of(
-            args.global_batch_size, args.per_device_train_batch_size, accelerator.num_processes
-        )
+            smallest = min(stage.batch_size for stage in batch_stages(schedule).stages)
+            args.per_device_train_batch_size = micro_batch_of(smallest, processes)
+        if args.batch_size_schedule is None:
+            accumulation_of(args.global_batch_size, args.per_device_train_batch_size, processes)  # whole, or an error
+        stages = batch_stages(schedule, args.per_device_train_batch_size * processes)
         if args.warmup_steps is None:
             args.warmup_steps = args.max_steps // 10
         check_warmup(args.warmup_steps, args.max_steps)
@@ -122,9 +128,8 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
         sys.exit(f"accelerate_loop: {' '.join(str(error).split())}")
     if accelerator.is_main_process:
         print(
-            f"BERT-{args.size}, global batch {args.global_batch_size:,} = {args.per_device_train_batch_size} "
-            f"sequences x {accumulation} accumulation steps x {accelerator.num_processes} processes; "
-            f"{args.max_steps:,} steps\n"
+            f"BERT-{args.size}, global batch {args.batch_size_schedule or args.global_batch_size}, in passes of "
+            f"{args.per_device_train_batch_size} sequences x {processes} processes; {args.max_steps:,} steps\n"
             f"{kind_of(accelerator)} on {hardware()}"
         )
         facts = Path(newest, DATA_FILE) if newest else None
@@ -133,7 +138,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
             print(f"warning: {line}")
         if newest:
             print(f"resuming from {newest}, step {step_of(newest):,} of {args.max_steps:,}")
-    return accelerator, args, data, accumulation, newest
+    return accelerator, args, data, stages, newest
 
 
 def step_of(checkpoint: Path) -> int:
@@ -141,8 +146,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulation: int, newest: Path | None) -> None:
-    """Train and save; every step takes `accumulation` micro-batches on each process."""
+def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: BatchStages, newest: Path | None) -> None:
+    """Train and save; `stages` say how many micro-batches each step takes on each process."""
     set_seed(args.seed)
     model = new_bert(args.size, data.tokenizer, args.max_seq_length)
     lamb = Lamb(lamb_param_groups(model, args.weight_decay), lr=args.learning_rate)
@@ -164,15 +169,14 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, accumulatio
         accelerator.load_state(str(newest))
         step = step_of(newest)
     bar = tqdm(total=args.max_steps, initial=step, disable=not accelerator.is_local_main_process)
-    steps_per_epoch = math.ceil(len(loader) / accumulation)
     while step < args.max_steps:
-        epoch, done = divmod(step, steps_per_epoch)
+        epoch, done = stages.position(step, len(loader))
         data.train.set_epoch(epoch)  # the masks
         order.set_epoch(epoch)
-        rest = skip_first_batches(loader, done * accumulation)
+        rest = skip_first_batches(loader, done)
         rest.set_epoch(epoch)
         batches = iter(rest)
-        while step < args.max_steps and (micro_batches := list(islice(batches, accumulation))):
+        while step < args.max_steps and (micro_batches := list(islice(batches, stages.at(step).accumulation))):
             model.train()
             losses.append(forward_and_backward(accelerator, model, micro_batches))
             norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -45,6 +45,7 @@ from hf_lamb import (
     trust_ratio_history,
     trust_ratio_warnings,
 )
+from hf_lamb.batch_schedule import batch_stages
 from hf_lamb.plan import PLANS, Plan, read_plan
 from recipes.lib.labelled import IGNORED
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
@@ -97,7 +98,7 @@ class RecipeArguments(PretrainingArguments):
         default=64,
         metadata={
             "help": "Sequences in an optimizer step, over all processes; default by --size. The accumulation follows "
-            "from it, --per_device_train_batch_size and the number of processes."
+            "from it, --per_device_train_batch_size and the number of processes. --batch_size_schedule replaces it."
         },
     )
     plan: str | None = field(
@@ -268,7 +269,8 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
         if trainer.is_world_process_zero():
             record = result(phase, trainer, data, metrics, seconds, timed_steps, begun_with)
             output = Path(args.output_dir)
-            title = f"{recipe.model_name}, {args.optim.value}, batch {recipe.global_batch_size}"
+            batch = args.batch_size_schedule or recipe.global_batch_size
+            title = f"{recipe.model_name}, {args.optim.value}, batch {batch}"
             plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
             drawn = plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
             append_json_line(output / "results.jsonl", record)
@@ -453,6 +455,14 @@ def parse(
     global_batch, steps = (
         getattr(early, name) or defaults[name] for name in ("global_batch_size", "max_steps")
     )  # None: not given
+    if early.batch_size_schedule is not None:
+        if early.global_batch_size is not None:
+            raise ValueError(
+                f"--batch_size_schedule {early.batch_size_schedule!r}: leave out --global_batch_size "
+                f"{early.global_batch_size}, which it replaces"
+            )
+        batches = [stage.batch_size for stage in batch_stages(early.batch_size_schedule).stages]
+        global_batch, defaults["global_batch_size"] = min(batches), max(batches)
     defaults["warmup_steps"] = round(share * steps) if steps > 0 else share
     devices = int(os.environ.get("WORLD_SIZE", 1))
     folder_name = Path(other).absolute().name if other else size
@@ -478,7 +488,17 @@ def parse(
     check_connected(args.world_size)
     devices = args.world_size * max(1, args.n_gpu)
     if early.per_device_train_batch_size is None:
-        args.per_device_train_batch_size = micro_batch_of(recipe.global_batch_size, devices)
+        args.per_device_train_batch_size = micro_batch_of(global_batch, devices)
+    if args.batch_size_schedule is None:
+        set_accumulation(recipe, args, devices)
+    for name in ("eval_steps", "save_steps"):  # as Trainer does, which then compares them with a checkpoint's
+        if args.max_steps > 0 and (share := getattr(args, name)) is not None and 0 < share < 1:
+            setattr(args, name, math.ceil(args.max_steps * share))
+    return recipe, args
+
+
+def set_accumulation(recipe: RecipeArguments, args: LambTrainingArguments, devices: int) -> None:
+    """Set the accumulation steps of the global batch. Raises ValueError for a batch that cannot be made up."""
     accumulation = accumulation_of(recipe.global_batch_size, args.per_device_train_batch_size, devices)
     if args.gradient_accumulation_steps not in (1, accumulation):
         raise ValueError(
@@ -486,10 +506,6 @@ def parse(
             f"--global_batch_size and is {accumulation}"
         )
     args.gradient_accumulation_steps = accumulation
-    for name in ("eval_steps", "save_steps"):  # as Trainer does, which then compares them with a checkpoint's
-        if args.max_steps > 0 and (share := getattr(args, name)) is not None and 0 < share < 1:
-            setattr(args, name, math.ceil(args.max_steps * share))
-    return recipe, args
 
 
 def parser_of(add_help: bool = True) -> HfArgumentParser:
@@ -585,9 +601,7 @@ def describe(phase: PhaseRun, trainer: LambTrainer, data: Data, begun_with: tupl
         f"{len(data.tokenizer):,}",
         f"corpus {' '.join(recipe.corpus)}: {size} of {recipe.max_seq_length} tokens to train on, "
         f"{len(data.held_out):,} held out",
-        f"global batch {recipe.global_batch_size:,} = {args.per_device_train_batch_size} sequences x "
-        f"{args.gradient_accumulation_steps} accumulation steps x {args.world_size * max(1, args.n_gpu)} processes; "
-        f"{steps} of {args.optim.value}",
+        f"{batch_in_words(recipe, args, trainer)}; {steps} of {args.optim.value}",
         f"{kind_of(trainer.accelerator)} on {hardware()}",
     ]
     if phase.checkpoint is None and begun_with is not None:
@@ -603,6 +617,26 @@ def describe(phase: PhaseRun, trainer: LambTrainer, data: Data, begun_with: tupl
         of = f"step {step_of(phase.checkpoint):,} of {args.max_steps:,}" if args.max_steps > 0 else "its step"
         lines.append(f"resuming from {phase.checkpoint}, {of}, with the checkpoint's learning rate and options")
     return "\n".join(lines)
+
+
+def batch_in_words(recipe: RecipeArguments, args: LambTrainingArguments, trainer: LambTrainer) -> str:
+    """The global batch, or the batches of --batch_size_schedule, and what makes it up."""
+    devices, micro_batch = args.world_size * max(1, args.n_gpu), args.per_device_train_batch_size
+    if trainer.staged is not None:
+        words = trainer.staged.in_words(args.max_steps)
+        return f"global batch {words}, in passes of {micro_batch} sequences x {devices} processes"
+    return (
+        f"global batch {recipe.global_batch_size:,} = {micro_batch} sequences x {args.gradient_accumulation_steps} "
+        f"accumulation steps x {devices} processes"
+    )
+
+
+def sequences_of(recipe: RecipeArguments, trainer: LambTrainer, last_steps: int) -> int:
+    """The sequences that the last steps have trained on."""
+    if trainer.staged is None:
+        return last_steps * recipe.global_batch_size
+    sequences, steps = trainer.staged.stages.sequences, trainer.state.global_step
+    return sequences(steps) - sequences(steps - last_steps)
 
 
 def result(
@@ -646,7 +680,8 @@ def result(
         "warmup_steps": args.get_warmup_steps(args.max_steps),
         "weight_decay": options["weight_decay"],
         "max_grad_norm": args.max_grad_norm,
-        "global_batch_size": recipe.global_batch_size,
+        "global_batch_size": trainer.get_total_train_batch_size(args),
+        "batch_size_schedule": args.batch_size_schedule,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": args.world_size,
@@ -663,7 +698,7 @@ def result(
         "unigram_accuracy": data.unigram_accuracy,
         "seconds": round(seconds, 1),
         "timed_steps": timed_steps,
-        "tokens_per_second": round(timed_steps * recipe.global_batch_size * recipe.max_seq_length / seconds),
+        "tokens_per_second": round(sequences_of(recipe, trainer, timed_steps) * recipe.max_seq_length / seconds),
     }
 
 

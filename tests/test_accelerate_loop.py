@@ -78,6 +78,29 @@ def test_the_same_run_as_trainers(whole: Path, recipe: Path) -> None:
     assert_as_trainer(whole, recipe)
 
 
+def test_the_same_run_as_trainers_with_a_batch_that_grows(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and resumed inside of a stage."""
+    pytest.importorskip("tensorboard")
+    at = OPTIONS.index("--global_batch_size")
+    growing = [*OPTIONS[:at], "--batch_size_schedule", "0:8 3:16 6:32", *OPTIONS[at + 2 :], "--corpus", str(texts)]
+    more = ["--eval_strategy", "no", "--disable_tqdm", "True"]
+    pretrain(monkeypatch, *growing, "--output_dir", str(tmp_path / "recipe"), *more)
+    monkeypatch.setattr(sys, "argv", ["accelerate_loop", *growing, "--output_dir", str(tmp_path / "loop")])
+    accelerate_loop.main()
+    assert_as_trainer(tmp_path / "loop", tmp_path / "recipe")
+    whole = (tmp_path / "loop/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "loop/checkpoint-8")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume", "True"])
+    accelerate_loop.main()
+    assert (tmp_path / "loop/model.safetensors").read_bytes() == whole
+    record = json.loads((tmp_path / "recipe/results.jsonl").read_text())
+    assert (record["global_batch_size"], record["batch_size_schedule"]) == (32, "0:8 3:16 6:32")
+    seconds, tokens = record["seconds"], (3 * 8 + 3 * 16 + 2 * 32) * 32
+    assert record["tokens_per_second"] == pytest.approx(tokens / seconds, rel=0.2 / max(seconds, 0.1))
+
+
 @pytest.mark.distributed
 def test_the_same_run_as_trainers_on_two_processes(texts: Path, recipe: Path, tmp_path: Path) -> None:
     """Half the accumulation on each; the held-out rows do not divide by two."""
@@ -189,5 +212,5 @@ def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(accelerate_loop, "load_data", lambda *_: SimpleNamespace(facts={}))
     monkeypatch.setattr(accelerate_loop, "only_run_in", lambda *_: nullcontext())
     with ExitStack() as until_the_end:
-        _, args, _, accumulation, _ = accelerate_loop.prepare(until_the_end)
-    assert (args.warmup_steps, args.per_device_train_batch_size, accumulation) == (4, 32, 2)
+        _, args, _, stages, _ = accelerate_loop.prepare(until_the_end)
+    assert (args.warmup_steps, args.per_device_train_batch_size, stages.at(0).accumulation) == (4, 32, 2)

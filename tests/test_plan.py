@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
-from hf_lamb import plan
+from hf_lamb import Lamb, LambTrainingArguments, plan
 from hf_lamb.scaling import RULES, norm_growth, scaled_learning_rate
 from recipes import pretrain_bert
 from tests.helpers import one_line
@@ -80,6 +83,57 @@ def test_ltg_bert() -> None:
     assert plan.PLANS["ltg-bert"].options == {"size": "base", "weight_decay": 0.1, "max_grad_norm": 2.0}
 
 
+def gpt_berts(step: int) -> tuple[int, int, float, float]:
+    """Length, batch, share of the rate and masking of a step of its train_multi_gpu.py and utils.py, at 9fc1507."""
+    steps, edge, done = 15_625, int(15_625 * 0.016), step / 15_625
+    times = 4 if (step + 1) / steps >= 0.9 else 2 if (step + 1) / steps >= 0.7 else 1
+    full = 32_768 // times
+    batch = int(full / 4 * (1 - done) + full * done + 0.5)
+    if step < edge:
+        rate = step / edge
+    elif step >= steps - edge:
+        rate = 0.1 * (steps - step) / edge
+    else:
+        rate = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - edge) / (steps - edge)))
+    return 128 * times, batch, rate, 0.3 - 0.15 * done
+
+
+def test_gpt_bert_has_its_sources_batches_rates_and_masking(tmp_path: Path) -> None:
+    """Step by step: batches to one sequence; rates as near as the file says; the masking of a phase is the mean."""
+    published = plan.PLANS["gpt-bert"]
+    assert published.options == plan.PLANS["ltg-bert"].options | {
+        "vocab_size": 16_384,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-8,
+        "carry_over": "optimizer",
+    }
+    first, far = 0, []
+    for phase in published.phases:
+        steps, stages = phase.options["max_steps"], phase.stages()
+        args = LambTrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            **{name: phase.options[name] for name in ("max_steps", "learning_rate", "warmup_steps")},
+            **{name: phase.options[name] for name in ("lr_scheduler_type", "lr_scheduler_kwargs")},
+        )
+        lamb = Lamb([torch.nn.Parameter(torch.ones(1))], lr=args.learning_rate)
+        rate = get_scheduler(args.lr_scheduler_type, lamb, args.warmup_steps, steps, args.lr_scheduler_kwargs)
+        (factor,) = rate.lr_lambdas
+        expected = [gpt_berts(first + step) for step in range(steps)]
+        assert {length for length, *_ in expected} == {phase.options["max_seq_length"]}
+        assert all(abs(stages.at(s).batch_size - batch) <= 1 for s, (_, batch, _, _) in enumerate(expected))
+        mean = sum(masking for *_, masking in expected) / steps
+        assert phase.options["mlm_probability"] == pytest.approx(mean, abs=1e-4)
+        own = [args.learning_rate * factor(step) / 1e-2 for step in range(steps)]
+        apart = [abs(mine / theirs - 1) for mine, (_, _, theirs, _) in zip(own, expected, strict=True) if theirs > 0]
+        far.append(max(apart))
+        first += steps
+    assert first == 15_625
+    assert far[0] < 1e-3
+    assert far[1] < 0.014
+    assert far[2] < 0.12
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_scaling_the_32k_row_gives_the_other_rows(name: str) -> None:
     """Same sequences, same warm-up steps, sqrt rule: nothing else is in the table."""
@@ -117,6 +171,28 @@ def test_accumulation_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{7038 * 128 * 0.1 / 3600:.1f} h" in out
     assert f"{1563 * 512 * 0.05 / 3600:.1f} h" in out
     assert f"{336e6 * 16 / 2**30:.1f} GiB" in out
+
+
+def test_the_stages_of_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    """Batch, rate by the sqrt rule, accumulation on 8 GPUs; the parts of lr²T/3; the time is that of all passes."""
+    line = "--plan paper-32k --batch_size_schedule '0:8192 4000:32768' --gpus 8 --per_device_train_batch_size 128"
+    out = printed(capsys, f"{line} --seconds_per_micro_batch 0.1")
+    rows = out.split("phase 1, 0:8192 4000:32768:")[1].splitlines()
+    _, header, first, second, *_ = (re.split(r"  +", row.strip()) for row in rows)
+    assert header == ["from step", "batch", "rate", "lr²T/3", "split"]
+    assert first[:3] + first[4:] == ["0", "8,192", "0.0025", "128 x 8 x 8"]
+    assert second[:3] + second[4:] == ["4,000", "32,768", "0.005", "128 x 32 x 8"]
+    after = (11_625 / 15_625) ** 3
+    total = 5e-3**2 * 15_625 / 3
+    assert [float(first[3]), float(second[3])] == pytest.approx([total / 4 * (1 - after), total * after], abs=1e-4)
+    assert f"{(4000 * 8 + 11_625 * 32) * 0.1 / 3600:.1f} h" in out
+
+
+def test_a_schedule_of_many_stages_needs_a_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--plan gpt-bert")
+    assert "phase 1: give per_device_train_batch_size, and its stages are listed" in out
+    out = printed(capsys, "--plan gpt-bert --gpus 8 --per_device_train_batch_size 128 64 32")
+    assert "phase 3, 7577->8192 over 1563:" in out
 
 
 def check_arguments(recipe: Any, args: Any, phase: plan.Phase) -> None:
@@ -188,13 +264,16 @@ def test_a_rate_that_is_too_high_is_said(capsys: pytest.CaptureFixture[str]) -> 
         ("--plan paper-32k --gpus 8 --per_device_train_batch_size 60", "32,768 is no multiple of 480 = 60"),
         (
             "--plan nvidia-bert-large --per_device_train_batch_size 64",
-            "give 2 numbers, one for each phase of nvidia-bert-large, not 1",
+            "give 2 values, one for each phase of nvidia-bert-large, not 1",
         ),
         ("--plan paper-32k --seconds_per_micro_batch 1", "without per_device_train_batch_size: give both"),
         (
             "--plan paper-32k --output /nowhere/plan.yaml",
             "--output /nowhere/plan.yaml cannot be written .No such file",
         ),
+        ("--plan paper-32k --batch_size_schedule 8192", "batch_size_schedule '8192': expected '0:256"),
+        ("--plan paper-mixed --batch_size_schedule 0:8", "give 2 values, one for each phase of paper-mixed, not 1"),
+        ("--plan gpt-bert --batch_size_schedule 0:8 0:8 0:8", "plan gpt-bert has its own, leave it out"),
         ("--global_batch_size 64 --learning_rate_scaling squrt", r"'squrt' \(did you mean sqrt\?\)"),
     ],
 )

@@ -42,6 +42,7 @@ SHELL = list(
     )
 )
 # Pages whose snippets continue those of another page.
+ON_TOP = ("recipes.find_rate", "recipes.grow_batch")  # which take the pretraining's options, too
 AFTER = {"sharpness.md": "complete_script.md"}
 
 
@@ -114,7 +115,7 @@ def test_what_a_command_line_names_exists(line: str) -> None:
         if module == "hf_lamb.run":
             given = check_script(given)
         known = parser_of(module)._option_string_actions
-        more = parser_of("recipes.pretrain_bert")._option_string_actions if module == "recipes.find_rate" else {}
+        more = parser_of("recipes.pretrain_bert")._option_string_actions if module in ON_TOP else {}
         assert {word.partition("=")[0] for word in given if word.startswith("--")} <= {*known, *more}
 
 
@@ -140,7 +141,7 @@ def test_recipe_lines_parse(arguments: list[str], tmp_path: Path, monkeypatch: p
             plan.main(writer)
     for phase in pretrain_bert.parse_phases(arguments):
         per_device, accumulation = phase.args.per_device_train_batch_size, phase.args.gradient_accumulation_steps
-        assert accumulation * per_device == phase.recipe.global_batch_size
+        assert phase.args.batch_size_schedule or accumulation * per_device == phase.recipe.global_batch_size
 
 
 @pytest.mark.parametrize("name", ["compare_optimizers", "lstm_mnist", "finetune"])
@@ -203,7 +204,15 @@ def test_every_page_of_how_it_works_has_the_same_headings() -> None:
 def test_every_public_name_has_its_entry() -> None:
     """By name, or with all of its submodule."""
     entries = re.findall(r"^::: (\S+)$", "\n".join(p.read_text() for p in ROOT.glob("docs/api/*.md")), re.MULTILINE)
-    submodules = ["scaling", "plan", "files", "sharpness", "sharpness.plots", "sharpness.checkpoints"]
+    submodules = [
+        "batch_schedule",
+        "scaling",
+        "plan",
+        "files",
+        "sharpness",
+        "sharpness.plots",
+        "sharpness.checkpoints",
+    ]
     named = {f"hf_lamb.{name}" for name in [*hf_lamb.__all__, *submodules]} - {"hf_lamb.__version__"}
     of_sharpness = {f"hf_lamb.{name}" for name in import_module("hf_lamb.sharpness").__all__}
     assert named - of_sharpness <= set(entries)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from hf_lamb.batch_schedule import batch_stages
 from hf_lamb.registration import options_of
 from hf_lamb.scaling import check_warmup, scaled_learning_rate
 
@@ -30,6 +31,10 @@ class LambTrainingArguments(TrainingArguments):
             `learning_rate`. Default None.
         base_batch_size: the global batch of `base_learning_rate`, in sequences per optimizer step. Default None.
         learning_rate_scaling: the rule for scaling: `sqrt`, `linear` or `none`, see `hf_lamb.scaling`. Default "sqrt".
+        batch_size_schedule: optimizer steps and global batches, "0:256 2000:512 6000:1024", or a linear growth,
+            "256->1024 over 6000", see `hf_lamb.batch_schedule.batch_stages`. The accumulation steps follow from it;
+            leave `gradient_accumulation_steps` out. `base_learning_rate` is scaled to the batch of each step;
+            `learning_rate` is not. Default None: one batch.
         decay_power: after a linear warm-up, decay the rate to 0 as (1 - t)**decay_power; it replaces
             `lr_scheduler_type`. 1 is the paper's decay (and Trainer's default "linear"), 0.5 NVIDIA's. Default None.
         decay_from_first_step: t is the fraction of all steps instead of the steps after warm-up. The rate then drops
@@ -41,7 +46,8 @@ class LambTrainingArguments(TrainingArguments):
     Raises:
         ValueError: `TrainingArguments` refuses an argument; an option of LAMB is unknown or out of range;
             `base_learning_rate` is given together with `learning_rate` or without `base_batch_size`; the warm-up is
-            longer than the run; `decay_power` is given together with another `lr_scheduler_type`.
+            longer than the run; `batch_size_schedule` is no schedule; `decay_power` is given together with another
+            `lr_scheduler_type`.
     """
 
     optim: OptimizerNames | str = field(default="lamb", metadata={"help": "The optimizer to use."})
@@ -62,6 +68,13 @@ class LambTrainingArguments(TrainingArguments):
     )
     learning_rate_scaling: str = field(
         default="sqrt", metadata={"help": "How --base_learning_rate follows the batch: sqrt, linear or none."}
+    )
+    batch_size_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "The global batch from given optimizer steps on, '0:256 2000:512', or '256->1024 over 6000'; in "
+            "place of --gradient_accumulation_steps."
+        },
     )
     decay_power: float | None = field(
         default=None,
@@ -131,6 +144,13 @@ class LambTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"learning_rate {self.learning_rate:g} and base_learning_rate {rate:g} contradict each other: give one"
             )
+        if self.batch_size_schedule is not None:
+            batch_stages(self.batch_size_schedule)
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError(
+                    f"leave out gradient_accumulation_steps {self.gradient_accumulation_steps}: they follow from "
+                    f"batch_size_schedule {self.batch_size_schedule!r}"
+                )
         if self.decay_power is not None:
             if not 0 < self.decay_power < math.inf:
                 raise ValueError(f"decay_power {self.decay_power}: expected a positive number, such as 1 or 0.5")

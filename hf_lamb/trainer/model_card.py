@@ -77,8 +77,9 @@ def args_in_force(trainer: LambTrainer) -> TrainingArguments:
     """Return a copy of the arguments with the options in force, for the hyperparameters in Trainer's model card."""
     args = copy.copy(trainer.args)
     args.optim = str(getattr(args.optim, "value", args.optim))  # else the card has "OptimizerNames.LAMB"
-    in_a_pass = trainer.get_total_train_batch_size(args) // args.gradient_accumulation_steps
-    args.per_device_train_batch_size = in_a_pass // args.world_size // max(1, args.n_gpu)
+    args.per_device_train_batch_size = trainer.sequences_at_once() // args.world_size // max(1, args.n_gpu)
+    if trainer.staged is not None:
+        args.gradient_accumulation_steps = trainer.staged.in_force.accumulation
     if trainer.optimizer is None:
         return args
     options = options_in_force(trainer.optimizer)
@@ -110,9 +111,12 @@ def _large_batch(trainer: LambTrainer) -> list[str]:
     if lamb is None:
         return []
     options = options_in_force(trainer.optimizer)
-    batch = trainer.get_total_train_batch_size(args)
-    rows = batch // args.gradient_accumulation_steps // args.world_size
+    rows = trainer.sequences_at_once() // args.world_size
     split = f"{rows} x {args.gradient_accumulation_steps} accumulation steps x {args.world_size}"
+    batch = f"{trainer.get_total_train_batch_size(args):,} sequences = {split} processes"
+    if trainer.staged is not None:
+        words = trainer.staged.in_words(trainer.state.max_steps)
+        batch = f"{words}; {rows} sequences at a time on each of {args.world_size} processes"
     power = getattr(args, "decay_power", None)
     decay = f"polynomial, power {power:g}" if power else SchedulerType(args.lr_scheduler_type).value
     warmup = args.get_warmup_steps(trainer.state.max_steps)
@@ -121,7 +125,7 @@ def _large_batch(trainer: LambTrainer) -> list[str]:
     lines = [
         f"- optimizer: LAMB (https://arxiv.org/abs/1904.00962), hf_lamb {__version__}: {_chosen(options)}",
         f"- weight decay: {options['weight_decay']:g}, not of biases and norms",
-        f"- global batch: {batch:,} sequences = {split} processes",
+        f"- global batch: {batch}",
         f"- {why if why.startswith(f'{rate} = ') else rate}",
         f"- steps: {trainer.state.max_steps:,}, {warmup:,} of them warm-up; decay: {decay}",
         f"- gradients clipped to: {f'{args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}",

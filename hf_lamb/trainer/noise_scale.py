@@ -203,10 +203,7 @@ class NoiseMeasurement:
         """Return the number of sequences of this step's global batch."""
         if self._rows is not None:
             return self._rows
-        trainer = self.trainer
-        planned = trainer.args.gradient_accumulation_steps
-        batch = trainer.get_total_train_batch_size(trainer.args)
-        return batch * trainer.current_gradient_accumulation_steps / planned
+        return self.trainer.sequences_at_once() * self.trainer.current_gradient_accumulation_steps
 
     def add_to(self, logs: dict[str, float]) -> None:
         """Add the noise scale to a training log line as soon as it is known."""

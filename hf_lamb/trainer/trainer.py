@@ -58,6 +58,7 @@ from hf_lamb.trainer.loss import Count, LossWeighting, attributes
 from hf_lamb.trainer.model_card import args_in_force, complete_model_card, options_of_groups
 from hf_lamb.trainer.noise_scale import NoiseMeasurement, NoiseScale
 from hf_lamb.trainer.phases import PreviousPhase
+from hf_lamb.trainer.staged import StagedTraining
 
 __all__ = ["LambTrainer"]
 
@@ -90,6 +91,8 @@ class LambTrainer(Trainer):
     * `eval_loss`: the mean over all labels, not over batches, without the rows that pad the last batch.
     * With `LambTrainingArguments`: a learning rate scaled from another global batch, polynomial decay, and a warning
       before the run if the rate would make the weights' norms grow too far, see `hf_lamb.scaling`.
+    * With `batch_size_schedule`: a global batch that changes at given optimizer steps, also in the middle of an epoch,
+      see `hf_lamb.trainer.staged.StagedTraining`. Loss, rate, epochs and resumed runs are exact.
     * Log: the gradient noise scale (`hf_lamb.trainer.noise_scale.NoiseMeasurement`), which is close to the critical
       batch size; the trust ratios (`TrustRatioCallback`); the skipped steps (`SkippedStepsCallback`).
     * Checkpoints: they are complete even if the run is killed, see `hf_lamb.trainer.checkpoints.Checkpoints`.
@@ -121,6 +124,7 @@ class LambTrainer(Trainer):
     card_sections: Mapping[str, str] = MappingProxyType({})
     learning_rate_why: str | None = None
 
+    staged: StagedTraining | None = None  # with `batch_size_schedule`
     _previous: PreviousPhase | None = None  # set by `start_from`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -128,8 +132,12 @@ class LambTrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_configuration(self)
         per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
+        schedule = getattr(self.args, "batch_size_schedule", None)
+        if schedule is not None:
+            self.staged = StagedTraining(self, schedule)
         # Before the reporters, so that these report the added values.
-        self.callback_handler.callbacks[:0] = [TrustRatioCallback(per_layer), SkippedStepsCallback()]
+        first = [TrustRatioCallback(per_layer), SkippedStepsCallback(), *([self.staged] if self.staged else [])]
+        self.callback_handler.callbacks[:0] = first
 
         self.noise_scale = NoiseScale()
         self.noise_measurement = NoiseMeasurement(self)
@@ -143,6 +151,8 @@ class LambTrainer(Trainer):
         Raises:
             CheckpointError: there is no complete checkpoint, or this one is damaged or does not fit this run.
         """
+        if self.staged is not None:
+            self.staged.check()
         output_dir = str(self.args.output_dir)
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir)
@@ -221,9 +231,15 @@ class LambTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs_and_steps = super()._init_training_state(*args, **kwargs)
-        load_kept(self.state, args[3])
+        checkpoint = args[3]
+        load_kept(self.state, checkpoint)
         self.noise_measurement.restore()
-        return epochs_and_steps
+        return self.staged.position(checkpoint) if self.staged and checkpoint else epochs_and_steps
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches."""
+        values = super().set_initial_training_values(args, dataloader)
+        return values if self.staged is None else self.staged.initial_values(args, dataloader, values)
 
     def _load_callback_state(self) -> None:
         with kept_apart(self.state):  # a stock Trainer with a TrustRatioCallback has written entries there
@@ -232,6 +248,8 @@ class LambTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        elif self.staged is not None:
+            self.staged.run_epoch(super()._run_epoch, *args, **kwargs)
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -263,18 +281,23 @@ class LambTrainer(Trainer):
             if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and state_dict:
                 assert self.model is not None
                 tie(state_dict, self.model)
-            super()._save(folder, state_dict)
+            with self.staged.arguments_as_given() if self.staged else nullcontext():
+                super()._save(folder, state_dict)
 
     # -- the learning rate of this run's global batch ----------------------------------------------------------------
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Return the global batch in sequences. With `split_batches` the number of processes does not multiply it.
+        """Return the global batch in sequences; with `batch_size_schedule` that of the next step."""
+        if self.staged is not None:
+            return self.staged.in_force.batch_size
+        return self.sequences_at_once() * args.gradient_accumulation_steps
 
-        accelerate then splits each batch of the data loader between the processes; Trainer counts it for each of them.
-        """
-        if self.accelerator.split_batches:
-            return int(self._train_batch_size * args.gradient_accumulation_steps)
-        return int(super().get_total_train_batch_size(args))
+    def sequences_at_once(self) -> int:
+        """Return micro-batch x data-parallel processes. `split_batches` splits the micro-batch between them."""
+        if self.accelerator.split_batches:  # Trainer would count it for each process
+            return int(self._train_batch_size)
+        args = self.args
+        return int(super().get_total_train_batch_size(args)) // args.gradient_accumulation_steps
 
     def scale_learning_rate(self) -> float:
         """Return this run's peak learning rate: `args.learning_rate`, or the scaled `base_learning_rate`.
@@ -289,7 +312,7 @@ class LambTrainer(Trainer):
         if args.base_learning_rate is None or args.base_batch_size is None:
             self.learning_rate_why = None
             return args.learning_rate
-        batch = self.get_total_train_batch_size(args)
+        batch = self.staged.stages.largest if self.staged else self.get_total_train_batch_size(args)
         rate, why = scaled_learning_rate(
             args.base_learning_rate, args.base_batch_size, batch, args.learning_rate_scaling
         )
@@ -305,7 +328,8 @@ class LambTrainer(Trainer):
         rate = self.scale_learning_rate()
         if self._made_optimizer and self.learning_rate_why and self.optimizer is not None:
             set_peak(self.optimizer, rate)
-        warning = norm_growth_warning(rate, max_steps) if self.args.optim == "lamb" else None
+        growth = self.staged.norm_growth(rate, max_steps) if self.staged else None
+        warning = norm_growth_warning(rate, max_steps, growth) if self.args.optim == "lamb" else None
         if warning and self.args.should_log:
             logger.warning(warning)
         self._asked_for = ()
@@ -368,7 +392,7 @@ class LambTrainer(Trainer):
         Raises:
             ValueError: the warm-up is longer than the run.
         """
-        args = self.args
+        args, is_new = self.args, self.lr_scheduler is None
         if isinstance(args, LambTrainingArguments):
             warmup = args.get_warmup_steps(num_training_steps)
             check_warmup(warmup, num_training_steps)
@@ -385,6 +409,9 @@ class LambTrainer(Trainer):
                 self.lr_scheduler = LambdaLR(optimizer, factor)
                 self._created_lr_scheduler = True
         scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.staged is not None and is_new and self._made_optimizer and self.learning_rate_why:
+            self.lr_scheduler = self.staged.follow_batch(scheduler)
+            scheduler = self.lr_scheduler
         if hasattr(self.optimizer, "param_groups"):  # DeepSpeed has a dummy optimizer at first
             self._asked_for = options_of_groups(self.optimizer)
         return scheduler

@@ -5,7 +5,8 @@
 Each run is killed (SIGKILL, the whole process group) at a moment drawn at random, three in ten during a save, resumed
 with `--resume_from_checkpoint auto`, and must end bit for bit as the run that was not killed: weights, optimizer,
 schedule, random numbers, logged losses and results. Several epochs, two accumulation steps. With --plan a run of two
-phases, two in ten killed between them. Prints a line for each kill; the exit status is 1 if a run ended differently.
+phases, the first with a batch that grows, two in ten killed between them. Prints a line for each kill; the exit status
+is 1 if a run ended differently.
 """
 
 import argparse
@@ -35,7 +36,7 @@ ONE_PHASE = ["--size", "tiny", "--max_seq_length", "32", "--global_batch_size", 
 TWO_PHASES = """
 size: tiny
 phases:
-- {max_seq_length: 32, global_batch_size: 32, max_steps: 24, warmup_steps: 6, learning_rate: 0.02}
+- {max_seq_length: 32, batch_size_schedule: '0:16 10:32', max_steps: 24, warmup_steps: 6, learning_rate: 0.02}
 - {max_seq_length: 64, global_batch_size: 16, max_steps: 16, warmup_steps: 4, learning_rate: 0.01}
 """
 SAVED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")

@@ -1,0 +1,147 @@
+"""A batch that grows to its size during the run, beside one that has it from the start, each with its own rate.
+
+    python -m recipes.grow_batch --use_cpu True                       # a very small BERT
+    python -m recipes.grow_batch --size tiny --max_seq_length 64 --vocab_size 8192 --global_batch_size 256
+
+It takes options of recipes.pretrain_bert, and trains that recipe with --global_batch_size; with a quarter of it that
+grows linearly, for as many steps; and the same for as many sequences. Each gets equally many learning rates, and three
+fresh seeds of the best one. If it is stopped, the same command goes on: finished trials are kept.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from hf_lamb.batch_schedule import batch_stages
+from recipes.lib.pretraining import load_data
+from recipes.lib.processes import free, make_output_dir
+from recipes.pretrain_bert import PhaseRun, check_global_batch, parse, pretrain
+from recipes.study.growth_report import NAMES, results_of, search_of
+from recipes.study.sweep import Record, Study, Trial
+
+SHORT = {"size": "smoke", "vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
+DECIDED = {"--batch_size_schedule", "--learning_rate", "--base_learning_rate", "--base_batch_size", "--plan", "--seed"}
+
+
+@dataclass
+class GrowthArguments:
+    """The recipe's own option; all others are those of recipes.pretrain_bert, whose --help lists them."""
+
+    output_dir: str = field(default="runs/grow_batch", metadata={"help": "The folder of the study."})
+
+
+def main() -> None:
+    """Run the trials that are missing; print the table."""
+    try:
+        own, given = parser_of_study().parse_args_into_dataclasses(return_remaining_strings=True)
+        if decided := [word for word in given if word.partition("=")[0] in DECIDED]:
+            raise ValueError(f"{decided[0]}: leave it out, it is what this recipe varies")
+        argv = [*words_of(SHORT), *given]
+        recipe, args = parse(argv)
+        if args.max_steps < 10:
+            raise ValueError(f"--max_steps {args.max_steps}: give at least 10 steps of a trial")
+        batch = recipe.global_batch_size
+        if batch % 4:
+            raise ValueError(f"--global_batch_size {batch}: give a multiple of 4, a quarter of it is where it begins")
+        facts = {
+            "model": f"BERT-{recipe.size}" if recipe.size else recipe.model_name,
+            **{
+                name: getattr(recipe, name) for name in ("vocab_size", "max_seq_length", "global_batch_size", "corpus")
+            },
+            "max_steps": args.max_steps,
+            "per_device_train_batch_size": batch // 4,
+        }
+        study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
+        make_output_dir(own.output_dir)
+        records = study.run(trials_of(study, argv))
+        print("\n".join(results_of(records)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"grow_batch: {' '.join(str(error).split())}")
+
+
+def parser_of_study() -> HfArgumentParser:
+    """The parser of the recipe's own option, which leaves the pretraining's alone."""
+    return HfArgumentParser(
+        GrowthArguments,
+        description=__doc__.splitlines()[0],
+        epilog="All other options are those of recipes.pretrain_bert: see its --help.",
+        allow_abbrev=False,
+    )
+
+
+def words_of(options: dict[str, object]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def schedules(batch: int, steps: int) -> dict[str, tuple[str, int]]:
+    """The schedule and the steps of each kind of run; a batch that grows from a quarter is 5/8 of it on average."""
+    longer = round(steps * 8 / 5)
+    return {
+        "constant": (f"0:{batch}", steps),
+        "equal-tokens": (f"{batch // 4}->{batch} over {longer}", longer),
+        "equal-steps": (f"{batch // 4}->{batch} over {steps}", steps),
+    }
+
+
+def trials_of(study: Study, argv: list[str]) -> Callable[[Trial, Callable[[str], None]], Record]:
+    """The function that runs a trial: the recipe, in a folder that is gone afterwards."""
+    recipe, args = parse(argv)
+    batch, data = recipe.global_batch_size, load_data(recipe, args.seed)
+    check_global_batch(recipe, args, data)
+    others = argv
+    while "--global_batch_size" in others:  # the trial's schedule replaces it
+        at = others.index("--global_batch_size")
+        others = others[:at] + others[at + 2 :]
+
+    def train(trial: Trial, say: Callable[[str], None]) -> Record:
+        folder = study.folder / "running"
+        shutil.rmtree(folder, ignore_errors=True)  # what a trial that was killed has left
+        schedule, steps = schedules(batch, args.max_steps)[trial.setting]
+        own = {
+            "batch_size_schedule": schedule,
+            "per_device_train_batch_size": study.facts["per_device_train_batch_size"],
+            "base_learning_rate": repr(trial.learning_rate),
+            "base_batch_size": batch,
+            "max_steps": steps,
+            "warmup_steps": steps // 10,
+            "seed": trial.seed,
+            "output_dir": folder,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        recipe_of_trial, args_of_trial = parse([*others, *words_of(own)])
+        data.train.seed = trial.seed  # of the masks
+        phase = PhaseRun(recipe_of_trial, args_of_trial, longest_sequence=recipe.max_seq_length, data=data)
+        say("training")
+        found: Record = {"held_out_loss": math.inf}
+        try:
+            with (study.folder / "log.txt").open("a") as log, redirect_stdout(log):
+                trainer = pretrain(phase)
+                free(trainer)
+            found = json.loads((folder / "results.jsonl").read_text())
+        except RuntimeError as error:
+            if "were skipped" not in str(error):  # SkippedStepsCallback's: the run has diverged
+                raise
+        shutil.rmtree(folder, ignore_errors=True)
+        return {
+            "objective": found["held_out_loss"] if math.isfinite(found["held_out_loss"]) else None,
+            "steps": steps,
+            "sequences": batch_stages(schedule, study.facts["per_device_train_batch_size"]).sequences(steps),
+            "parameters": found.get("model", {}).get("parameters"),
+            **{name: found[name] for name in ("unigram_loss", "noise_scale", "seconds") if name in found},
+        }
+
+    return train
+
+
+if __name__ == "__main__":
+    main()

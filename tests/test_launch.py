@@ -1,0 +1,92 @@
+"""Protects recipes/launch: the SLURM script starts the processes of all hosts, and goes on after a requeue.
+
+`srun` and `scontrol` are stand-ins: two "hosts" are two agents of torchrun on this machine, with a process each.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import SMALL
+
+ROOT = Path(__file__).parent.parent
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for host in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & started+=($!); done
+for process in "${started[@]}"; do wait "$process" || exit $?; done
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then printf 'localhost\\nsecond.host\\n'; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+def start(folder: Path, texts: Path, restarts: int) -> subprocess.Popen[bytes]:
+    """The job, as SLURM starts it, in a process group of its own."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "localhost,second.host",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "REQUEUED": str(folder / "requeued"),
+        "PORT": str(port),
+        "PROCESSES_PER_HOST": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", "recipes/launch/slurm.sh", *SMALL, "--corpus", str(texts), "--output_dir", str(folder / "out")]
+    command += ["--save_steps", "2", "--max_steps", "12", "--eval_strategy", "no", "--disable_tqdm", "True"]
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def await_(run: subprocess.Popen[bytes], condition: Callable[[], bool], log: Path) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert run.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_that_is_requeued_and_killed_goes_on(texts: Path, tmp_path: Path) -> None:
+    """At the end of its time SLURM signals the script, which asks to be requeued; then SLURM kills the job."""
+    run, log = start(tmp_path, texts, restarts=0), tmp_path / "log.txt"
+    try:
+        await_(run, lambda: (tmp_path / "out/checkpoint-2").exists(), log)
+        os.kill(run.pid, signal.SIGUSR1)
+        await_(run, (tmp_path / "requeued").exists, log)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert not (tmp_path / "out/results.jsonl").exists()
+
+    again = start(tmp_path, texts, restarts=1)
+    try:
+        assert again.wait(timeout=240) == 0, log.read_text()[-3000:]
+    finally:
+        if again.poll() is None:
+            os.killpg(again.pid, signal.SIGKILL)
+    (record,) = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert (record["processes"], record["steps"]) == (2, 12)
+    assert re.search(r"resuming from .*checkpoint-\d+, step \d+ of 12", log.read_text())
+    state = json.loads((tmp_path / "out/checkpoint-12/trainer_state.json").read_text())
+    assert state["global_step"] == 12
