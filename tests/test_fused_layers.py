@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_lamb import Lamb, ShardingError, lamb_param_groups
 from tests.helpers import BACKENDS, one_line
 from tests.reference import ReferenceLamb
-from tests.twins import batch, fused_model, fused_name, in_layers, unfuse
+from tests.twins import batch, fused_model, in_layers, layers_of, unfuse
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 OPTIONS = [
@@ -46,15 +46,14 @@ def test_a_fused_model_takes_the_steps_of_the_unfused_one(
             optimizer.zero_grad()
             model(**batch(step)).loss.backward()
             optimizer.step()
-        expected = {fused_name(name): stats for name, stats in theirs.layer_stats().items()}
-        found = ours.layer_stats()
+        expected, found = layers_of(theirs), layers_of(ours)
         assert found.keys() == expected.keys()
         for name, stats in found.items():
             assert stats == pytest.approx(expected[name], rel=10 * TOLERANCE[dtype]), name
-    layers = in_layers({name: param.detach() for name, param in fused.named_parameters()})
-    for name, param in unfused.named_parameters():
-        w = layers[fused_name(name)]
-        assert float((w - param.detach()).norm() / param.detach().norm()) <= TOLERANCE[dtype], name
+    got, wanted = (in_layers({name: w.detach() for name, w in m.named_parameters()}) for m in (fused, unfused))
+    assert got.keys() == wanted.keys()
+    for name, w in wanted.items():
+        assert float((got[name] - w).norm() / w.norm()) <= TOLERANCE[dtype], name
 
 
 # -- the update ------------------------------------------------------------------------------------------------------
@@ -237,7 +236,7 @@ def build(model_type: str, class_name: str, options: dict[str, Any]) -> nn.Modul
     return model
 
 
-def layers_of(model: nn.Module, **options: Any) -> dict[str, tuple[int, ...]]:
+def fusions(model: nn.Module, **options: Any) -> dict[str, tuple[int, ...]]:
     return {name: sizes for group in lamb_param_groups(model, **options) for name, sizes in group.get("split", ())}
 
 
@@ -272,7 +271,7 @@ def test_what_is_known_are_really_the_layers(model_type: str) -> None:
     model = build(model_type, class_name, options)
     ids = torch.arange(1, 9).view(2, 4)
     before = model(input_ids=ids).logits
-    layers = layers_of(model)
+    layers = fusions(model)
     names = {name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for name in layers}
     assert names == fused
     rescale(model, layers)
@@ -285,13 +284,13 @@ def test_multihead_attention_is_known() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0).eval()
     nn.init.normal_(model.self_attn.in_proj_bias)
-    layers = layers_of(model)
+    layers = fusions(model)
     assert layers == {"self_attn.in_proj_weight": (64, 64, 64), "self_attn.in_proj_bias": (8, 8, 8)}
     x = torch.randn(5, 3, 8)
     before = model(x)
     rescale(model, layers)
     assert torch.allclose(model(x), before, rtol=1e-5, atol=1e-5)
-    assert layers_of(nn.MultiheadAttention(8, 2, kdim=4)) == {"in_proj_bias": (8, 8, 8)}  # its matrices are separate
+    assert fusions(nn.MultiheadAttention(8, 2, kdim=4)) == {"in_proj_bias": (8, 8, 8)}  # its matrices are separate
 
 
 def test_thirds_of_interleaved_heads_are_not_the_layers() -> None:
@@ -299,7 +298,7 @@ def test_thirds_of_interleaved_heads_are_not_the_layers() -> None:
     model = build("gpt_neox", "GPTNeoXForCausalLM", {})
     ids = torch.arange(1, 9).view(2, 4)
     before = model(input_ids=ids).logits
-    assert layers_of(model) == {}
+    assert fusions(model) == {}
     weight = model.gpt_neox.layers[0].attention.query_key_value.weight
     with torch.no_grad():
         for third, factor in zip(weight.chunk(3), (2, 0.5, 1), strict=True):
@@ -312,8 +311,8 @@ def test_a_class_of_ones_own_is_not_known() -> None:
     model = build("modernbert", "ModernBertForMaskedLM", {})
     attention = model.model.layers[0].attn
     attention.__class__ = type("Own", (type(attention),), {})
-    assert [name for name in layers_of(model) if "Wqkv" in name] == []
-    assert [name for name in layers_of(model) if "Wi" in name] == ["model.layers.0.mlp.Wi.weight"]
+    assert [name for name in fusions(model) if "Wqkv" in name] == []
+    assert [name for name in fusions(model) if "Wi" in name] == ["model.layers.0.mlp.Wi.weight"]
 
 
 def test_what_holds_no_layers_has_no_entry() -> None:
@@ -335,7 +334,7 @@ class Own(nn.Module):
 
 def test_own_layers() -> None:
     split = {r"^qkv\.": 3, "^kv.weight$": 1, "^kv": [4, 6], "experts": 4}
-    assert layers_of(Own(), split=split) == {
+    assert fusions(Own(), split=split) == {
         "qkv.weight": (16, 16, 16),
         "qkv.bias": (4, 4, 4),
         "kv.weight": (16, 24),
@@ -346,10 +345,10 @@ def test_own_layers() -> None:
 def test_own_layers_add_to_the_known_ones() -> None:
     model = build("modernbert", "ModernBertForMaskedLM", {})
     name = "model.layers.0.attn.Wqkv.weight"
-    known = layers_of(model)
-    assert layers_of(model, split={"head.dense": 2}) == {**known, "head.dense.weight": (128, 128)}
-    assert layers_of(model, split={"Wqkv": 1}) == {n: sizes for n, sizes in known.items() if n != name}
-    assert layers_of(model, split=False) == {}
+    known = fusions(model)
+    assert fusions(model, split={"head.dense": 2}) == {**known, "head.dense.weight": (128, 128)}
+    assert fusions(model, split={"Wqkv": 1}) == {n: sizes for n, sizes in known.items() if n != name}
+    assert fusions(model, split=False) == {}
 
 
 BAD: dict[str, tuple[Any, str]] = {

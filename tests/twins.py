@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
+from hf_lamb import Lamb
+
 VOCAB, WIDTH, INTERMEDIATE, LENGTH = 101, 36, 53, 12
 FUSED = {"Wqkv": 3, "Wi": 2}
 
@@ -79,20 +81,30 @@ def fused_name(name: str) -> str:
     return re.sub(rf"({'|'.join(FUSED)})\.(\d)\.(\w+)$", r"\1.\3[\2]", name)
 
 
+def layers_of(optimizer: Lamb) -> dict[str, tuple[float, ...]]:
+    """What `layer_stats` says, by the names of the fused model's layers."""
+    return {fused_name(name): tuple(stats) for name, stats in optimizer.layer_stats().items()}
+
+
 def in_layers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a fused model by the names of its layers."""
+    """The weights of a fused model or its twin by the names of the fused model's layers."""
     found = {}
     for name, weight in weights.items():
+        if fused_name(name) != name:
+            found[fused_name(name)] = weight
+            continue
         layers = FUSED.get(name.split(".")[-2], 1)
         for i, block in enumerate(weight.chunk(layers)):
             found[f"{name}[{i}]" if layers > 1 else name] = block
     return found
 
 
-def batch(step: int, part: int = 0, parts: int = 1, rows: int = 8) -> dict[str, Tensor]:
-    """A part of the global batch of a step. All rows have as many labels, so that means of means are the mean."""
+def batch(step: int, rows: int = 4) -> dict[str, Tensor]:
+    """The batch of a step. Where there are several processes all take the whole, so that their gradients are equal.
+
+    ModernBERT rounds to float32, and how depends on the number of rows.
+    """
     generator = torch.Generator().manual_seed(step)
     ids = torch.rand(rows, LENGTH, generator=generator).pow(3).mul(VOCAB - 1).long() + 1
     masked = torch.rand(rows, LENGTH, generator=generator).argsort(dim=1) < 3
-    mine = slice(part * rows // parts, (part + 1) * rows // parts)
-    return {"input_ids": ids.masked_fill(masked, 1)[mine], "labels": ids.masked_fill(~masked, -100)[mine]}
+    return {"input_ids": ids.masked_fill(masked, 1), "labels": ids.masked_fill(~masked, -100)}

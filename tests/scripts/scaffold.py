@@ -88,6 +88,7 @@ class Case:
     clip: float | None = None  # what `clip_grad_norm` gets before each step; torch's of an unsharded run
     nan_at: int | None = None  # the step at which one entry of one gradient is not finite
     mutation: str | None = None
+    fused: bool = False  # a ModernBERT, whose parameters hold several layers; its unsharded twin has them separate
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
