@@ -253,7 +253,7 @@ def train(case: Case, sharded: bool) -> Outcome:
     named = dict(model.named_parameters())
     part, parts, owner = 0, 1, model
     if sharded:
-        model, part, parts = shard(model, case.mode)
+        model, part, parts = shard(model, case.sharding)
         owner = model.module if isinstance(model, DistributedDataParallel) else model
         named = {clean_name(name): param for name, param in owner.named_parameters()}
     options = {"lr": 1e-2, "weight_decay": 0.01, **case.options}
@@ -432,7 +432,7 @@ def _unsharded(case: str) -> Outcome:
 def measure(case: Case) -> dict[str, Any]:
     """The distances from the unsharded run, and what each process says of itself."""
     got = train(case, sharded=True)
-    expected = got.beside or _unsharded(str(replace(case, mode="", mutation=None)))
+    expected = got.beside or _unsharded(str(replace(case, mode="_fused" if case.fused else "", mutation=None)))
     return {
         **distances(got.weights, expected.weights, got.layers, expected.layers),
         "skipped": from_all(got.skipped),
