@@ -422,7 +422,7 @@ def test_refuses_names_that_are_not_there() -> None:
     """Without names, or with others, the parameter would silently be one layer."""
     case = Case()
     del case.optimizer.param_groups[0]["param_names"]
-    with one_line(ShardingError, 'give this group the "param_names".*no parameter a, which its "split" names'):
+    with one_line(ShardingError, 'keep "param_names" and "split" together.*no parameter is named a, which "split"'):
         case.step(0)
 
 

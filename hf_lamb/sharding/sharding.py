@@ -101,6 +101,7 @@ class Sharding:
         self.layouts: dict[Tensor, Layout] = {}
         self.peer_group: Reduction | None = zero_redundancy_group()
         self.cuts: list[Cut] = []
+        self._attached: set[str] = set()  # the parameters in `layouts`
         self._of_blocks: dict[str, OfBlocks] = {}  # of parameters that hold several layers, by name
         self._splits: dict[Tensor, tuple[Layout, dict[str, Sizes], Layout]] = {}  # of a runtime's: before and after
         self._indices: dict[int, Places] = {}  # by the number of the sharded bucket
@@ -124,6 +125,7 @@ class Sharding:
         self.runtime = runtime
         # A second DeepSpeed engine has new tensors: drop the layouts of the first one's.
         self.layouts = {param: self.layouts[param] for param in params if param in self.layouts} | runtime.layouts
+        self._attached = {segment.name for layout in self.layouts.values() for segment in layout.segments}
         return [p for p in params if p in runtime.layouts and p.requires_grad] if runtime.state_from_the_start else []
 
     def shapes_of_a_copy(self) -> set[torch.Size]:
@@ -173,8 +175,8 @@ class Sharding:
         for group_index, group in enumerate(param_groups):
             undecayed, unadapted, unfixed = (set(group.get(key, ())) for key in ("undecayed", "unadapted", "unfixed"))
             sizes_of: dict[str, Sizes] = dict(group.get("split", ()))
-            if sizes_of and not self.layouts:
-                check_split_names(group)
+            if sizes_of:
+                self._check_split_names(group)
             for index, param in enumerate(group["params"]):
                 layout = self.layouts.get(param) if self.layouts else None
                 name = name_of(group_index, index)
@@ -224,6 +226,17 @@ class Sharding:
             grad, exp_avg, exp_avg_sq, step = _grad_and_state(param, local, name, state_of)
             tensors = (local, grad, exp_avg, exp_avg_sq)
             yield from (piece for _, piece in _pieces(param, known.layout, tensors, step, places))
+
+    def _check_split_names(self, group: dict[str, Any]) -> None:
+        """Raise ShardingError if "split" names a parameter that is not there: it would silently be one layer."""
+        known = {*(group.get("param_names") or ()), *self._attached}
+        unknown = [name for name, _ in group["split"] if name not in known]
+        if unknown:
+            raise ShardingError(
+                'Lamb: build the groups with lamb_param_groups of the whole model, and keep "param_names" and "split" '
+                f'together (or use split=False): no parameter is named {unknown[0]}, which "split" of a group says '
+                "holds several layers"
+            )
 
     def _check_shape(self, param: Tensor, name: str) -> None:
         if param.shape not in self.shapes:
@@ -373,20 +386,6 @@ def _pieces(
     for number, (segment, w, g, m, v, (cut, place)) in enumerate(zip(layout.segments, *views, places, strict=True)):
         block = None if layout.is_one_layer else Block(param, layout, number)
         yield segment, Piece(segment.layer, w, g, m, v, step, cut, place, block)
-
-
-def check_split_names(group: dict[str, Any]) -> None:
-    """Raise ShardingError if a group's "split" names a parameter that the group does not have.
-
-    It would silently be one layer.
-    """
-    unknown = sorted({name for name, _ in group["split"]}.difference(group.get("param_names") or ()))
-    if unknown:
-        raise ShardingError(
-            'Lamb: give this group the "param_names" of lamb_param_groups, or use lamb_param_groups(model, '
-            f'split=False): it has no parameter {unknown[0]}, which its "split" names; under FSDP1 call '
-            "optimizer.attach(model)"
-        )
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
