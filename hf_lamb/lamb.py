@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hf_lamb.backends import Backend, Backends, Bucket
 from hf_lamb.clipping import Look, skip_and_clip
+from hf_lamb.fused_layers import check_split
 from hf_lamb.layer_stats import BucketStats, LayerStats, SkippedSteps, count_skipped, layer_stats
 from hf_lamb.options import (
     check_iterable,
@@ -24,7 +25,7 @@ from hf_lamb.options import (
 )
 from hf_lamb.packing import Packing
 from hf_lamb.sharding import Sharding, device_of
-from hf_lamb.state import check_loadable, check_state_dict, restore_precision, state_of
+from hf_lamb.state import check_loadable, check_state_dict, restore_precision, state_of, warn_of_other_layers
 
 __all__ = ["Lamb", "LayerStats", "SkippedSteps"]
 
@@ -47,8 +48,8 @@ class Lamb(Optimizer):
     The arithmetic and the state are float32 for bf16, fp16 and fp32 parameters, and float64 for float64 parameters.
     `step` never writes to a gradient, never synchronises with the device, and branches on no tensor's value.
 
-    `Lamb` adapts every parameter it is given. Biases and normalisation weights should neither decay nor adapt: pass
-    `lamb_param_groups(model)` instead of `model.parameters()`.
+    `Lamb` adapts every parameter it is given. Biases and normalisation weights should neither decay nor adapt, and
+    fused parameters hold several layers: pass `lamb_param_groups(model)` instead of `model.parameters()`.
 
     Args:
         params: parameters, `(name, parameter)` pairs, or dicts of parameter groups. A group can set every option
@@ -184,6 +185,8 @@ class Lamb(Optimizer):
             check_options({**self.defaults, **param_group})
             param_group.update(python_numbers(param_group))
             check_iterable(param_group["params"])
+            if "split" in param_group:
+                check_split(param_group["split"])
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         try:
@@ -229,7 +232,8 @@ class Lamb(Optimizer):
 
         Differences from torch's `load_state_dict`: moments keep their precision, where torch casts those of bf16 and
         fp16 parameters to the parameters' dtype; `step` moves to the parameter's device; a state dict is refused if
-        shapes differ, or if both sides have names and the order of the parameters differs.
+        shapes differ, or if both sides have names and the order of the parameters differs. It warns if other fused
+        parameters are split than by this optimizer ("split" of `lamb_param_groups`): what the state dict says holds.
 
         Raises:
             ValueError: this is not an optimizer's state dict; its groups, shapes or order differ from this
@@ -243,6 +247,8 @@ class Lamb(Optimizer):
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
             check_loadable(loaded, self.param_groups, self.defaults, self.parameter_name)
             given.update(loaded)
+            if len(loaded["param_groups"]) == len(self.param_groups):
+                warn_of_other_layers(self.param_groups, loaded["param_groups"])
 
         def restore(_: Optimizer) -> None:
             restore_precision(self.state, self.param_groups, given)

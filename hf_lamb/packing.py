@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lamb.backends import Bucket
 from hf_lamb.options import python_numbers
-from hf_lamb.sharding import Sharding
+from hf_lamb.sharding import Block, Layout, Sharding
 from hf_lamb.state import state_of
 
 __all__ = ["Packing"]
@@ -29,7 +29,9 @@ class Packing:
 
     def __init__(self) -> None:
         self._buckets: list[Bucket] = []
-        self._places: list[list[int]] = []  # of each bucket's gradients among those of all parameters
+        self._places: list[list[int]] = []  # of each bucket's gradients among those of all parameters, then of blocks
+        self._blocks: list[tuple[int, Layout]] = []  # the parameters that hold several layers, by their places
+        self._steps: list[StepCopies] = []
         self._signature: list[Any] | None = None  # None: the buckets cannot be used again
 
     def buckets(
@@ -41,39 +43,79 @@ class Packing:
     ) -> list[Bucket]:
         """Return the pieces that have a gradient, packed by group, device, dtypes and sharding."""
         if torch.compiler.is_compiling():  # torch.compile cannot trace addresses
-            return pack(param_groups, state, sharding, name_of)
+            return pack(param_groups, state, sharding, name_of)[0]
         params = [param for group in param_groups for param in group["params"]]
         grads = [*map(_GRAD, params)]
         plain = not sharding.layouts and {*map(type, params), *map(type, grads)} <= PLAIN
         if plain and self._signature is not None and self._signature == signature(param_groups, params, grads, state):
+            for place, layout in self._blocks:
+                grads += layout.pieces(grads[place])
             for bucket, places in zip(self._buckets, self._places, strict=True):
                 bucket.group = _options(param_groups, *bucket.key[:4])
                 bucket.grads = [grads[place] for place in places]
                 bucket.finite = bucket.clip_factor = None
+            for steps in self._steps:
+                torch.stack(steps.originals, out=steps.copies)
             return self._buckets
         self._signature = None  # in case the next line raises
-        self._buckets = pack(param_groups, state, sharding, name_of)
+        self._buckets, blocks, self._steps = pack(param_groups, state, sharding, name_of)
         if plain:
-            place_of = {id(param): place for place, param in enumerate(params)}
-            self._places = [[place_of[id(param)] for param in bucket.params] for bucket in self._buckets]
+            self._find_places(params, blocks)
             self._signature = signature(param_groups, params, grads, state)
         return self._buckets
+
+    def _find_places(self, params: list[Tensor], blocks: list[dict[int, Block]]) -> None:
+        """Find out where each bucket's gradients come from, `blocks` in place of parameters where there are some."""
+        place_of = {id(param): place for place, param in enumerate(params)}
+        self._places = [[place_of.get(id(param), -1) for param in bucket.params] for bucket in self._buckets]
+        self._blocks, first, end = [], {}, len(params)
+        for places, of_bucket in zip(self._places, blocks, strict=True):
+            for index, (param, layout, number) in of_bucket.items():
+                place = place_of[id(param)]
+                if place not in first:
+                    self._blocks.append((place, layout))
+                    first[place], end = end, end + len(layout.segments)
+                places[index] = first[place] + number
+
+
+class StepCopies(NamedTuple):
+    """Step counts of all pieces of a tensor but the first, which alone advances the tensor's own count."""
+
+    originals: list[Tensor]
+    copies: Tensor
 
 
 def pack(
     param_groups: ParamGroups, state: States, sharding: Sharding, name_of: Callable[[int, int], str]
-) -> list[Bucket]:
-    """Pack the pieces that have a gradient into buckets."""
+) -> tuple[list[Bucket], list[dict[int, Block]], list[StepCopies]]:
+    """Pack the pieces that have a gradient into buckets.
+
+    Returns:
+        The buckets; for each bucket its pieces that are not whole tensors, by their indices; copies of step counts.
+    """
     buckets: dict[Any, Bucket] = {}
+    blocks: dict[Any, dict[int, Block]] = {}
     for index, piece in sharding.pieces(param_groups, name_of, partial(state_of, state)):
-        name, w, g, m, v, step, cut, place, *kept = piece
+        name, w, g, m, v, step, cut, place, block, *kept = piece
         contiguous = all(tensor.is_contiguous() for tensor in (w, g, m, v))
         key = (index, *kept, w.device, w.dtype, g.dtype, cut, contiguous)
         bucket = buckets.get(key)
         if bucket is None:
             bucket = buckets[key] = Bucket(_options(param_groups, index, *kept), key, cut, contiguous)
+            blocks[key] = {}
+        if block is not None:
+            blocks[key][len(bucket.params)] = block
         bucket.add(name, place, w, g, m, v, step)
-    return list(buckets.values())
+    steps = []
+    for bucket, of_bucket in zip(buckets.values(), blocks.values(), strict=True):
+        later = [index for index, block in of_bucket.items() if block.number > 0]
+        if later:
+            originals = [bucket.steps[index] for index in later]
+            copies = torch.stack(originals)
+            steps.append(StepCopies(originals, copies))
+            for index, copy in zip(later, copies.unbind(), strict=True):
+                bucket.steps[index] = copy
+    return list(buckets.values()), list(blocks.values()), steps
 
 
 def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool, keeps_norm: bool) -> dict[str, Any]:
@@ -108,7 +150,9 @@ def signature(
         of_state = [[*map(itemgetter(name), states)] for name in ("exp_avg", "exp_avg_sq", "step")]
     except KeyError:
         return None
-    found: list[Any] = [(len(group["params"]), [*(group.get("param_names") or ())]) for group in param_groups]
+    found: list[Any] = [
+        (len(group["params"]), [*(group.get("param_names") or ())], group.get("split")) for group in param_groups
+    ]
     found += [missing, [*map(Tensor.numel, params)]]
     for tensors in (params, present):
         found += [[*map(_DTYPE, tensors)], [*map(Tensor.is_contiguous, tensors)]]

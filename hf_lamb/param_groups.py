@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hf_lamb.fused_layers import known_layers, own_layers, why_not
+from hf_lamb.sharding import Sizes
 from hf_lamb.sharding.fsdp1 import clean_name, flat_tensors, whole_shapes
 
 __all__ = ["lamb_param_groups", "split_by_adaptation"]
@@ -21,6 +23,7 @@ def lamb_param_groups(
     *,
     adapt_all: bool = False,
     fixed_norm: bool = False,
+    split: bool | Mapping[str, int | Sequence[int]] = True,
     exclude_from_weight_decay: Sequence[str] = (),
     exclude_from_layer_adaptation: Sequence[str] = (),
     exclude_from_fixed_norm: Sequence[str] = (),
@@ -55,11 +58,21 @@ def lamb_param_groups(
     embeddings, and what has `embed` in its name) nor a classifier (a part of the name is `classifier`, `score`,
     `qa_outputs` or `seq_relationship`): the norms of those decide how sure the model can be.
 
+    Fused layers: a parameter may hold several layers, one after another in its rows, such as the query, key and value
+    of ModernBERT's `Wqkv`. The paper's trust ratio is one of a layer, so `Lamb` gives each of them its own. Their
+    names are `NAME[0]`, `NAME[1]`, ... in `layer_stats`. Known are, by model type and class: ModernBERT's `Wqkv` and
+    `Wi` (its decoder's `Wi` too), MPT's `Wqkv`, Phi-3's `qkv_proj` and `gate_up_proj`, the latter of GLM too, the
+    stacked experts of Mixtral, OLMoE and Qwen2/3-MoE, and torch's `MultiheadAttention`. Add your own with `split`.
+    Whole stay the gates in one tensor of torch's RNNs, which is one layer in the paper's experiments.
+
     A tied parameter appears once, under its first name. A frozen parameter does not appear.
 
     FSDP1 with `use_orig_params=False` puts weights and biases into one flat tensor, and a tensor can be in one group
     only. Such a group has up to three more keys, "undecayed", "unadapted" and "unfixed": the names of layers that do
     not decay, adapt or keep their norms. `Lamb` uses them once `Lamb.attach` has been called.
+
+    The groups of a model with fused layers have the key "split": `((name, sizes), ...)`, the numbers of elements of
+    the layers that each parameter holds. It is in checkpoints, so a resumed run keeps it.
 
     Args:
         model: the module to train, not wrapped in DDP. FSDP1 may wrap it.
@@ -67,6 +80,10 @@ def lamb_param_groups(
         adapt_all: adapt biases and normalisation parameters too, as apex with `use_nvlamb` and optax do. Default
             False.
         fixed_norm: let hidden matrices keep their norms. Default False.
+        split: let the layers of fused parameters have trust ratios of their own. True: of those that are known. False:
+            of none, so a parameter is a layer. A dict adds others, by regular expressions that are searched in names:
+            the number of equal layers or the rows of each, as in `{"attn.qkv": 3, "kv_proj": [256, 512]}`; 1 leaves a
+            parameter whole. The layers must lie one after another in the rows. Default True.
         exclude_from_weight_decay: regular expressions. Parameters whose names match one (by `re.search`) do not decay
             either. Default none.
         exclude_from_layer_adaptation: the same for adaptation. Default none.
@@ -74,13 +91,14 @@ def lamb_param_groups(
 
     Returns:
         At most four groups, six with `fixed_norm`, none of them empty: `{"name", "params": [parameter, ...],
-        "param_names": [name, ...], "weight_decay", "layer_adaptation"}`, "fixed_norm" if that argument is True, and
-        "undecayed", "unadapted" and "unfixed" if there are flat tensors. Every optimizer of torch accepts these
-        groups.
+        "param_names": [name, ...], "weight_decay", "layer_adaptation"}`, "fixed_norm" if that argument is True,
+        "split" if the model has fused layers, and "undecayed", "unadapted" and "unfixed" if there are flat tensors.
+        Every optimizer of torch accepts these groups.
 
     Raises:
         ValueError: `model` is not a module or has no trainable parameter; a pattern is not a regular expression or
-            matches no trainable parameter; a string is given instead of a list of patterns.
+            matches no trainable parameter; a string is given instead of a list of patterns; `split` does not fit a
+            parameter, or names one whose layers are not blocks of rows.
 
     Source: the exclusions of the paper's authors (google-research/albert) and of NVIDIA's BERT.
     """
@@ -108,7 +126,7 @@ def lamb_param_groups(
         }
         for excluded in (False, True)
     ]
-    return _split(model, groups, no_decay, no_adapt, fixed, layers)
+    return _split(model, groups, no_decay, no_adapt, fixed, layers, _fused(layers, split))
 
 
 def split_by_adaptation(
@@ -117,18 +135,20 @@ def split_by_adaptation(
     *,
     adapt_all: bool = False,
     fixed_norm: bool = False,
+    split: bool = True,
 ) -> list[dict[str, Any]]:
     """Split existing parameter groups so that all members of a group adapt or none does, and add names.
 
     `lamb_param_groups` documents which parameters adapt. A group that has "layer_adaptation" already is not split.
     All other options stay as they are, weight decay included. A parameter that is not in the model adapts. The same
-    holds for "fixed_norm", if that argument is True.
+    holds for "fixed_norm", if that argument is True, and for "split".
 
     Args:
         model: the module that has the parameters.
         groups: parameter groups, or parameters.
         adapt_all: let all parameters adapt. Default False.
         fixed_norm: let hidden matrices keep their norms. Default False.
+        split: let the layers of known fused parameters have trust ratios of their own. Default True.
 
     Returns:
         The groups, as `lamb_param_groups` returns them.
@@ -143,7 +163,7 @@ def split_by_adaptation(
     no_decay = {layer.name for layer in layers if not layer.decays}
     no_adapt = set() if adapt_all else {layer.name for layer in layers if not layer.adapts}
     fixed = {layer.name for layer in layers if layer.is_hidden_matrix} if fixed_norm else None
-    found = _split(model, given, no_decay, no_adapt, fixed, layers)
+    found = _split(model, given, no_decay, no_adapt, fixed, layers, _fused(layers, split))
     if not found:
         raise ValueError(_nothing_to_train(model))
     return found
@@ -160,6 +180,7 @@ def _split(
     no_adapt: set[str],
     fixed: set[str] | None,
     layers: list[_Layer],
+    fused: dict[str, Sizes] | None,
 ) -> list[dict[str, Any]]:
     name_of: dict[Tensor, str] = {param: clean_name(name) for name, param in model.named_parameters()}
     flat = flat_tensors(model)
@@ -180,6 +201,9 @@ def _split(
         label = group.get("name") or ("decay" if group.get("weight_decay", True) else "no_decay")
         for (adapts, keeps), members in sorted(parts.items(), reverse=True):
             has_flat = any(param in flat for _, param in members)
+            names = [name for _, param in members for name, _ in flat.get(param, ())]
+            names += [name for name, param in members if param not in flat]
+            sizes = tuple((name, fused[name]) for name in names if name in fused) if fused is not None else None
             own = "" if "layer_adaptation" in group else ", adapt" if adapts else ", no_adapt"
             own += ", fixed_norm" if keeps and "fixed_norm" not in group else ""
             found.append(
@@ -190,6 +214,7 @@ def _split(
                     "param_names": [name for name, _ in members],
                     "layer_adaptation": adapts,
                     **({} if fixed is None else {"fixed_norm": keeps}),
+                    **({} if sizes is None or "split" in group else {"split": sizes}),
                     **(exceptions if has_flat and adapts else {}),
                 }
             )
@@ -205,18 +230,26 @@ class _Layer(NamedTuple):
     adapts: bool
     is_hidden_matrix: bool
     trains: bool
-    in_flat: bool = False
+    in_flat: bool
+    shape: Sequence[int]  # unsharded
+    known: Sizes | None  # of the layers that the parameter is known to hold
+    why_not: str | None  # why they are not blocks of rows
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:
     """Yield every parameter; in place of each of FSDP1's flat tensors, the parameters in it."""
     flat, shapes, head = flat_tensors(model), whole_shapes(model), _output_embeddings(model)
+    modules = {clean_name(f"{name}.").removesuffix("."): module for name, module in model.named_modules()}
     layer_norms = [f"{clean_name(name)}." for name, part in model.named_modules() if name and _is_layer_norm(part)]
 
     def layer(name: str, owner: nn.Module, shape: Sequence[int], trains: bool, in_flat: bool = False) -> _Layer:
         decays = not (_UNDECAYED.search(name.lower()) or name.startswith(tuple(layer_norms)))
         hidden = owner is not head and _is_hidden_matrix(name, owner, shape)
-        return _Layer(name, decays, _adapts(name, owner, shape), hidden, trains, in_flat)
+        *_, owner_name, own_name = ("", *name.split("."))
+        parent = modules.get(".".join(name.split(".")[:-2])) if owner_name else None
+        known = known_layers(own_name, owner, owner_name, parent, shape)
+        why = why_not(owner, owner_name, parent)
+        return _Layer(name, decays, _adapts(name, owner, shape), hidden, trains, in_flat, shape, known, why)
 
     for raw, param in model.named_parameters():
         for name, owner in flat.get(param, ()):
@@ -231,6 +264,22 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             if in_parametrized and re.fullmatch(r"original\d*", own_name):
                 owner_name = in_parametrized[1] or ""
             yield layer(name, model.get_submodule(owner_name), shape, param.requires_grad)
+
+
+def _fused(layers: list[_Layer], split: Any) -> dict[str, Sizes] | None:
+    """Return the layers of fused parameters, by the parameters' names; None if the model has no fused parameter."""
+    if not isinstance(split, (bool, Mapping)):
+        raise ValueError(
+            "lamb_param_groups: split: expected True, False, or a dict of regular expressions and numbers of layers, "
+            f"such as {{'attn.Wqkv': 3}}, got {split!r}"
+        )
+    known = {layer.name: layer.known for layer in layers if layer.known is not None}
+    if not known and not isinstance(split, Mapping):
+        return None
+    if isinstance(split, Mapping):
+        shapes = {layer.name: layer.shape for layer in layers}
+        known |= own_layers(split, shapes, {layer.name: layer.why_not for layer in layers if layer.why_not})
+    return {name: sizes for name, sizes in known.items() if len(sizes) > 1} if split is not False else {}
 
 
 # transformers' Trainer.get_decay_parameter_names, the same from 5.17 to 5.23.

@@ -180,24 +180,25 @@ _SET_ELSEWHERE = {
     "weight_decay": "use --weight_decay",
     "betas": "use --adam_beta1 and --adam_beta2 (a value holds no comma)",
 }
+_OF_GROUPS = ("adapt_all", "split")  # arguments of lamb_param_groups, not options of Lamb
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @cache
 def _options() -> dict[str, Any]:
-    """Return the keys of `optim_args` and their types: those of `Lamb`'s signature, `beta1`, `beta2`, `adapt_all`."""
+    """Return the keys of `optim_args` and their types: beta1, beta2, `Lamb`'s signature, and `_OF_GROUPS`."""
     hints = get_type_hints(Lamb.__init__)
     own = {name: hint for name, hint in hints.items() if name not in {"params", "return", *_SET_ELSEWHERE}}
-    return {"beta1": float, "beta2": float, **own, "adapt_all": bool}
+    return {"beta1": float, "beta2": float, **own, **dict.fromkeys(_OF_GROUPS, bool)}
 
 
 def parse_optim_args(text: str | None) -> dict[str, float | bool | None]:
     """Parse `--optim_args`, such as "max_trust_ratio=10,bias_correction=false".
 
     Args:
-        text: items `key=value`, separated by commas. Keys are `beta1`, `beta2`, `adapt_all` (see `lamb_param_groups`)
-            and the options of `Lamb` except lr, betas and weight_decay. Numbers are Python's; booleans are true/false,
-            yes/no or 1/0; `none` is accepted if `Lamb` accepts None.
+        text: items `key=value`, separated by commas. Keys are `beta1`, `beta2`, `adapt_all` and `split` (see
+            `lamb_param_groups`), and the options of `Lamb` except lr, betas and weight_decay. Numbers are Python's;
+            booleans are true/false, yes/no or 1/0; `none` is accepted if `Lamb` accepts None.
 
     Returns:
         The options in `text`, with values of their types.
@@ -296,7 +297,7 @@ def inflates_loss(model: nn.Module) -> bool:
 
 
 def options_of(args: TrainingArguments) -> dict[str, Any]:
-    """Return the options of `Lamb` from training arguments, and `adapt_all` if `optim_args` has it.
+    """Return the options of `Lamb` from training arguments, and `adapt_all` and `split` if `optim_args` has them.
 
     Raises:
         ValueError: `parse_optim_args` or `Lamb` refuse an option; the DeepSpeed configuration replaces LAMB by
@@ -317,7 +318,7 @@ def options_of(args: TrainingArguments) -> dict[str, Any]:
         options["eps"] = args.adam_epsilon
     options |= given
     try:
-        Lamb([torch.empty(0)], **{option: value for option, value in options.items() if option != "adapt_all"})
+        Lamb([torch.empty(0)], **{option: value for option, value in options.items() if option not in _OF_GROUPS})
     except RuntimeError as error:  # options that exclude each other
         raise ValueError(f"optim_args: {error}") from None
     return options
@@ -341,7 +342,8 @@ def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Trainer's handler: return the class and the options of the optimizer, and log warnings."""
     args = ctx.args
     kwargs = options_of(args)
-    adapt_all, fixed_norm = bool(kwargs.pop("adapt_all", False)), bool(kwargs.get("fixed_norm", False))
+    choices = {name: bool(kwargs.pop(name)) for name in _OF_GROUPS if name in kwargs}
+    choices["fixed_norm"] = bool(kwargs.get("fixed_norm", False))
     warnings = []
     if args.learning_rate < 1e-4:
         warnings.append(
@@ -361,20 +363,20 @@ def _lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
     if args.should_log:
         for line in warnings:
             warn_once(f'optim="lamb": {line}')
-    return (Lamb if ctx.model is None else _lamb_of(ctx.model, adapt_all, fixed_norm)), kwargs
+    return (Lamb if ctx.model is None else _lamb_of(ctx.model, choices)), kwargs
 
 
-def _lamb_of(model: nn.Module, adapt_all: bool, fixed_norm: bool) -> type[Lamb]:
+def _lamb_of(model: nn.Module, choices: dict[str, bool]) -> type[Lamb]:
     """Return a class that builds `Lamb` from Trainer's parameter groups of this model.
 
     Trainer's groups, also those of a subclass, decide weight decay and learning rates; `split_by_adaptation` adds
-    names, which parameters adapt and, with `fixed_norm`, which keep their norms. It must be a class: Trainer does not
-    pass its groups to a factory function.
+    names, which parameters adapt, the layers of fused ones and, with `fixed_norm`, which keep their norms; `choices`
+    are its arguments. It must be a class: Trainer does not pass its groups to a factory function.
     """
 
     class LambOfModel(Lamb):
         def __new__(cls, params: Iterable[Any], **options: Any) -> Any:
-            groups = split_by_adaptation(model, params, adapt_all=adapt_all, fixed_norm=fixed_norm)
+            groups = split_by_adaptation(model, params, **choices)
             if options.get("layer_adaptation") is False:
                 # The groups have "layer_adaptation", which would override this option.
                 groups = [{**group, "layer_adaptation": False} for group in groups]

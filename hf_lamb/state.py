@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -9,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lamb.fused_layers import check_split
 from hf_lamb.norms import math_dtype
 from hf_lamb.options import check_options
 
-__all__ = ["check_loadable", "check_state", "check_state_dict", "restore_precision", "state_of"]
+__all__ = [
+    "check_loadable",
+    "check_state",
+    "check_state_dict",
+    "restore_precision",
+    "state_of",
+    "warn_of_other_layers",
+]
 
 
 def check_loadable(
@@ -34,6 +43,7 @@ def check_loadable(
                 "amsgrad), and Adam's lr does not suit LAMB"
             )
         check_options({**defaults, **other})
+        check_split(other.get("split", ()))
         for index, (param, key) in enumerate(zip(group["params"], other["params"], strict=True)):
             state = state_dict["state"].get(key, {})
             if not state:
@@ -45,6 +55,21 @@ def check_loadable(
                     f"because the state of {name} has {', '.join(map(str, state))}"
                 )
             check_state(state, param, "Lamb", name)
+
+
+def warn_of_other_layers(param_groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """Warn if a state dict, which replaces the options of the groups, has other layers in fused parameters."""
+    for group, other in zip(param_groups, loaded, strict=True):
+        own, theirs = dict(group.get("split", ())), dict(other.get("split", ()))
+        if [*map(tuple, own.values())] != [*map(tuple, theirs.values())]:
+            first = next(name for name in (own | theirs) if own.get(name) != theirs.get(name))
+            there, here = (len(split.get(first, (0,))) for split in (theirs, own))
+            warnings.warn(
+                f"Lamb: this run keeps its checkpoint's layers: {first} is {there} there, and {here} in these "
+                "groups. Start a new run to change that; to silence this, build the groups with the split of then",
+                stacklevel=2,
+            )
+            return
 
 
 def check_state_dict(state_dict: Any, who: str) -> None:

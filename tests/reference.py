@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,11 +28,18 @@ class ReferenceLamb:
         fixed_norm: bool = False,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        rows: dict[int, list[int]] | None = None,
     ) -> None:
+        """rows: of the weights that hold several layers, by their indices, the rows of each layer."""
         self.w = [np.array(w, dtype=np.float64) for w in weights]
         self.m = [np.zeros_like(w) for w in self.w]
         self.v = [np.zeros_like(w) for w in self.w]
         self.t = 0
+        self.layers: list[tuple[int, Any]] = []  # (index of the weight, rows)
+        for i in range(len(self.w)):
+            borders = np.cumsum([0, *(rows or {}).get(i, [])])
+            blocks = [slice(a, b) for a, b in itertools.pairwise(borders)]
+            self.layers += [(i, block) for block in blocks or [...]]  # ... is all of it
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.bias_correction, self.layer_adaptation = bias_correction, layer_adaptation
         self.min_trust_ratio, self.max_trust_ratio = min_trust_ratio, max_trust_ratio
@@ -43,22 +53,23 @@ class ReferenceLamb:
             g = [x / max(1.0, global_norm / self.max_grad_norm) for x in g]
         if self.maximize:
             g = [-x for x in g]
-        for i in range(len(self.w)):
-            self.m[i] = self.beta1 * self.m[i] + (1 - self.beta1) * g[i]
-            self.v[i] = self.beta2 * self.v[i] + (1 - self.beta2) * g[i] ** 2
-            m_hat, v_hat = self.m[i], self.v[i]
+        for i, rows in self.layers:
+            w, grad, m, v = self.w[i][rows], g[i][rows], self.m[i][rows], self.v[i][rows]
+            m[...] = self.beta1 * m + (1 - self.beta1) * grad
+            v[...] = self.beta2 * v + (1 - self.beta2) * grad**2
+            m_hat, v_hat = m, v
             if self.bias_correction:
                 m_hat = m_hat / (1 - self.beta1**self.t)
                 v_hat = v_hat / (1 - self.beta2**self.t)
-            if self.layer_adaptation and not g[i].any() and not self.m[i].any():
+            if self.layer_adaptation and not grad.any() and not m.any():
                 continue  # nothing but decay, which the trust ratio would make as long as any step
-            u = m_hat / (np.sqrt(v_hat) + self.eps) + self.weight_decay * self.w[i]
-            moved = self.w[i] - self.lr * self.trust_ratio(self.w[i], u) * u
-            norm = np.sqrt((self.w[i] ** 2).sum())
+            u = m_hat / (np.sqrt(v_hat) + self.eps) + self.weight_decay * w
+            moved = w - self.lr * self.trust_ratio(w, u) * u
+            norm = np.sqrt((w**2).sum())
             if self.fixed_norm and self.layer_adaptation and norm > 0:
                 left = np.sqrt((moved**2).sum())
-                moved = norm * moved / left if left > 0.01 * norm else self.w[i]
-            self.w[i] = moved
+                moved = norm * moved / left if left > 0.01 * norm else w
+            w[...] = moved
         return self.w
 
     def trust_ratio(self, w: Array, u: Array) -> float:

@@ -33,6 +33,11 @@ MODES = {
 }
 # DeepSpeed adds gradients up in another order, which a step clipped to a tenth with a large eps magnifies.
 TOLERANCE = {"float32": 1e-6, "clipped": 1e-5}
+# A ModernBERT, whose fused parameters hold several layers, beside its twin in which each layer is a parameter.
+FUSED_MODES = {
+    2: ["zero1_fused", "zero2_round_robin_fused", "zero3_subgroups_fused"],
+    4: ["zero2_round_robin_fused", "zero3_subgroups_fused"],
+}
 # That norms are another algorithm's where they are of what lies here, as other LAMBs' are.
 BROKEN = [{"mode": mode, "mutation": "norms of the local shard", **FLOAT32} for mode in ("zero2", "zero3")]
 VARIANTS = {"float32": FLOAT32, "clipped": {"dtype": "float32", **CLIPPED}}
@@ -42,14 +47,18 @@ def cases_on(processes: int) -> list[Case]:
     return [{"mode": mode, **variant} for mode in MODES[processes] for variant in VARIANTS.values()]
 
 
+def fused_cases(processes: int) -> list[Case]:
+    return [{"mode": mode, **FLOAT32} for mode in FUSED_MODES[processes]]
+
+
 @pytest.fixture(scope="module")
 def on_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    return measure(2, "zero_lamb", [*cases_on(2), *BROKEN], tmp_path_factory.mktemp("two"))
+    return measure(2, "zero_lamb", [*cases_on(2), *BROKEN, *fused_cases(2)], tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def on_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    return measure(4, "zero_lamb", cases_on(4), tmp_path_factory.mktemp("four"))
+    return measure(4, "zero_lamb", [*cases_on(4), *fused_cases(4)], tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture
@@ -79,6 +88,20 @@ def test_equals_the_unsharded_run(
     assert result["weights"] <= 1e-6
     assert result["ratios"] <= TOLERANCE[variant]
     assert result["norms"] <= TOLERANCE[variant]
+    assert result["same_weights"], "the processes ended with different weights"
+    assert result["same_layers"], "the processes report different layer_stats"
+
+
+@pytest.mark.parametrize(("processes", "mode"), [(n, mode) for n, modes in FUSED_MODES.items() for mode in modes])
+def test_layers_of_fused_parameters_equal_the_unfused_and_unsharded_run(
+    processes: int, mode: str, request: pytest.FixtureRequest
+) -> None:
+    """Wherever the partitions' borders cut a layer."""
+    result = request.getfixturevalue(f"on_{processes}")[json.dumps({"mode": mode, **FLOAT32})]
+    assert "error" not in result, result["error"]
+    assert result["weights"] <= 1e-6
+    assert result["ratios"] <= 1e-6
+    assert result["norms"] <= 1e-6
     assert result["same_weights"], "the processes ended with different weights"
     assert result["same_layers"], "the processes report different layer_stats"
 

@@ -311,7 +311,7 @@ def test_optim_args_takes_every_option_of_lamb_typed() -> None:
     text = (
         "beta1=0.8,beta2=0.99, eps=1e-7, bias_correction=false, layer_adaptation=yes, min_trust_ratio=0.1,"
         "max_trust_ratio=10, fixed_norm=1, max_grad_norm=none, skip_nonfinite=0, maximize=True,"
-        "foreach=1, fused=None, adapt_all=no"
+        "foreach=1, fused=None, adapt_all=no, split=no"
     )
     assert parse_optim_args(text) == {
         "beta1": 0.8,
@@ -328,15 +328,16 @@ def test_optim_args_takes_every_option_of_lamb_typed() -> None:
         "foreach": True,
         "fused": None,
         "adapt_all": False,
+        "split": False,
     }
     own = set(inspect.signature(Lamb).parameters) - {"params", "lr", "betas", "weight_decay"}
-    assert set(parse_optim_args(text)) == own | {"beta1", "beta2", "adapt_all"}
+    assert set(parse_optim_args(text)) == own | {"beta1", "beta2", "adapt_all", "split"}
     assert parse_optim_args(None) == parse_optim_args("") == {}
 
 
 ALL = (
     "beta1, beta2, eps, bias_correction, layer_adaptation, min_trust_ratio, max_trust_ratio, fixed_norm, "
-    "max_grad_norm, skip_nonfinite, maximize, foreach, fused, adapt_all"
+    "max_grad_norm, skip_nonfinite, maximize, foreach, fused, adapt_all, split"
 )
 
 

@@ -19,6 +19,9 @@ from tests.layouts import attach
 SHAPES = {"a.weight": (5, 3), "a.bias": (7,), "b.weight": (2, 2)}
 # Three elements of padding, the first two layers, one of padding, the third layer, four of padding.
 LAYOUT = Layout((Segment("a.weight", 3, 18, 15), Segment("a.bias", 18, 25, 7), Segment("b.weight", 26, 30, 4)), 34)
+# Of parameters in the flat tensor that hold several layers: the numbers of elements of each.
+FUSED = (("a.weight", (6, 3, 6)), ("a.bias", (4, 3)), ("b.weight", (2, 2)))
+Split = tuple[tuple[str, tuple[int, ...]], ...]
 EXCEPTIONS = {"undecayed": ["a.bias"], "unadapted": ["a.bias"], "unfixed": ["b.weight"]}
 
 
@@ -36,22 +39,25 @@ def flattened(layers: dict[str, Tensor], padding: float = torch.nan) -> Tensor:
     return flat
 
 
-def flat_lamb(**options: object) -> Lamb:
+def flat_lamb(split: Split = (), **options: object) -> Lamb:
     """Over one flat tensor of which nobody told the constructor, as DeepSpeed puts it there."""
-    optimizer = Lamb([{"params": [nn.Parameter(torch.ones(2, 2))], **EXCEPTIONS}], lr=0.1, **options)
+    group = {"params": [nn.Parameter(torch.ones(2, 2))], "split": split, **EXCEPTIONS}
+    optimizer = Lamb([group], lr=0.1, **options)
     flat = nn.Parameter(flattened(draw(0)))
     optimizer.param_groups[0]["params"] = [flat]
     attach(optimizer, {flat: LAYOUT})
     return optimizer
 
 
-def plain_lamb(**options: object) -> Lamb:
+def plain_lamb(split: Split = (), **options: object) -> Lamb:
     named = [(name, nn.Parameter(w)) for name, w in draw(0).items()]
     groups = [
         {"params": [named[0]]},
         {"params": [named[1]], "weight_decay": 0.0, "layer_adaptation": False},
         {"params": [named[2]], "fixed_norm": False},
     ]
+    for group in groups:
+        group["split"] = tuple(entry for entry in split if entry[0] == group["params"][0][0])
     return Lamb(groups, lr=0.1, **options)
 
 
@@ -71,14 +77,18 @@ def steps(optimizer: Lamb, reference: Lamb, poisoned_at: int | None = None) -> I
 
 
 @BACKENDS
+@pytest.mark.parametrize("split", [(), FUSED], ids=["", "fused"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_grad_norm": 0.5, "eps": 1e-2}, {"skip_nonfinite": False}, {"fixed_norm": True}],
     ids=str,
 )
-def test_a_flat_tensor_is_its_layers(backend: dict[str, bool], options: dict[str, object]) -> None:
-    """Bit for bit what an optimizer of the layers does: decay, adaptation, norms, clipping, a skipped step."""
-    optimizer, reference = flat_lamb(**backend, **options), plain_lamb(**backend, **options)
+def test_a_flat_tensor_is_its_layers(backend: dict[str, bool], options: dict[str, object], split: Split) -> None:
+    """Bit for bit what an optimizer of the layers does: decay, adaptation, norms, clipping, a skipped step.
+
+    What a parameter is excepted from, all its layers are.
+    """
+    optimizer, reference = flat_lamb(split, **backend, **options), plain_lamb(split, **backend, **options)
     for _ in steps(optimizer, reference, poisoned_at=3 if "skip_nonfinite" not in options else None):
         assert optimizer.layer_stats() == reference.layer_stats()
     layers = {
@@ -154,6 +164,38 @@ def test_state_survives_saving_and_loading() -> None:
 def test_segments_that_cannot_be(segments: tuple[Segment, ...]) -> None:
     with pytest.raises(ShardingError, match=r"use FSDP2 or DDP.*elements \d to \d of a tensor of 6 should be two"):
         Layout(segments, 6)
+
+
+def test_layers_of_a_parameter_that_no_tensor_holds() -> None:
+    """Whose groups are those of a part of the model, with shorter names."""
+    optimizer = flat_lamb(split=(("weight", (6, 9)),))
+    with pytest.raises(ShardingError, match=r"lamb_param_groups of the whole model.*no parameter is named weight"):
+        next(steps(optimizer, plain_lamb()))
+
+
+@pytest.mark.parametrize("start", range(15))
+def test_parts_of_a_parameter_are_parts_of_its_layers(start: int) -> None:
+    """Wherever the border between two processes lies."""
+    w = torch.arange(15)
+    held: dict[str, list[Tensor]] = {}
+    for first, last in ((0, start), (start, 15)):
+        shard = w[first:last]
+        layout = Layout((Segment("w", 0, last - first, 15, first),), last - first).split({"w": (6, 1, 8)})
+        for segment, piece in zip(layout.segments, layout.pieces(shard), strict=True):
+            held.setdefault(segment.layer, []).append(piece)
+            layer = w[{0: slice(0, 6), 1: slice(6, 7), 2: slice(7, 15)}[segment.block or 0]]
+            assert torch.equal(piece, layer[segment.offset : segment.offset + len(piece)])
+    assert {name: torch.cat(pieces).tolist() for name, pieces in held.items()} == {
+        "w[0]": [*range(6)],
+        "w[1]": [6],
+        "w[2]": [*range(7, 15)],
+    }
+
+
+def test_a_parameter_whose_rows_are_in_another_order() -> None:
+    """FSDP1 flattens a transposed one as it lies in memory: thirds of that are no layers."""
+    with pytest.raises(ShardingError, match=r"call \.contiguous\(\) on w before FSDP1 wraps it, or .*split=False"):
+        Layout((Segment("w", 0, 6, 6, in_order=False),), 6).split({"w": (3, 3)})
 
 
 def test_segments_that_do_not_add_up() -> None:

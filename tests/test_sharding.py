@@ -31,6 +31,15 @@ LOOKED: Case = {"options": {"foreach": True, "eps": 1e-2}, "clip": 0.1, "nan_at"
 # At eps 1e-6 the rounding noise of small gradients, which tensor parallelism adds up in another order, becomes a
 # difference of 3e-6 in a trust ratio.
 FLOAT32: Case = {"dtype": "float32", "options": {"foreach": True, "eps": 1e-3}}
+# A ModernBERT, whose fused parameters hold several layers, beside its twin in which each layer is a parameter.
+FUSED_MODES = {
+    2: ["ddp_fused", "fsdp2_fused", "fsdp1_fused", "fsdp1_flat_fused"],
+    4: ["fsdp2_fused", "fsdp2_columns_fused", "hsdp_fused", "fsdp1_flat_fused", "fsdp1_hybrid_fused"],
+}
+FUSED: dict[str, Case] = {
+    "float64": {"dtype": "float64"},
+    "float32, fixed norms": {"dtype": "float32", "options": {"eps": 1e-3, "fixed_norm": True}},
+}
 NOT_LOOKING: Case = {"mode": "fsdp2", "dtype": "float32", "options": {"skip_nonfinite": False}}
 
 
@@ -60,17 +69,21 @@ BROKEN: list[Case] = [
 ]
 
 
+def fused_cases(processes: int) -> list[Case]:
+    return [{"mode": mode, **variant} for mode in FUSED_MODES[processes] for variant in FUSED.values()]
+
+
 @pytest.fixture(scope="module")
 def on_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cases = [case for mode in MODES[2] for case in variants(mode).values()]
-    cases += [NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}]
+    cases += [NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}, *fused_cases(2)]
     return measure(2, "sharded_lamb", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def on_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     cases = [case for mode in MODES[4] for case in variants(mode).values()]
-    cases += [NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}, *BROKEN]
+    cases += [NOT_LOOKING, {**NOT_LOOKING, "mode": "fsdp1_flat"}, *BROKEN, *fused_cases(4)]
     return measure(4, "sharded_lamb", cases, tmp_path_factory.mktemp("four"))
 
 
@@ -104,6 +117,27 @@ def test_equals_the_unsharded_run(
     assert result["unsharded_skipped"] == ([1, 0] if "nan_at" in case else [0, 0])
     assert all(skipped == result["unsharded_skipped"] for skipped in result["skipped"])
     assert all(collectives == result["collectives"][0] for collectives in result["collectives"])
+
+
+@pytest.mark.parametrize("variant", FUSED)
+@pytest.mark.parametrize(("processes", "mode"), [(n, mode) for n, modes in FUSED_MODES.items() for mode in modes])
+def test_layers_of_fused_parameters_equal_the_unfused_and_unsharded_run(
+    processes: int, mode: str, variant: str, result_of: Callable[[int, Case], Result]
+) -> None:
+    """Wherever the shards' borders cut a layer: FSDP2 shards 108 and 106 rows evenly and unevenly over four."""
+    case = {"mode": mode, **FUSED[variant]}
+    result = result_of(processes, case)
+    tolerance = 1e-12 if case["dtype"] == "float64" else 1e-6
+    assert result["weights"] <= tolerance
+    assert result["ratios"] <= tolerance
+    assert result["norms"] <= tolerance
+    assert result["same_weights"], "the processes ended with different weights"
+    assert result["same_layers"], "the processes report different layer_stats"
+    sent = all_reduces(result)
+    assert len(sent) == (0 if mode == "ddp_fused" else 2)  # as of any model: one number, then the sums of all layers
+    if mode.startswith("fsdp2"):
+        assert result["evidence"][0]["sharded"] == result["evidence"][0]["dtensors"]
+        assert (result["evidence"][0]["columns"] > 0) == (mode == "fsdp2_columns_fused")
 
 
 @pytest.mark.parametrize(("processes", "mode"), ALL)

@@ -5,7 +5,8 @@ a row of `RUNTIMES` in `sharding.py`.
 """
 
 from hf_lamb.sharding.collectives import ShardingError
-from hf_lamb.sharding.plain import local_tensor
-from hf_lamb.sharding.sharding import Piece, Sharding, device_of
+from hf_lamb.sharding.layout import Layout, Sizes
+from hf_lamb.sharding.plain import local_tensor, own_class
+from hf_lamb.sharding.sharding import Block, Piece, Sharding, device_of
 
-__all__ = ["Piece", "Sharding", "ShardingError", "device_of", "local_tensor"]
+__all__ = ["Block", "Layout", "Piece", "Sharding", "ShardingError", "Sizes", "device_of", "local_tensor", "own_class"]

@@ -81,7 +81,13 @@ def cut_together(layers: Sequence[Whole], start: int, stop: int) -> tuple[Segmen
     There is one for each layer; it is empty for layers outside of that range.
     """
     return tuple(
-        Segment(name, _within(offset, start, stop) - start, _within(offset + size, start, stop) - start, size)
+        Segment(
+            name,
+            _within(offset, start, stop) - start,
+            _within(offset + size, start, stop) - start,
+            size,
+            _within(start - offset, 0, size),
+        )
         for name, offset, size in layers
     )
 
@@ -93,7 +99,7 @@ def cut_one_by_one(names: Sequence[str], sizes: Sequence[int], parts: Sequence[i
     """
     starts = accumulate(parts, initial=0)
     return tuple(
-        Segment(name, start, start + _within(size - rank * part, 0, part), size)
+        Segment(name, start, start + _within(size - rank * part, 0, part), size, min(rank * part, size))
         for name, size, part, start in zip(names, sizes, parts, starts, strict=False)
     )
 
@@ -190,10 +196,9 @@ def _together(
     start = dist.get_rank(group) * tensor.numel()
     layers = [Whole(names[p], offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
     segments = cut_together(layers, start, start + tensor.numel())
-    places = (max(start - layer.offset, 0) for layer in layers)
     weights = [
-        param.detach().reshape(-1)[place : place + segment.stop - segment.start]
-        for param, place, segment in zip(params, places, segments, strict=True)
+        param.detach().reshape(-1)[segment.offset : segment.offset + segment.stop - segment.start]
+        for param, segment in zip(params, segments, strict=True)
     ]
     return Flat(tensor, group, segments, weights)
 

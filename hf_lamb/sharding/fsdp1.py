@@ -131,10 +131,11 @@ def _names(prefix: str, flat: Any) -> list[str]:
 
 
 def _segments(prefix: str, flat: Any) -> Iterator[Segment]:
-    infos = zip(_names(prefix, flat), flat._shard_param_infos, flat._numels, strict=True)
-    for name, info, size in infos:
+    infos = zip(_names(prefix, flat), flat._shard_param_infos, flat._numels, flat._contiguities, strict=True)
+    for name, info, size, in_order in infos:
         start, here = (info.offset_in_shard, info.numel_in_shard) if info.in_shard else (0, 0)
-        yield Segment(name, start, start + here, size)
+        offset = info.intra_param_start_idx if info.in_shard else 0
+        yield Segment(name, start, start + here, size, offset, in_order)
 
 
 def _reductions(handle: Any, groups: dict[tuple[int, ...], Reduction]) -> Reductions:

@@ -1,9 +1,10 @@
-"""The layout of layers in the tensors of FSDP1 and DeepSpeed ZeRO, which carry no layout metadata."""
+"""The layout of layers in flat tensors of FSDP1 and DeepSpeed ZeRO, and in parameters that hold several layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -11,16 +12,55 @@ from torch import Tensor
 
 from hf_lamb.sharding.collectives import Reductions, ShardingError, sum_over_processes
 
-__all__ = ["Layout", "Segment", "check_layouts"]
+__all__ = ["Layout", "Segment", "Sizes", "check_layouts"]
+
+# Of the layers that one parameter holds: their numbers of elements, in order.
+Sizes = tuple[int, ...]
 
 
 class Segment(NamedTuple):
-    """The part of a layer (an original parameter) in a local tensor; empty if other processes hold the whole layer."""
+    """The part of a layer in a local tensor; empty if other processes hold the whole layer.
 
-    name: str  # of the layer
+    A layer is an original parameter, or one of several blocks of it.
+    """
+
+    name: str  # of the original parameter
     start: int  # first element, in the flattened local tensor
     stop: int  # end (exclusive)
     size: int  # number of elements of the whole layer
+    offset: int = 0  # of the first element, in the flattened layer
+    in_order: bool = True  # False: the runtime has flattened the parameter in another order than that of its rows
+    block: int | None = None  # index among the layers of the parameter; None if the parameter is one layer
+
+    @property
+    def layer(self) -> str:
+        """The layer's name: `NAME[0]`, `NAME[1]`, ... of a parameter that holds several."""
+        return self.name if self.block is None else f"{self.name}[{self.block}]"
+
+    def split(self, sizes: Sizes) -> Iterator[Segment]:
+        """Yield the segments of the layers in this one, which must be of a whole parameter.
+
+        Raises:
+            ShardingError: the sizes do not add up to the parameter's; its elements are not in the order of its rows.
+        """
+        if not self.in_order:
+            raise ShardingError(
+                f"Lamb: call .contiguous() on {self.name} before FSDP1 wraps it, or use lamb_param_groups(model, "
+                "split=False): FSDP1 has flattened it in another order than that of its rows, and it holds several "
+                "layers"
+            )
+        if sum(sizes) != self.size:
+            raise ShardingError(
+                f"Lamb: build the groups with lamb_param_groups of this model: they split {self.name}, which has "
+                f"{self.size} elements, into layers of {', '.join(map(str, sizes))}"
+            )
+        begin, held = 0, self.stop - self.start
+        for block, size in enumerate(sizes):
+            first = min(max(begin - self.offset, 0), held)
+            last = min(max(begin + size - self.offset, 0), held)
+            offset = max(self.offset - begin, 0) if last > first else 0
+            yield Segment(self.name, self.start + first, self.start + last, size, offset, block=block)
+            begin += size
 
 
 @dataclass(frozen=True)
@@ -42,10 +82,11 @@ class Layout:
     numel: int
     reductions: Reductions = ()
     _cuts: list[int] = field(init=False, repr=False, compare=False)  # sizes of: padding, segment, padding, ...
+    _padded: bool = field(init=False, repr=False, compare=False)  # False: `_cuts` are the segments alone
 
     def __post_init__(self) -> None:
         cuts, end = [], 0
-        for name, start, stop, _ in self.segments:
+        for name, start, stop, *_ in self.segments:
             if start == stop:
                 start = stop = end
             if not end <= start <= stop <= self.numel:
@@ -55,15 +96,39 @@ class Layout:
                 )
             cuts += [start - end, stop - start]
             end = stop
-        object.__setattr__(self, "_cuts", [*cuts, self.numel - end])
+        cuts.append(self.numel - end)
+        padded = any(cuts[::2])
+        object.__setattr__(self, "_cuts", cuts if padded else cuts[1::2])
+        object.__setattr__(self, "_padded", padded)
 
     @property
     def is_one_layer(self) -> bool:
-        return len(self.segments) == 1 and self._cuts[1] == self.numel
+        return len(self.segments) == 1 and not self._padded
 
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return views of the segments in a tensor of this layout: the parameter, its gradient or a moment."""
-        return (tensor,) if self.is_one_layer else torch.split(tensor.view(-1), self._cuts)[1::2]
+        """Return views of the segments in a tensor of this layout: the parameter, its gradient or a moment.
+
+        Of a tensor that is not contiguous they are views if they are whole rows; else they are copies.
+        """
+        if self.is_one_layer:
+            return (tensor,)
+        row = math.prod(tensor.shape[1:])
+        if tensor.ndim > 1 and not self._padded and row and not any(size % row for size in self._cuts):
+            return torch.split_with_sizes(tensor, [size // row for size in self._cuts])
+        pieces = torch.split_with_sizes(tensor.reshape(-1), self._cuts)
+        return pieces[1::2] if self._padded else pieces
+
+    def split(self, sizes_of: Mapping[str, Sizes]) -> Layout:
+        """Return the layout of the same tensor in which some parameters are several layers.
+
+        Args:
+            sizes_of: their layers, by the parameters' names.
+        """
+        segments: list[Segment] = []
+        for segment in self.segments:
+            sizes = sizes_of.get(segment.name)
+            segments += (segment,) if sizes is None else segment.split(sizes)
+        return replace(self, segments=tuple(segments))
 
 
 def check_layouts(layouts: dict[Tensor, Layout]) -> None:

@@ -16,17 +16,28 @@ from hf_lamb.sharding import deepspeed
 from hf_lamb.sharding.collectives import Reduction, Reductions, ShardingError, reduction_of, sum_over_processes
 from hf_lamb.sharding.deepspeed import DeepSpeed
 from hf_lamb.sharding.fsdp1 import FSDP1
-from hf_lamb.sharding.layout import Layout, check_layouts
+from hf_lamb.sharding.layout import Layout, Segment, Sizes, check_layouts
 from hf_lamb.sharding.peers import zero_redundancy_group
-from hf_lamb.sharding.plain import local_grad, local_shard
+from hf_lamb.sharding.plain import local_blocks, local_grad, local_shard
 from hf_lamb.sharding.runtime import Runtime
 
 # The runtimes whose tensors carry no layout metadata. `attach` uses the first one that wraps the model.
 RUNTIMES: tuple[type[Runtime], ...] = (DeepSpeed, FSDP1)
 
 
+class Block(NamedTuple):
+    """The place of a piece in a tensor that holds several."""
+
+    param: Tensor
+    layout: Layout
+    number: int  # of the piece, among the layout's segments
+
+
 class Piece(NamedTuple):
-    """This process's part of one layer: tensors of one shape, and the layer's step count."""
+    """This process's part of one layer: tensors of one shape, and the layer's step count.
+
+    All pieces of a tensor have the tensor's step count.
+    """
 
     name: str  # of the layer
     param: Tensor
@@ -36,6 +47,7 @@ class Piece(NamedTuple):
     step: Tensor
     cut: int | None  # index into `Sharding.cuts`; None if the whole layer is on this process
     place: int  # the layer's index in that `Cut`
+    block: Block | None = None  # None if the piece is all of the tensor
     decays: bool = True  # False overrides the group's weight_decay
     adapts: bool = True  # False overrides the group's layer_adaptation
     keeps_norm: bool = True  # False overrides the group's fixed_norm
@@ -64,6 +76,15 @@ class Places(NamedTuple):
     tensor: Tensor
 
 
+class OfBlocks(NamedTuple):
+    """The layout of a parameter that holds several layers, and what it was made from."""
+
+    sizes: Sizes
+    shape: torch.Size  # of the local tensor
+    reductions: Reductions
+    layout: Layout
+
+
 class CutBucket(Protocol):
     """The attributes of a bucket that `Sharding` reads, see `Piece`."""
 
@@ -80,6 +101,9 @@ class Sharding:
         self.layouts: dict[Tensor, Layout] = {}
         self.peer_group: Reduction | None = zero_redundancy_group()
         self.cuts: list[Cut] = []
+        self._attached: set[str] = set()  # the parameters in `layouts`
+        self._of_blocks: dict[str, OfBlocks] = {}  # of parameters that hold several layers, by name
+        self._splits: dict[Tensor, tuple[Layout, dict[str, Sizes], Layout]] = {}  # of a runtime's: before and after
         self._indices: dict[int, Places] = {}  # by the number of the sharded bucket
 
     # -- set up ------------------------------------------------------------------------------------------------------
@@ -101,6 +125,7 @@ class Sharding:
         self.runtime = runtime
         # A second DeepSpeed engine has new tensors: drop the layouts of the first one's.
         self.layouts = {param: self.layouts[param] for param in params if param in self.layouts} | runtime.layouts
+        self._attached = {segment.name for layout in self.layouts.values() for segment in layout.segments}
         return [p for p in params if p in runtime.layouts and p.requires_grad] if runtime.state_from_the_start else []
 
     def shapes_of_a_copy(self) -> set[torch.Size]:
@@ -149,51 +174,88 @@ class Sharding:
         self.cuts = []
         for group_index, group in enumerate(param_groups):
             undecayed, unadapted, unfixed = (set(group.get(key, ())) for key in ("undecayed", "unadapted", "unfixed"))
+            sizes_of: dict[str, Sizes] = dict(group.get("split", ()))
+            if sizes_of:
+                self._check_split_names(group)
             for index, param in enumerate(group["params"]):
                 layout = self.layouts.get(param) if self.layouts else None
                 name = name_of(group_index, index)
-                if layout is None:
+                if layout is None and name not in sizes_of:
                     piece = self._whole_or_dtensor(param, name, state_of)
                     if piece is not None:
                         yield group_index, piece
-                    continue
-                for piece in self._segments(param, name, layout, state_of):
-                    yield (
-                        group_index,
-                        piece._replace(
-                            decays=piece.name not in undecayed,
-                            adapts=piece.name not in unadapted,
-                            keeps_norm=piece.name not in unfixed,
-                        ),
-                    )
+                elif layout is None:
+                    for piece in self._blocks(param, name, sizes_of[name], state_of):
+                        yield group_index, piece
+                else:
+                    if sizes_of:
+                        layout = self._split(param, layout, sizes_of)
+                    for segment, piece in self._segments(param, name, layout, state_of):
+                        yield (
+                            group_index,
+                            piece._replace(
+                                decays=segment.name not in undecayed,
+                                adapts=segment.name not in unadapted,
+                                keeps_norm=segment.name not in unfixed,
+                            ),
+                        )
 
     def _whole_or_dtensor(
         self, param: Tensor, name: str, state_of: Callable[[Tensor], dict[str, Tensor]]
     ) -> Piece | None:
+        self._check_shape(param, name)
+        local, reductions = local_shard(param, name)
+        cut, place = self._place(reductions, math_dtype(local))
+        if param.grad is None:
+            return None
+        grad, exp_avg, exp_avg_sq, step = _grad_and_state(param, local, name, state_of)
+        return Piece(name, local, grad, exp_avg, exp_avg_sq, step, cut, place)
+
+    def _blocks(
+        self, param: Tensor, name: str, sizes: Sizes, state_of: Callable[[Tensor], dict[str, Tensor]]
+    ) -> Iterator[Piece]:
+        """Yield the pieces of a whole tensor or DTensor that holds several layers."""
+        self._check_shape(param, name)
+        local, reductions = local_shard(param, name)
+        known = self._of_blocks.get(name)
+        if known is None or known.sizes != sizes or known.shape != local.shape or known.reductions != reductions:
+            layout = Layout(local_blocks(param, name, sizes), local.numel(), reductions)
+            known = self._of_blocks[name] = OfBlocks(sizes, local.shape, reductions, layout)
+        places = [self._place(reductions, math_dtype(local)) for _ in sizes]
+        if param.grad is not None:
+            grad, exp_avg, exp_avg_sq, step = _grad_and_state(param, local, name, state_of)
+            tensors = (local, grad, exp_avg, exp_avg_sq)
+            yield from (piece for _, piece in _pieces(param, known.layout, tensors, step, places))
+
+    def _check_split_names(self, group: dict[str, Any]) -> None:
+        """Raise ShardingError if "split" names a parameter that is not there: it would silently be one layer."""
+        known = {*(group.get("param_names") or ()), *self._attached}
+        unknown = [name for name, _ in group["split"] if name not in known]
+        if unknown:
+            raise ShardingError(
+                'Lamb: build the groups with lamb_param_groups of the whole model, and keep "param_names" and "split" '
+                f'together (or use split=False): no parameter is named {unknown[0]}, which "split" of a group says '
+                "holds several layers"
+            )
+
+    def _check_shape(self, param: Tensor, name: str) -> None:
         if param.shape not in self.shapes:
             raise ShardingError(
                 f"Lamb: parameter {name} has shape {tuple(param.shape)}, which this optimizer was not built with: "
                 "under DeepSpeed ZeRO call optimizer.attach(engine) after deepspeed.initialize; for a resized layer "
                 "build a new optimizer"
             )
-        local, reductions = local_shard(param, name)
-        cut, place = self._place(reductions, math_dtype(local))
-        if param.grad is None:
-            return None
-        _refuse_sparse(param.grad, name)
-        state = state_of(param)
-        grad = local_grad(param, param.grad)
-        exp_avg, exp_avg_sq = (local_shard(state[moment], name)[0] for moment in ("exp_avg", "exp_avg_sq"))
-        if not local.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
-            raise ShardingError(
-                f"Lamb: parameter {name} has shape {tuple(local.shape)} here, its gradient {tuple(grad.shape)} "
-                f"and its moments {tuple(exp_avg.shape)}: for a resized layer build a new optimizer"
-            )
-        return Piece(name, local, grad, exp_avg, exp_avg_sq, state["step"], cut, place)
+
+    def _split(self, param: Tensor, layout: Layout, sizes_of: dict[str, Sizes]) -> Layout:
+        """Return a runtime's layout in which the parameters of a group that hold several layers are those layers."""
+        known = self._splits.get(param)
+        if known is None or known[0] is not layout or known[1] != sizes_of:
+            known = self._splits[param] = (layout, sizes_of, layout.split(sizes_of))
+        return known[2]
 
     def _segments(
         self, param: Tensor, name: str, layout: Layout, state_of: Callable[[Tensor], dict[str, Tensor]]
-    ) -> Iterator[Piece]:
+    ) -> Iterator[tuple[Segment, Piece]]:
         if param.numel() != layout.numel:
             raise ShardingError(
                 f"Lamb: {name} has {param.numel()} elements here and had {layout.numel} in attach: call step outside "
@@ -212,11 +274,8 @@ class Sharding:
             state = {"step": step, "exp_avg": grad.to(math_dtype(param)), "exp_avg_sq": grad.to(math_dtype(param))}
         else:
             return
-        # The tensor has one step count for all its segments: the first one advances it, the others advance copies.
-        steps = [state["step"], *state["step"].repeat(len(layout.segments) - 1).unbind()]
-        pieces = (layout.pieces(tensor) for tensor in (param, grad, state["exp_avg"], state["exp_avg_sq"]))
-        for segment, w, g, m, v, step, (cut, place) in zip(layout.segments, *pieces, steps, places, strict=True):
-            yield Piece(segment.name, w, g, m, v, step, cut, place)
+        tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+        yield from _pieces(param, layout, tensors, state["step"], places)
 
     def _place(self, reductions: Reductions, dtype: torch.dtype) -> tuple[int | None, int]:
         """Count a layer in its `Cut`, and return the cut's index and the layer's index in it."""
@@ -296,6 +355,37 @@ class Sharding:
     def takes_part(self) -> bool:
         """Whether this process must take part in all-reduces, even if it has no gradient."""
         return bool(self.cuts) or self.peer_group is not None
+
+
+def _grad_and_state(
+    param: Tensor, local: Tensor, name: str, state_of: Callable[[Tensor], dict[str, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the local gradient, exp_avg and exp_avg_sq of a whole tensor or DTensor that has a gradient, and step."""
+    assert param.grad is not None
+    _refuse_sparse(param.grad, name)
+    state = state_of(param)
+    grad = local_grad(param, param.grad)
+    exp_avg, exp_avg_sq = (local_shard(state[moment], name)[0] for moment in ("exp_avg", "exp_avg_sq"))
+    if not local.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
+        raise ShardingError(
+            f"Lamb: parameter {name} has shape {tuple(local.shape)} here, its gradient {tuple(grad.shape)} "
+            f"and its moments {tuple(exp_avg.shape)}: for a resized layer build a new optimizer"
+        )
+    return grad, exp_avg, exp_avg_sq, state["step"]
+
+
+def _pieces(
+    param: Tensor,
+    layout: Layout,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    step: Tensor,
+    places: list[tuple[int | None, int]],
+) -> Iterator[tuple[Segment, Piece]]:
+    """Yield the segments of a tensor with their pieces; `tensors` are w, g, m and v of this process."""
+    views = (layout.pieces(tensor) for tensor in tensors)
+    for number, (segment, w, g, m, v, (cut, place)) in enumerate(zip(layout.segments, *views, places, strict=True)):
+        block = None if layout.is_one_layer else Block(param, layout, number)
+        yield segment, Piece(segment.layer, w, g, m, v, step, cut, place, block)
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -34,21 +34,25 @@ def options_in_force(optimizer: Any) -> dict[str, Any]:
 
     Returns:
         "learning_rate" (the schedule's peak) and "weight_decay", each the largest of all groups; the other options of
-        the first group under their own names, such as "betas" and "eps".
+        the first group under their own names, such as "betas" and "eps"; "split" if the model has fused parameters:
+        whether any of them is several layers.
     """
     groups = options_of_groups(optimizer)
     options = dict(groups[0])
+    if any("split" in group for group in groups):
+        options["split"] = any(group.get("split") for group in groups)
     for name in ("learning_rate", "weight_decay"):
         options[name] = max((float(group[name]) for group in groups if group.get(name) is not None), default=0.0)
     return options
 
 
 def options_of_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the options of each group as plain values, with "learning_rate" at the schedule's peak."""
-    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted", "unfixed"}
+    """Return the options of each group as plain values: "learning_rate" is the schedule's peak, "split" is whether."""
+    own = {"params", "param_names", "name", "lr", "initial_lr", "undecayed", "unadapted", "unfixed", "split"}
     return [
         {name: _plain(value) for name, value in group.items() if name not in own}
         | {"learning_rate": _plain(group.get("initial_lr", group.get("lr")))}
+        | ({"split": bool(group["split"])} if "split" in group else {})
         for group in optimizer.param_groups
     ]
 
@@ -130,6 +134,10 @@ def _large_batch(trainer: LambTrainer) -> list[str]:
         f"- steps: {trainer.state.max_steps:,}, {warmup:,} of them warm-up; decay: {decay}",
         f"- gradients clipped to: {f'{args.max_grad_norm:g}' if args.max_grad_norm else 'not clipped'}",
     ]
+    if "split" in options:
+        of_each = [len(sizes) for group in lamb.param_groups for _, sizes in group.get("split", ())]
+        known = f"{len(of_each)} hold {sum(of_each)} layers, each with a trust ratio of its own"
+        lines.append(f"- fused parameters: {known if of_each else 'each is one layer (split=False)'}")
     return lines + ([f"- plan: {trainer.plan}"] if trainer.plan else [])
 
 

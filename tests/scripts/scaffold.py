@@ -81,13 +81,22 @@ def forget_accelerator() -> None:
 class Case:
     """One training run: how the model is sharded, and the optimizer by its module."""
 
-    mode: str
+    mode: str  # with "_fused" at the end of a ModernBERT; its unsharded twin has the fused layers separate
     dtype: str = "float64"
     optimizer: str = "hf_lamb"
     options: dict[str, Any] = field(default_factory=dict)
     clip: float | None = None  # what `clip_grad_norm` gets before each step; torch's of an unsharded run
     nan_at: int | None = None  # the step at which one entry of one gradient is not finite
     mutation: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.mode.endswith("_fused")
+
+    @property
+    def sharding(self) -> str:
+        """The mode, whatever the model."""
+        return self.mode.removesuffix("_fused")
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))

@@ -1,5 +1,7 @@
 """Trains a small BERT sharded, and again unsharded in the same process, and measures how far the two are apart.
 
+Or a small ModernBERT, whose layers lie in fused parameters, beside its unsharded twin in which none is fused.
+
 Run by tests/test_sharding.py and tests/scripts/sharding_report.py:
 torchrun --nproc_per_node N -m tests.scripts.sharded_lamb CASES.json OUTPUT.json
 """
@@ -40,11 +42,13 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 
-from hf_lamb import Lamb
+from hf_lamb import Lamb, lamb_param_groups
 from hf_lamb.sharding import sharding
 from hf_lamb.sharding.collectives import Reduction, Reductions
 from hf_lamb.sharding.fsdp1 import clean_name
+from tests import twins
 from tests.scripts.scaffold import NOT_MOVED, Case, Layers, distances, from_all, measure_cases, process_group
 
 VOCAB, WIDTH, INTERMEDIATE, LENGTH, ROWS, STEPS = 503, 36, 130, 24, 8, 10
@@ -99,7 +103,7 @@ def batch(step: int, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
 # -- the ways to shard it --------------------------------------------------------------------------------------------
 
 
-def shard(model: BertForMaskedLM, mode: str) -> tuple[nn.Module, int, int]:
+def shard(model: nn.Module, mode: str) -> tuple[nn.Module, int, int]:
     """The model sharded in place; which part of the global batch this process takes, and of how many."""
     rank, world = dist.get_rank(), dist.get_world_size()
     line = init_device_mesh("cpu", (world,))
@@ -128,13 +132,14 @@ def shard(model: BertForMaskedLM, mode: str) -> tuple[nn.Module, int, int]:
     raise ValueError(mode)
 
 
-def _fsdp2(model: BertForMaskedLM, **options: Any) -> nn.Module:
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, **options)
+def _fsdp2(model: nn.Module, **options: Any) -> nn.Module:
+    for layer in [*model.modules()]:
+        if isinstance(layer, (BertLayer, ModernBertEncoderLayer)):
+            fully_shard(layer, **options)
     return fully_shard(model, **options)
 
 
-def _fsdp1(model: BertForMaskedLM, mode: str) -> nn.Module:
+def _fsdp1(model: nn.Module, mode: str) -> nn.Module:
     """Layer by layer in units of their own. Frozen parameters do not fit into a flat tensor with others."""
     flat, frozen = mode == "fsdp1_flat", [param for param in model.parameters() if not param.requires_grad]
     options: dict[str, Any] = {"ignored_states": frozen} if flat else {}
@@ -146,7 +151,7 @@ def _fsdp1(model: BertForMaskedLM, mode: str) -> nn.Module:
         options["sharding_strategy"] = ShardingStrategy.SHARD_GRAD_OP
     return FullyShardedDataParallel(
         model,
-        auto_wrap_policy=ModuleWrapPolicy({BertLayer}),
+        auto_wrap_policy=ModuleWrapPolicy({BertLayer, ModernBertEncoderLayer}),
         use_orig_params=not flat,
         device_id=torch.device("cpu"),
         **options,
@@ -241,17 +246,22 @@ class Outcome:
 
 
 def train(case: Case, sharded: bool) -> Outcome:
-    model: nn.Module = build_model(getattr(torch, case.dtype))
+    dtype = getattr(torch, case.dtype)
+    model: nn.Module = twins.fused_model(dtype) if case.fused else build_model(dtype)
+    if case.fused and not sharded:
+        model = twins.unfuse(model)
     named = dict(model.named_parameters())
-    part, parts = 0, 1
+    part, parts, owner = 0, 1, model
     if sharded:
-        model, part, parts = shard(model, case.mode)
+        model, part, parts = shard(model, case.sharding)
         owner = model.module if isinstance(model, DistributedDataParallel) else model
         named = {clean_name(name): param for name, param in owner.named_parameters()}
     options = {"lr": 1e-2, "weight_decay": 0.01, **case.options}
     cls = importlib.import_module(case.optimizer).Lamb
     if sharded and case.mode == "zero_redundancy":
         optimizer: Optimizer = ZeroRedundancyOptimizer(named.values(), optimizer_class=cls, **options)
+    elif case.fused:
+        optimizer = cls(lamb_param_groups(owner, adapt_all=True), **options)
     else:
         optimizer = cls(named.values(), **options)
     if isinstance(model, FullyShardedDataParallel) and isinstance(optimizer, Lamb):
@@ -260,7 +270,7 @@ def train(case: Case, sharded: bool) -> Outcome:
 
     layers, layers_beside, norms = [], [], []
     for step in range(STEPS):
-        model(**batch(step, part, parts)).loss.backward()
+        model(**(twins.batch(step) if case.fused else batch(step, part, parts))).loss.backward()
         if case.clip is not None:  # before the NaN, which then makes one process look again, and the others not
             own = _own(optimizer)
             norm = own.clip_grad_norm(case.clip) if sharded else clip_grad_norm_(named.values(), case.clip)
@@ -276,9 +286,10 @@ def train(case: Case, sharded: bool) -> Outcome:
         with mutated(case.mutation), Collectives() as collectives:
             optimizer.step()
         model.zero_grad()
-        layers.append(_layers(optimizer, named))
+        layers.append(twins.layers_of(optimizer) if case.fused else _layers(optimizer, named))
+    weights = _whole_weights(model, named)
     return Outcome(
-        weights=_whole_weights(model, named),
+        weights=twins.in_layers(weights) if case.fused else weights,
         layers=layers,
         skipped=_skipped(optimizer),
         collectives=collectives.seen,
@@ -421,7 +432,7 @@ def _unsharded(case: str) -> Outcome:
 def measure(case: Case) -> dict[str, Any]:
     """The distances from the unsharded run, and what each process says of itself."""
     got = train(case, sharded=True)
-    expected = got.beside or _unsharded(str(replace(case, mode="", mutation=None)))
+    expected = got.beside or _unsharded(str(replace(case, mode="_fused" if case.fused else "", mutation=None)))
     return {
         **distances(got.weights, expected.weights, got.layers, expected.layers),
         "skipped": from_all(got.skipped),

@@ -28,10 +28,12 @@ from torch.distributed.fsdp import (
     ShardedOptimStateDictConfig,
     ShardingStrategy,
     StateDictType,
+    fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hf_lamb import Lamb, lamb_param_groups
 from hf_lamb.sharding.collectives import ShardingError, reduction_of
@@ -293,6 +295,72 @@ def check_one_name_in_two_groups() -> None:
     optimizer.step()
     reference.step()
     assert max(distances(sharded, unsharded)) <= 1e-14
+
+
+FUSED = {"rows": (9, 5), "vector": (6,), "experts": (2, 4, 3), "row": (1, 8), "columns": (6, 8)}
+LAYERS = {"rows": (15, 10, 20), "vector": (2, 2, 2), "experts": (6, 6, 6, 6), "columns": (16, 32)}
+
+
+def check_fused_layers_wherever_fsdp2_cuts_them() -> None:
+    """In a row and between rows, where some processes have nothing, and along the columns."""
+    model, plain = nn.Module(), nn.Module()
+    for i, (name, shape) in enumerate(FUSED.items()):
+        for module in (model, plain):
+            module.register_parameter(name, nn.Parameter(draw(*shape, seed=i)))
+    fully_shard(model, shard_placement_fn=lambda param: Shard(1) if param.shape == FUSED["columns"] else None)
+    for options in ({}, {"fixed_norm": True}, CLIPPED):
+        groups = [
+            {"params": [*module.named_parameters()], "split": tuple(LAYERS.items())} for module in (model, plain)
+        ]
+        optimizer, reference = (Lamb([group], lr=1e-2, **options) for group in groups)
+        for step in range(STEPS):
+            for i, name in enumerate(FUSED):
+                whole_grad = draw(*FUSED[name], seed=1000 * step + i)
+                plain.get_parameter(name).grad = whole_grad
+                param = model.get_parameter(name)
+                param.grad = distribute_tensor(whole_grad, param.device_mesh, param.placements)
+            optimizer.step()
+            reference.step()
+            stats, expected = optimizer.layer_stats(), reference.layer_stats()
+            assert stats.keys() == expected.keys()
+            assert same_everywhere(stats)
+            assert all(stats[name] == pytest.approx(expected[name], rel=1e-12) for name in stats), (stats, expected)
+        far = distances(model.parameters(), plain.parameters())
+        assert max(far) <= TOLERANCE[torch.float64], far
+    assert any(param.to_local().numel() == 0 for param in model.parameters())
+
+
+def check_fused_layers_are_refused_by_name_under_tensor_parallelism() -> None:
+    """Also beside FSDP2, and where FSDP2 cuts layers along their columns; replicated ones are whole."""
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    wanted = r"use lamb_param_groups\(model, split=False\), or FSDP2 alone: qkv.weight holds 3 layers.*tensor parallel"
+
+    def one_step(model: nn.Module) -> None:
+        optimizer = Lamb(lamb_param_groups(model, split={"qkv": 3}))
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    def made() -> nn.Module:
+        model = nn.Module()
+        model.qkv = nn.Linear(8, 12, bias=False)
+        return model
+
+    with pytest.raises(ShardingError, match=wanted):
+        one_step(parallelize_module(made(), line, {"qkv": ColwiseParallel()}))
+    both = fully_shard(parallelize_module(made(), square["tp"], {"qkv": ColwiseParallel()}), mesh=square["dp"])
+    with pytest.raises(ShardingError, match=wanted):
+        one_step(both)
+    experts = nn.Module()
+    experts.qkv = nn.Parameter(torch.ones(3, 8, 4))
+    fully_shard(experts, shard_placement_fn=lambda param: Shard(1))
+    optimizer = Lamb(lamb_param_groups(experts, split={"qkv": 6}))
+    experts.qkv.grad = torch.ones_like(experts.qkv)
+    with pytest.raises(ShardingError, match=r"shard qkv along dimension 0 .*holds 6 layers, which placements .* cut"):
+        optimizer.step()
+    alike = made()
+    alike.qkv.weight = nn.Parameter(distribute_tensor(torch.ones(12, 8), line, [Replicate()]))
+    one_step(alike)
 
 
 def check_partial_parameters_are_refused_by_name() -> None:

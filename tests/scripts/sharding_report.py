@@ -37,6 +37,13 @@ MODES = {
     "tp": "TP",
     "tp_sp": "TP + SP",
     "fsdp2_tp": "FSDP2 x TP",
+    "ddp_fused": "DDP, fused layers",
+    "fsdp2_fused": "FSDP2, fused layers",
+    "fsdp2_columns_fused": "FSDP2, `Shard(1)`, fused layers",
+    "hsdp_fused": "HSDP, fused layers",
+    "fsdp1_fused": "FSDP1, fused layers",
+    "fsdp1_flat_fused": "FSDP1, flat parameters, fused layers",
+    "fsdp1_hybrid_fused": "FSDP1, HYBRID_SHARD, fused layers",
 }
 ZERO = {
     "zero0": "DeepSpeed, ZeRO-0",
@@ -46,8 +53,12 @@ ZERO = {
     "zero3_subgroups": "ZeRO-3, several sub-groups",
     "zero1_bf16_fp32_gradients": "ZeRO-1, bf16, fp32 gradients",
     "zero2_bf16": "ZeRO-2, bf16",
+    "zero1_fused": "ZeRO-1, fused layers",
+    "zero2_fused": "ZeRO-2, fused layers",
+    "zero3_fused": "ZeRO-3, fused layers",
+    "zero3_subgroups_fused": "ZeRO-3, several sub-groups, fused layers",
 }
-FOUR_ONLY = ("hsdp", "fsdp2_tp")
+FOUR_ONLY = ("hsdp", "fsdp2_tp", "hsdp_fused")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 
 CLIP = {"max_grad_norm": 0.1, "eps": 1e-2}  # a large eps, or Adam undoes any factor of the gradients
@@ -66,14 +77,21 @@ PEERS: list[Column] = [
 
 
 def measure(processes: int, columns: list[Column]) -> list[dict[str, Any]]:
-    """A record for each mode and column; those of one call share a launch."""
+    """A record for each mode and column; those of one call share a launch.
+
+    Fused layers are those of hf_lamb only: others take a parameter for a layer.
+    """
+    own = all(module == "hf_lamb" for _, module, _, _ in columns)
     modes = [mode for mode in MODES if processes == 4 or mode not in FOUR_ONLY]
+    modes = [mode for mode in modes if own or not mode.endswith("_fused")]
     records = _measure(processes, columns, modes, "sharded_lamb")
     if find_spec("deepspeed"):
         # It knows no float64; at an eps of 1e-6 rounding noise of small gradients becomes a difference.
         columns = [(h, module, "float32", {"eps": 1e-3, **options}) for h, module, _, options in columns]
         columns = [column for column in columns if not column[0].startswith("float64")]
-        records += _measure(processes, columns, list(ZERO), "zero_lamb")
+        records += _measure(
+            processes, columns, [mode for mode in ZERO if own or not mode.endswith("_fused")], "zero_lamb"
+        )
     return records
 
 

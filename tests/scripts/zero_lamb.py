@@ -18,8 +18,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_lamb import Lamb
+from hf_lamb import Lamb, lamb_param_groups
 from hf_lamb.sharding import deepspeed as zero
+from tests import twins
 from tests.scripts.scaffold import Case, Layers, distances, from_all, measure_cases, process_group
 from tests.scripts.sharded_lamb import ROWS, STEPS, Collectives, batch, build_model, mutated
 
@@ -64,16 +65,17 @@ def groups(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": matrices}, {"params": others, "weight_decay": 0.001}]
 
 
-def new_optimizer(case: Case, named: dict[str, nn.Parameter]) -> Optimizer:
+def new_optimizer(case: Case, model: nn.Module) -> Optimizer:
     options = {"lr": 1e-2, "weight_decay": 0.01, **case.options}
-    return importlib.import_module(case.optimizer).Lamb(groups(named), **options)
+    own = lamb_param_groups(model, adapt_all=True) if case.fused else groups(dict(model.named_parameters()))
+    return importlib.import_module(case.optimizer).Lamb(own, **options)
 
 
 def initialize(case: Case) -> tuple[Any, Optimizer]:
     """The engine, and the optimizer that it drives."""
-    model = build_model(torch.float32)
-    optimizer = new_optimizer(case, dict(model.named_parameters()))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(case.mode))
+    model = twins.fused_model(torch.float32) if case.fused else build_model(torch.float32)
+    optimizer = new_optimizer(case, model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(case.sharding))
     return engine, optimizer
 
 
@@ -111,17 +113,18 @@ class Unsharded:
     """
 
     def __init__(self, case: Case, whole: dict[str, Tensor] | None = None) -> None:
-        self.case, self.model = case, build_model(torch.float32)
+        self.case = case
+        self.model = twins.unfuse(twins.fused_model(torch.float32)) if case.fused else build_model(torch.float32)
         self.named = dict(self.model.named_parameters())
         if whole is not None:
             for name, param in self.named.items():
                 param.data.copy_(whole.get(name, param.data))
-        self.optimizer = new_optimizer(case, self.named)
+        self.optimizer = new_optimizer(case, self.model)
         self.layers: list[Layers] = []
 
     def step(self, step: int, grads: dict[str, Tensor] | None = None) -> None:
         if grads is None:
-            self.model(**batch(step)).loss.backward()
+            self.model(**(twins.batch(step) if self.case.fused else batch(step))).loss.backward()
             if step == self.case.nan_at:
                 next(iter(self.named.values())).grad[0] = torch.nan
         else:
@@ -133,7 +136,7 @@ class Unsharded:
 
 
 def layers(optimizer: Optimizer) -> Layers:
-    return {name: tuple(row) for name, row in optimizer.layer_stats().items()} if isinstance(optimizer, Lamb) else {}
+    return twins.layers_of(optimizer) if isinstance(optimizer, Lamb) else {}  # BERT has no fused layers
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -145,8 +148,9 @@ def measure(case: Case) -> dict[str, Any]:
     by_gradients = "bf16" in case.mode
     dtype = torch.bfloat16 if by_gradients else torch.float32
     before = weights(engine, named)
-    given = {name: param.detach().to(dtype).float() for name, param in build_model(torch.float32).named_parameters()}
     expected = Unsharded(case, before if by_gradients else None)
+    made = twins.fused_model(torch.float32) if case.fused else build_model(torch.float32)
+    given = {name: param.detach().to(dtype).float() for name, param in made.named_parameters()}
     got: list[Layers] = []
     calls: list[list[tuple[str, int]]] = []  # of the last step: what each call of the optimizer's step sends
     step_of_optimizer = optimizer.step
@@ -159,7 +163,7 @@ def measure(case: Case) -> dict[str, Any]:
     optimizer.step = counted
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(STEPS):
-        loss = engine(**batch(step, rank, world)).loss
+        loss = engine(**(twins.batch(step) if case.fused else batch(step, rank, world))).loss
         engine.backward(loss * torch.nan if step == case.nan_at and rank == world - 1 else loss)
         if by_gradients:
             expected.step(step, {name: gradient(param) for name, param in named.items()})
@@ -172,7 +176,9 @@ def measure(case: Case) -> dict[str, Any]:
     ours = isinstance(optimizer, Lamb)
     skipped_at = case.nan_at if engine.skipped_steps else None
     whole = weights(engine, named)
-    unsharded = {name: expected.named[name] for name in named}
+    unsharded = expected.named if case.fused else {name: expected.named[name] for name in named}
+    if case.fused:
+        whole, unsharded = twins.in_layers(whole), twins.in_layers(unsharded)
     result = {
         # Of a step that DeepSpeed skipped, the statistics are still those of the step before.
         **distances(whole, unsharded, got, expected.layers, leave_out=skipped_at),
