@@ -26,14 +26,22 @@ __all__ = [
     "PackedRowsCollator",
     "StreamedPackedRows",
     "best_fit",
-    "check_model",
+    "check_model_type",
     "take_packed_rows",
 ]
 
 # Encoders whose attention takes a mask of each position for each other one; tests/test_packed_rows.py compares every
 # one of them with separate documents.
 MODEL_TYPES = (
-    *("albert", "bert", "camembert", "distilbert", "electra", "eurobert", "modernbert", "roberta", "xlm-roberta"),
+    "albert",
+    "bert",
+    "camembert",
+    "distilbert",
+    "electra",
+    "eurobert",
+    "modernbert",
+    "roberta",
+    "xlm-roberta",
 )
 WINDOW = 128  # rows' worth of tokens that are packed at a time when the documents are a stream
 DOCUMENTS = "documents"  # the key in `attention_mask` with the number of each token's document, 0 for padding
@@ -245,8 +253,11 @@ class PackedRowsCollator:
             return batch
         fields = dict(self.documents_collator(list(itertools.chain.from_iterable(rows))))
         kept = fields.pop("attention_mask", None)
-        if kept is None:
-            raise ValueError("the documents have no attention_mask: it says which of their tokens are padding")
+        if not isinstance(kept, Tensor) or kept.dim() != 2:
+            raise ValueError(
+                "the documents have no attention_mask of shape [documents, length]: give a documents_collator that "
+                "pads, such as DataCollatorForLanguageModeling(tokenizer)"
+            )
         kept = kept.bool()
         lengths = kept.sum(dim=1)
         row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
@@ -275,7 +286,7 @@ class PackedRowsCollator:
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def check_model(model_type: str, attention: str | None = None) -> None:
+def check_model_type(model_type: str, attention: str | None = None) -> None:
     """Raise ValueError if packed rows would not be exact with this model type or attention implementation."""
     if model_type not in MODEL_TYPES:
         raise ValueError(
@@ -296,7 +307,9 @@ def take_packed_rows(model: nn.Module) -> None:
         ValueError: the model is of a type that is not in MODEL_TYPES, or its attention takes no such mask.
     """
     config: Any = getattr(model, "config", None)
-    check_model(getattr(config, "model_type", type(model).__name__), getattr(config, "_attn_implementation", None))
+    check_model_type(
+        getattr(config, "model_type", type(model).__name__), getattr(config, "_attn_implementation", None)
+    )
     base: Any = model.base_model
     if _with_masks not in base._forward_pre_hooks.values():
         base.register_forward_pre_hook(_with_masks, with_kwargs=True)
@@ -326,7 +339,7 @@ def _first_position(base: Any) -> int:
 def _masks(base: Any, documents: Tensor, begins: Tensor, index: Tensor) -> dict[str, Any]:
     """Return the arguments that keep documents apart. Padding attends to padding: a softmax over nothing is NaN."""
     attention = base.config._attn_implementation
-    check_model(base.config.model_type, attention)  # it may have been changed
+    check_model_type(base.config.model_type, attention)  # it may have been changed
     if "flash" in attention:  # all rows as one sequence of documents
         starts = begins.flatten().nonzero().flatten().to(torch.int32)
         ends = nn.functional.pad(starts, (0, 1), value=documents.numel())

@@ -535,6 +535,8 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
         value = getattr(recipe if hasattr(recipe, option) else args, option)
         if not low <= value < 2**32:
             raise ValueError(f"--{option} {value}: expected at least {low}, and less than 2**32")
+    if recipe.packing and args.train_sampling_strategy == "group_by_length":
+        raise ValueError("--train_sampling_strategy group_by_length: leave it out, packed rows have one length")
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:

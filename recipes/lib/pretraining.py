@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_lamb.packed_rows import PackedRows, StreamedPackedRows, check_model
+from hf_lamb.packed_rows import PackedRows, StreamedPackedRows, check_model_type
 from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
 from recipes.lib.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.lib.masking import MaskedBlocks, StreamedBlocks, unigram_baseline
@@ -91,7 +91,7 @@ def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None
     config = model_config(arguments)  # a mistake in the model's name is found before the corpus is read
     if arguments.packing and config is not None:
         try:
-            check_model(config.model_type, arguments.attn_implementation)
+            check_model_type(config.model_type, arguments.attn_implementation)
         except ValueError as error:
             raise ValueError(f"--packing True: {error}") from None
     if arguments.streaming:
