@@ -46,9 +46,10 @@ from hf_lamb import (
     trust_ratio_warnings,
 )
 from hf_lamb.batch_schedule import batch_stages
+from hf_lamb.packed_rows import PackedRowsCollator
 from hf_lamb.plan import PLANS, Plan, read_plan
 from recipes.lib.labelled import IGNORED
-from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
+from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.models import check_same_model, new_model
 from recipes.lib.options import checked_options, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
@@ -226,9 +227,11 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
     facts = RunFacts(data.facts, before.get("seconds") if phase.checkpoint else 0.0)
     try:
         torch.manual_seed(args.seed)
+        model = new_model(recipe, data.tokenizer, phase.longest_sequence)
         trainer = LambTrainer(
-            model=new_model(recipe, data.tokenizer, phase.longest_sequence),
+            model=model,
             args=args,
+            data_collator=PackedRowsCollator(model, recipe.max_seq_length) if recipe.packing else None,
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=data.tokenizer,
@@ -548,14 +551,17 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
         value = getattr(recipe if hasattr(recipe, option) else args, option)
         if not low <= value < 2**32:
             raise ValueError(f"--{option} {value}: expected at least {low}, and less than 2**32")
+    if recipe.packing and args.train_sampling_strategy == "group_by_length":
+        raise ValueError("--train_sampling_strategy group_by_length: leave it out, packed rows have one length")
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:
     """Raise where a step would get fewer sequences than asked for: Trainer ends a step at the end of an epoch."""
-    if isinstance(data.train, MaskedBlocks) and len(data.train) < recipe.global_batch_size:
+    if not recipe.streaming and len(data.train) < recipe.global_batch_size:
+        kind = "packed rows" if recipe.packing else "sequences"
         raise ValueError(
             f"--global_batch_size {recipe.global_batch_size} is more than the corpus' {len(data.train)} training "
-            f"sequences of {recipe.max_seq_length} tokens: lower it, or give a larger --corpus"
+            f"{kind} of {recipe.max_seq_length} tokens: lower it, or give a larger --corpus"
         )
 
 
@@ -593,7 +599,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def describe(phase: PhaseRun, trainer: LambTrainer, data: Data, begun_with: tuple[str, str] | None = None) -> str:
     """What is printed before the training: model, data, batch, hardware, learning rate."""
     recipe, args = phase.recipe, phase.args
-    size = f"{len(data.train):,} sequences" if isinstance(data.train, MaskedBlocks) else "a stream"
+    size = "a stream" if recipe.streaming else f"{len(data.train):,} {'rows' if recipe.packing else 'sequences'}"
     of_several = f"phase {phase.number} of {phase.of}: " if phase.of > 1 else ""
     steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     lines = [
@@ -601,6 +607,7 @@ def describe(phase: PhaseRun, trainer: LambTrainer, data: Data, begun_with: tupl
         f"{len(data.tokenizer):,}",
         f"corpus {' '.join(recipe.corpus)}: {size} of {recipe.max_seq_length} tokens to train on, "
         f"{len(data.held_out):,} held out",
+        *[in_words_packing(data, recipe.streaming)] * recipe.packing,
         f"{batch_in_words(recipe, args, trainer)}; {steps} of {args.optim.value}",
         f"{kind_of(trainer.accelerator)} on {hardware()}",
     ]
@@ -637,6 +644,12 @@ def sequences_of(recipe: RecipeArguments, trainer: LambTrainer, last_steps: int)
         return last_steps * recipe.global_batch_size
     sequences, steps = trainer.staged.stages.sequences, trainer.state.global_step
     return sequences(steps) - sequences(steps - last_steps)
+
+
+def in_words_packing(data: Data, streaming: bool) -> str:
+    """The share of padding that packing saves."""
+    of = f"the {data.facts['train_sequences']:,} sequences{' of the sample' * streaming}"
+    return f"packing {of}: {data.padding:.1%} of the tokens are padding, {data.padding_unpacked:.1%} without it"
 
 
 def result(
@@ -686,6 +699,8 @@ def result(
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": args.world_size,
         "max_seq_length": recipe.max_seq_length,
+        "packing": recipe.packing,
+        "padding": round(data.padding, 4),
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "trust_ratios": {layer: row[-1] for layer, row in history.get("ratios", {}).items() if row},

@@ -37,7 +37,7 @@ class BertForMaskedLM(transformers.BertForMaskedLM):  # type: ignore[no-untyped-
         if labels is None:
             output: MaskedLMOutput = super().forward(input_ids, attention_mask, **kwargs)
             return output
-        hidden = self.bert(input_ids, attention_mask).last_hidden_state
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
         masked = labels != -100
         logits = self.cls(hidden[masked]).float()
         loss = nn.functional.cross_entropy(logits, labels[masked])

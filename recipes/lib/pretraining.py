@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_lamb.packed_rows import PackedRows, StreamedPackedRows, check_model_type
 from hf_lamb.sharpness.checkpoints import has_tokenizer, one_tokenizer
 from recipes.lib.corpus import Document, hub_documents, load_documents, split_documents
 from recipes.lib.masking import MaskedBlocks, StreamedBlocks, unigram_baseline
@@ -55,6 +56,13 @@ class PretrainingArguments(ModelArguments):
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Let short documents share the training rows, none of which sees another. --max_seq_length is "
+            "then the length of a row, and --global_batch_size counts rows."
+        },
+    )
 
 
 Documents = list[Document] | StoredDocuments
@@ -69,6 +77,8 @@ class Data(NamedTuple):
     unigram_loss: float
     unigram_accuracy: float
     facts: dict[str, Any]  # a resumed run compares them: are these the same data?
+    padding: float  # the share of the training tokens; of a stream that of its sample
+    padding_unpacked: float  # the share without --packing
 
 
 def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None = None) -> Data:
@@ -78,7 +88,12 @@ def load_data(arguments: PretrainingArguments, seed: int, checkpoint: str | None
 
     Raises ValueError, also where model, tokenizer and sequence length do not fit one another.
     """
-    model_config(arguments)  # a mistake in the model's name is found before the corpus is read
+    config = model_config(arguments)  # a mistake in the model's name is found before the corpus is read
+    if arguments.packing and config is not None:
+        try:
+            check_model_type(config.model_type, arguments.attn_implementation)
+        except ValueError as error:
+            raise ValueError(f"--packing True: {error}") from None
     if arguments.streaming:
         return stream_data(arguments, seed, checkpoint)
     train, held_out = train_and_held_out(arguments)
@@ -229,11 +244,14 @@ def named_tokenizer(arguments: PretrainingArguments) -> PreTrainedTokenizerBase:
 def with_held_out(
     arguments: PretrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset[Any],
+    train: MaskedBlocks | StreamedBlocks,
     train_blocks: torch.Tensor | StoredBlocks,
     documents: Documents,
 ) -> Data:
-    """Add the held-out blocks, whose masks depend on nothing but their text, and the unigrams' score on them."""
+    """Add the held-out blocks, whose masks depend on nothing but their text, and the unigrams' score on them.
+
+    With --packing the training blocks share rows. They keep their masks, and held-out blocks their rows.
+    """
     blocks = blocks_of(arguments, documents, tokenizer)
     held_out = MaskedBlocks(blocks, tokenizer, arguments.mlm_probability, seed=0, dynamic=False)
     unigrams = unigram_baseline(train_blocks, held_out, held_out.special_ids, len(tokenizer))
@@ -243,8 +261,22 @@ def with_held_out(
         "train": digest(train_blocks),
         "held_out_sequences": len(blocks),
         "held_out": digest(blocks),
+        "packing": arguments.packing,
     }
-    return Data(tokenizer, train, held_out, *unigrams, facts)
+    lengths = lengths_of(train_blocks, tokenizer.pad_token_id)
+    padding = unpacked = 1 - int(lengths.sum()) / (len(lengths) * arguments.max_seq_length)
+    dataset: Dataset[Any] = train
+    if arguments.packing:
+        rows = PackedRows(range(len(lengths)) if arguments.streaming else train, lengths, arguments.max_seq_length)
+        padding, dataset = rows.padding, rows
+        if isinstance(train, StreamedBlocks):  # then those rows were of the sample
+            dataset = StreamedPackedRows(train, arguments.max_seq_length)
+    return Data(tokenizer, dataset, held_out, *unigrams, facts, padding, unpacked)
+
+
+def lengths_of(blocks: torch.Tensor | StoredBlocks, pad_id: int) -> torch.Tensor:
+    """The tokens of each block that are no padding."""
+    return torch.cat([(some != pad_id).sum(dim=1) for some in blocks.split(10_000)])
 
 
 def digest(blocks: torch.Tensor | StoredBlocks) -> str:
@@ -266,4 +298,6 @@ def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
                 f"other {words} data than the checkpoint's: {now[f'{part}_sequences']:,} sequences of "
                 f"{' '.join(now['corpus'])}, not the {before[f'{part}_sequences']:,} of {' '.join(before['corpus'])}"
             )
+    if before.get("packing", False) != now["packing"]:
+        lines.append(f"the checkpoint's run had other training rows: it had --packing {not now['packing']}")
     return lines
