@@ -59,7 +59,7 @@ test-slow: setup  ## run the tests that take long
 	$(RUN) pytest $(PARALLEL) -m slow $(ARGS)
 
 test-distributed: setup  ## run the tests on two and four processes (minutes)
-	$(RUN) pytest -m distributed $(ARGS)
+	$(RUN) pytest --numprocesses 2 --dist loadfile -m distributed $(ARGS)
 
 # On a CPU DeepSpeed compiles an extension at its first start: a C++ compiler, and the environment's ninja in the path.
 # In a folder of this environment: a process that was killed while it compiled leaves a lock that all later ones wait for.
