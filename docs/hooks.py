@@ -25,6 +25,13 @@ LOADED = re.compile(
 )
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the pages of options to the navigation."""
+    (reference,) = [pages for section in config.nav for title, pages in section.items() if title == "Reference"]
+    reference += [{command: uri_of(command)} for command in COMMANDS]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/, and the files that pages link to."""
     for uri, name in ROOT_PAGES.items():

@@ -41,9 +41,8 @@ SHELL = list(
         if line.strip() and not line.startswith("#")
     )
 )
-# Pages whose snippets continue those of another page.
 ON_TOP = ("recipes.find_rate", "recipes.grow_batch")  # which take the pretraining's options, too
-AFTER = {"sharpness.md": "complete_script.md"}
+AFTER = {"sharpness.md": "complete_script.md"}  # pages whose snippets continue those of another page
 
 
 def python_of(page: str) -> list[str]:
