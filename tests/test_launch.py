@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers import SMALL
@@ -24,6 +26,7 @@ while [[ $1 == --* ]]; do shift; done
 for host in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & started+=($!); done
 for process in "${started[@]}"; do wait "$process" || exit $?; done
 """
+STEPS = 40
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then printf 'localhost\\nsecond.host\\n'; else echo "$@" >> "$REQUEUED"; fi
 """
@@ -51,7 +54,7 @@ def start(folder: Path, texts: Path, restarts: int) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
     }
     command = ["bash", "recipes/launch/slurm.sh", *SMALL, "--corpus", str(texts), "--output_dir", str(folder / "out")]
-    command += ["--save_steps", "2", "--max_steps", "12", "--eval_strategy", "no", "--disable_tqdm", "True"]
+    command += ["--save_steps", "5", "--max_steps", str(STEPS), "--eval_strategy", "no", "--disable_tqdm", "True"]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
@@ -64,17 +67,27 @@ def await_(run: subprocess.Popen[bytes], condition: Callable[[], bool], log: Pat
         time.sleep(0.02)
 
 
+def signal_all(run: subprocess.Popen[bytes], number: int) -> None:
+    """To all processes that the script has started; torchrun's workers are in sessions of their own."""
+    if run.poll() is None:
+        for process in psutil.Process(run.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_that_is_requeued_and_killed_goes_on(texts: Path, tmp_path: Path) -> None:
     """At the end of its time SLURM signals the script, which asks to be requeued; then SLURM kills the job."""
     run, log = start(tmp_path, texts, restarts=0), tmp_path / "log.txt"
     try:
-        await_(run, lambda: (tmp_path / "out/checkpoint-2").exists(), log)
-        os.kill(run.pid, signal.SIGUSR1)
+        await_(run, lambda: any((tmp_path / "out").glob("checkpoint-*")), log)
+        signal_all(run, signal.SIGSTOP)  # or the training might end while the script is asked to requeue
+        run.send_signal(signal.SIGUSR1)
         await_(run, (tmp_path / "requeued").exists, log)
     finally:
-        os.killpg(run.pid, signal.SIGKILL)
+        signal_all(run, signal.SIGKILL)
+        run.kill()
         run.wait()
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
     assert not (tmp_path / "out/results.jsonl").exists()
@@ -83,10 +96,10 @@ def test_a_job_that_is_requeued_and_killed_goes_on(texts: Path, tmp_path: Path) 
     try:
         assert again.wait(timeout=240) == 0, log.read_text()[-3000:]
     finally:
-        if again.poll() is None:
-            os.killpg(again.pid, signal.SIGKILL)
+        signal_all(again, signal.SIGKILL)
+        again.kill()
     (record,) = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert (record["processes"], record["steps"]) == (2, 12)
-    assert re.search(r"resuming from .*checkpoint-\d+, step \d+ of 12", log.read_text())
-    state = json.loads((tmp_path / "out/checkpoint-12/trainer_state.json").read_text())
-    assert state["global_step"] == 12
+    assert (record["processes"], record["steps"]) == (2, STEPS)
+    assert re.search(rf"resuming from .*checkpoint-\d+, step \d+ of {STEPS}", log.read_text())
+    state = json.loads(Path(tmp_path, f"out/checkpoint-{STEPS}/trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == [10, 20, 30, 40]
