@@ -119,7 +119,7 @@ def trials_of(study: Study, argv: list[str]) -> Callable[[Trial, Callable[[str],
             "disable_tqdm": True,
         }
         recipe_of_trial, args_of_trial = parse([*others, *words_of(own)])
-        data.train.seed = trial.seed  # of the masks
+        getattr(data.train, "documents", data.train).seed = trial.seed  # of the masks, also in packed rows
         phase = PhaseRun(recipe_of_trial, args_of_trial, longest_sequence=recipe.max_seq_length, data=data)
         say("training")
         found: Record = {"held_out_loss": math.inf}

@@ -648,14 +648,13 @@ def test_a_packed_stream_resumes_to_the_same_bits(
 
 
 @pytest.mark.distributed
-def test_two_processes_resume_to_the_same_bits(sentences: Path, whole: Path, tmp_path: Path) -> None:
-    """From the middle of the first epoch; they end, to rounding, as one process does."""
-    command = ["recipes.pretrain_bert", *PACKED, "--corpus", str(sentences), "--output_dir"]
-    torchrun(2, *command, str(tmp_path / "two"))
+def test_two_processes_resume_to_the_same_bits(sentences: Path, tmp_path: Path) -> None:
+    """From the middle of the first epoch."""
+    command = ["recipes.pretrain_bert", *PACKED, "--dataloader_num_workers", "0", "--corpus", str(sentences)]
+    torchrun(2, *command, "--output_dir", str(tmp_path / "two"))
     shutil.copytree(tmp_path / "two/checkpoint-2", tmp_path / "resumed/checkpoint-2")
-    torchrun(2, *command, str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest")
+    torchrun(2, *command, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest")
     assert_same_bits(tmp_path / "resumed", tmp_path / "two")
-    assert record_of(tmp_path / "two")["held_out_loss"] == pytest.approx(record_of(whole)["held_out_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
