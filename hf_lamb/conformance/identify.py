@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_lamb.conformance.probe import LAYERS, Maker, Probe, gradients
-from hf_lamb.conformance.rules import VARIANTS, Hyper, Rule, clipped, differences, moments, nearby_rules
+from hf_lamb.conformance.rules import VARIANTS, Rule, clipped, differences, moments, nearby_rules
 
 __all__ = ["Departure", "Identity", "identify"]
 
@@ -49,10 +47,11 @@ class Identity:
     dtype: torch.dtype
 
     def __str__(self) -> str:
+        name = "no LAMB: AdamW" if self.nearest == "AdamW" else self.nearest
         if self.variant is not None:
-            return self.variant if self.variant != "AdamW" else "AdamW: no trust ratio"
+            return name
         if self.differences:
-            return f"{self.nearest}, but {'; '.join(self.differences)}"
+            return f"{name}, but {'; '.join(self.differences)}"
         return f"none of the known rules; it follows {self.nearest} for longest"
 
 
@@ -71,46 +70,54 @@ def identify(make: Maker, options: dict[str, Any] | None = None, device: str = "
     Raises:
         ValueError: the optimizer cannot be built, or cannot step.
     """
-    path, hyper, dtype = _observe(make, options or {}, device)
-    observed = _Observed(path, hyper, TOLERANCE[dtype])
-    for name, rule in VARIANTS.items():
-        if observed.departure(rule) is None:
-            return Identity(name, name, (), None, dtype)
-    for name, rule in nearby_rules():
-        if observed.departure(rule) is None:
-            return Identity(None, name, differences(rule, name), observed.departure(VARIANTS[name]), dtype)
-    found = {name: observed.departure(rule) for name, rule in VARIANTS.items()}
-    departures = {name: departure for name, departure in found.items() if departure is not None}
-    nearest = max(departures, key=lambda name: (departures[name].step, -departures[name].size))
-    return Identity(None, nearest, (), departures[nearest], dtype)
-
-
-def _observe(make: Maker, options: dict[str, Any], device: str) -> tuple[list[Tensor], Hyper, torch.dtype]:
-    """Return each layer's weights before and after every step, as [steps + 1, elements]."""
-    failed: Exception | None = None
+    runs, failed = [], None
     for dtype in TOLERANCE:
         try:
-            probe = Probe(make, options, dtype, device)
-            path = [probe.read()]
-            for grads in gradients():
-                probe.step(grads)
-                path.append(probe.read())
-            layers = zip(*path, strict=True)
-            return [torch.stack([w.flatten() for w in layer]) for layer in layers], probe.hyper, dtype
+            runs.append((_Observed(make, options or {}, dtype, device), dtype))
         except Exception as error:  # what other people's optimizers raise is not known
             failed = failed or error
-    raise ValueError(f"{type(failed).__name__}: {' '.join(str(failed).split())}") from failed
+            continue
+        if found := _fitting(*runs[-1]):  # in float32 too: some compute in float32 whatever the weights are
+            return found
+    if not runs:
+        raise ValueError(f"{type(failed).__name__}: {' '.join(str(failed).split())}") from failed
+    departures = {
+        (name, dtype): departure
+        for observed, dtype in runs
+        for name, rule in VARIANTS.items()
+        if (departure := observed.departure(rule))
+    }
+    nearest = max(departures, key=lambda key: (departures[key].step, -departures[key].size))
+    return Identity(None, nearest[0], (), departures[nearest], nearest[1])
+
+
+def _fitting(observed: _Observed, dtype: torch.dtype) -> Identity | None:
+    """Return the first rule that the optimizer follows, the variants before all others."""
+    for name, rule in [*VARIANTS.items(), *nearby_rules()]:
+        if rule.adapts == "decaying" and not any(observed.hyper.weight_decays):
+            continue  # without decay no layer adapts: it is Adam
+        if observed.departure(rule) is None:
+            if rule == VARIANTS[name]:
+                return Identity(name, name, (), None, dtype)
+            return Identity(None, name, differences(rule, name), observed.departure(VARIANTS[name]), dtype)
+    return None
 
 
 class _Observed:
-    """What the optimizer did, to be compared with rules."""
+    """What the optimizer does in ten steps, to be compared with rules."""
 
-    def __init__(self, path: Sequence[Tensor], hyper: Hyper, tolerance: float) -> None:
-        self.hyper, self.tolerance = hyper, tolerance
-        self.before, self.after = [w[:-1] for w in path], [w[1:] for w in path]
+    def __init__(self, make: Maker, options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+        probe = Probe(make, options, dtype, device)
+        path = [probe.read()]
+        for grads in gradients():
+            probe.step(grads)
+            path.append(probe.read())
+        layers = [torch.stack([w.flatten() for w in layer]) for layer in zip(*path, strict=True)]
+        self.before, self.after = [w[:-1] for w in layers], [w[1:] for w in layers]
+        self.hyper, self.tolerance = probe.hyper, TOLERANCE[dtype]
         given = [torch.stack([g.flatten() for g in layer]) for layer in zip(*gradients(), strict=True)]
         limits = {rule.max_grad_norm for rule in VARIANTS.values()}
-        self.moments = {limit: [moments(g, hyper.betas) for g in clipped(given, limit)] for limit in limits}
+        self.moments = {limit: [moments(g, self.hyper.betas) for g in clipped(given, limit)] for limit in limits}
         self.t = torch.arange(1, len(given[0]) + 1, dtype=torch.float64)[:, None]
 
     def departure(self, rule: Rule) -> Departure | None:

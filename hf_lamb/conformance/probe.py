@@ -98,7 +98,9 @@ class Probe:
         own = defaults[option].default if option in defaults else inspect.Parameter.empty
         value = self.optimizer.param_groups[0].get(option, otherwise if own is inspect.Parameter.empty else own)
         if value is None:
-            raise ValueError(f"the groups of {_name(self._make)} have no {option}: give an optimizer like Adam or LAMB")
+            raise ValueError(
+                f"the groups of {_name(self._make)} have no {option}: give an optimizer like Adam or LAMB"
+            )
         return value
 
 

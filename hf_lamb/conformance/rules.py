@@ -108,7 +108,10 @@ _WORDS: dict[tuple[str, Any], str] = {
     ("bias_correction", "none"): "no bias correction",
     ("bias_correction", "first"): "no bias correction of the second moment",
     ("bias_correction", "both after"): "the bias corrections scale the step after the trust ratio",
-    ("bias_correction", "first after"): "only the first moment's bias correction, which scales the step after the ratio",
+    (
+        "bias_correction",
+        "first after",
+    ): "only the first moment's bias correction, after the trust ratio",
     ("epsilon", "beside"): "epsilon beside the root",
     ("epsilon", "inside"): "epsilon inside the root",
     ("decay", "in u"): "weight decay in u",
