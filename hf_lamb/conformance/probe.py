@@ -19,8 +19,8 @@ Maker = Callable[..., Optimizer]
 # Shape and scale of the weights. With gradients of about 1 the trust ratios are below 0.01, between 1 and 10, above 10
 # (with ‖w‖ above 10), and below 1 in the layer that does not decay.
 LAYERS = {"small": ((4, 3), 0.004), "middle": ((3, 5), 2.0), "large": ((4, 4), 30.0), "bias": ((5,), 0.3)}
-# Far apart, so that clipping, epsilon and bias corrections show.
-SCALES = (1.0, 0.01, 10.0, 0.1, 0.001, 1.0, 3.0, 0.03, 0.3, 1.0)
+# Far apart, so that clipping, epsilon and bias corrections show; epsilon shows most where v is small.
+SCALES = (0.001, 1.0, 0.01, 10.0, 0.1, 1.0, 3.0, 0.03, 0.3, 1.0)
 OPTIONS = {"lr": 0.02, "weight_decay": 0.02}
 
 
