@@ -231,6 +231,4 @@ def test_the_bf16_hook_sends_half_the_bytes(texts: Path, tmp_path: Path) -> None
 def test_a_hook_without_processes_that_average_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as refused:
         loop(monkeypatch, "--comm_hook", "bf16", "--output_dir", str(tmp_path / "run"), "--report_to", "none")
-    says(
-        str(refused.value.code), "accelerate_loop: --comm_hook bf16: leave it out.*several processes.*1 process"
-    )
+    says(str(refused.value.code), "accelerate_loop: --comm_hook bf16: leave it out.*several processes.*1 process")
