@@ -225,7 +225,7 @@ def test_the_assertion_says_what_is_wrong() -> None:
         (["hf_lamb:Lamb", "--options", "lr=x"], "--options 'lr=x': write names and values"),
         (["hf_lamb:Lamb", "--options", "rate=1"], "'rate=1' cannot be examined: .*rate"),
         (["hf_lamb:Lamb", "--options", "eps=-1"], "'eps=-1' cannot be examined: .*-1"),
-        (["torch.optim:SGD"], "the groups of SGD have no betas: give a LAMB or an Adam"),
+        (["torch.optim:SGD"], "the groups of SGD have no betas: give an optimizer like Adam or LAMB"),
         (["builtins:dict"], "builtins:dict '' cannot be examined: .*dict"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_lamb.conformance.probe import LAYERS, Maker, Probe, gradients
 from hf_lamb.conformance.rules import VARIANTS, Rule, clipped, differences, moments, nearby_rules
@@ -96,7 +98,7 @@ def _fitting(observed: _Observed, dtype: torch.dtype) -> Identity | None:
     for name, rule in [*VARIANTS.items(), *nearby_rules()]:
         if rule.adapts == "decaying" and not any(observed.hyper.weight_decays):
             continue  # without decay no layer adapts: it is Adam
-        if observed.departure(rule) is None:
+        if observed.fits(rule):
             if rule == VARIANTS[name]:
                 return Identity(name, name, (), None, dtype)
             return Identity(None, name, differences(rule, name), observed.departure(VARIANTS[name]), dtype)
@@ -120,20 +122,24 @@ class _Observed:
         self.moments = {limit: [moments(g, self.hyper.betas) for g in clipped(given, limit)] for limit in limits}
         self.t = torch.arange(1, len(given[0]) + 1, dtype=torch.float64)[:, None]
 
+    def fits(self, rule: Rule) -> bool:
+        """Return whether the optimizer follows a rule."""
+        return all(bool((sizes <= self.tolerance).all()) for sizes in self._sizes(rule))
+
     def departure(self, rule: Rule) -> Departure | None:
         """Return where the optimizer first departs from a rule, or None."""
-        sizes = []
-        layers = zip(self.before, self.after, self.moments[rule.max_grad_norm], self.hyper.weight_decays, strict=True)
-        for before, after, (m, v), decay in layers:
-            expected = rule.after(before, m, v, self.t, decay, self.hyper)
-            size = (after - expected).norm(dim=-1) / (expected - before).norm(dim=-1)
-            sizes.append(size.nan_to_num(torch.inf, torch.inf))
-            if len(sizes) < len(LAYERS) and (size > 0.5).any() and rule not in VARIANTS.values():
-                break  # only whether it fits is of interest
-        table = torch.stack(sizes, dim=1)  # [steps, layers]
+        table = torch.stack(list(self._sizes(rule)), dim=1)  # [steps, layers]
         departs = (table > self.tolerance).any(dim=1).nonzero()
         if not len(departs):
             return None
         step = int(departs[0])
         layer = int(table[step].argmax())
         return Departure(step + 1, list(LAYERS)[layer], float(table[step, layer]))
+
+    def _sizes(self, rule: Rule) -> Iterator[Tensor]:
+        """Yield for each layer how far off the rule each step is."""
+        layers = zip(self.before, self.after, self.moments[rule.max_grad_norm], self.hyper.weight_decays, strict=True)
+        for before, after, (m, v), decay in layers:
+            expected = rule.after(before, m, v, self.t, decay, self.hyper)
+            size = (after - expected).norm(dim=-1) / (expected - before).norm(dim=-1)
+            yield size.nan_to_num(torch.inf, torch.inf)
