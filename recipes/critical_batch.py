@@ -259,7 +259,10 @@ def arguments_of(
     )
     devices = args.world_size * max(1, args.n_gpu)
     args.per_device_train_batch_size = own.per_device_train_batch_size or micro_batch_of(batch, devices)
-    args.gradient_accumulation_steps = accumulation_of(batch, args.per_device_train_batch_size, devices)
+    try:
+        args.gradient_accumulation_steps = accumulation_of(batch, args.per_device_train_batch_size, devices)
+    except ValueError as error:  # the batches have another option here
+        raise ValueError(str(error).replace("--global_batch_size", "--batches")) from None
     return args
 
 

@@ -36,7 +36,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 # ---- Which batch ----------------------------------------------------------------------------------------------------
 
-WINDOW, BASE_RATE, BASE_BATCH, TOLERANCE = 16_384, 0.02, 16, 0.01
+WINDOW, BASE_RATE, BASE_BATCH, TOLERANCE = 8192, 0.02, 16, 0.01
 DIMENSIONS, NOISE, START = 2000, 1.0, 1.0
 
 
@@ -194,8 +194,8 @@ def test_two_processes_find_the_same(
         (["--tolerance", "nan"], "--tolerance nan: expected"),
         (["--max_seq_length", "64", "--tokens", "8192"], "64.*32"),
         (["--batches", "16", "1048576"], "--batches 1048576: the corpus has .* sequences: lower it"),
-        (["--per_device_train_batch_size", "5"], "--global_batch_size 8 is no multiple of 5"),
-        (["--batch", "16"], "unknown option '--batch'.*--batches"),
+        (["--per_device_train_batch_size", "5"], "--batches 8 is no multiple of 5"),
+        (["--batchs", "16"], "unknown option '--batchs'.*--batches"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
