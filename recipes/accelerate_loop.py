@@ -121,10 +121,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
                 "DeepSpeed steps inside backward, which this loop does not support: use recipes.pretrain_bert"
             )
         check_connected(accelerator.num_processes)
-        if args.comm_hook != "no" and "processes, DDP" not in (kind := kind_of(accelerator)):
-            raise ValueError(
-                f"--comm_hook {args.comm_hook}: leave it out, it is DDP's on several processes, not {kind}'s"
-            )
+        check_hook(args.comm_hook, accelerator)
         schedule, processes = args.batch_size_schedule or f"0:{args.global_batch_size}", accelerator.num_processes
         if args.per_device_train_batch_size is None:
             smallest = min(stage.batch_size for stage in batch_stages(schedule).stages)
@@ -158,6 +155,18 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
         if newest:
             print(f"resuming from {newest}, step {step_of(newest):,} of {args.max_steps:,}")
     return accelerator, args, data, stages, newest
+
+
+def check_hook(comm_hook: str, accelerator: Accelerator) -> None:
+    """Raise ValueError where nothing is averaged by DDP, and where torch has no such hook."""
+    if comm_hook == "no":
+        return
+    if "processes, DDP" not in (kind := kind_of(accelerator)):
+        raise ValueError(
+            f"--comm_hook {comm_hook}: leave it out, it is for DDP on several processes, and this is {kind}"
+        )
+    if comm_hook == "bf16" and accelerator.device.type == "cpu":
+        raise ValueError("--comm_hook bf16: give fp16 or leave it out: torch has its bf16 hook on GPUs only")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -217,6 +217,16 @@ def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (args.warmup_steps, args.per_device_train_batch_size, stages.at(0).accumulation) == (4, 32, 2)
 
 
+def test_what_torch_has_on_gpus_only_is_refused() -> None:
+    """Before DDP raises a TypeError: a machine without GPUs, two processes."""
+    accelerator = SimpleNamespace(
+        num_processes=2, distributed_type="MULTI_CPU", native_amp=False, device=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="--comm_hook bf16: give fp16 or leave it out"):
+        accelerate_loop.check_hook("bf16", accelerator)
+    accelerate_loop.check_hook("fp16", accelerator)
+
+
 @pytest.mark.distributed
 def test_the_bf16_hook_sends_half_the_bytes(texts: Path, tmp_path: Path) -> None:
     """Two bytes for each parameter and step, and little else, which its sockets count; float32 has four."""

@@ -64,12 +64,12 @@ def test_two_processes_find_it_too(what: str, batch: int, accumulation: int, tmp
 @pytest.mark.distributed
 def test_a_communication_hook_and_the_noise_scale_work_together_or_a_line_says_why_not(tmp_path: Path) -> None:
     """With accumulation the value is found; without, one hook is one too few, and each process says so once."""
-    on_processes(2, "tests.scripts.noise_runs", "noise-bf16", "2", "4", str(tmp_path / "log.json"))
+    on_processes(2, "tests.scripts.noise_runs", "noise-fp16", "2", "4", str(tmp_path / "log.json"))
     found = json.loads((tmp_path / "log.json").read_text())
     assert found["4"][-1] == pytest.approx(NOISE_SCALE, rel=0.2)
     assert found["1"] == []
     (line,) = found["warned"]
-    says(line, "lamb/noise_scale is off: .*accumulation steps.*comm_hook bf16")
+    says(line, "lamb/noise_scale is off: .*accumulation steps.*comm_hook fp16")
 
 
 class Unweighted(LambTrainer):

@@ -1,13 +1,13 @@
 """LambTrainer on one process or, through torchrun, on several; writes what it logged.
 
-python -m tests.scripts.noise_runs {rate,split_batches,noise,noise-each,noise-bf16,split} \
+python -m tests.scripts.noise_runs {rate,split_batches,noise,noise-each,noise-fp16,split} \
     PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
 
 `rate`: the learning rates of a scaled run. `split_batches`: those, and what it counts, where
 accelerate splits its batches. `noise`: the gradient noise scale of a model where it is known: the loss
 x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
-`noise-each`: the same, averaged over processes after every micro-batch. `noise-bf16`: the same, with accelerate's
-bf16 communication hook; with the warnings of a run without accumulation in place of its noise scales.
+`noise-each`: the same, averaged over processes after every micro-batch. `noise-fp16`: the same, with accelerate's
+fp16 communication hook, as bf16's is for GPUs only; with the warnings of a run without accumulation in place of its noise scales.
 `split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
 
@@ -110,8 +110,8 @@ def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) 
         found["rows"] = max(rows)  # the loss was tried on halves too
         if trainer.is_world_process_zero():
             found["card"] = (path / "trainer/README.md").read_text()
-    elif what == "noise-bf16":
-        hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.BF16)
+    elif what == "noise-fp16":
+        hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
         warned: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
