@@ -37,7 +37,7 @@ def bytes_sent() -> int:
 
 def main() -> None:
     """Train, and write what was sent and what the recipe found."""
-    path = Path(sys.argv.pop(1))
+    path = Path("compressed.json" if sys.argv[1].startswith("-") else sys.argv.pop(1))
     seen: dict[str, Any] = {}
     step, evaluate = accelerate_loop.forward_and_backward, accelerate_loop.evaluate
 

@@ -7,7 +7,7 @@ python -m tests.scripts.noise_runs {rate,split_batches,noise,noise-each,noise-fp
 accelerate splits its batches. `noise`: the gradient noise scale of a model where it is known: the loss
 x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
 `noise-each`: the same, averaged over processes after every micro-batch. `noise-fp16`: the same, with accelerate's
-fp16 communication hook, as bf16's is for GPUs only; with the warnings of a run without accumulation in place of its noise scales.
+fp16 communication hook (torch has bf16's on GPUs only), with and without accumulation, and the warnings.
 `split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
 
@@ -118,7 +118,7 @@ def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) 
         logging.getLogger("hf_lamb.trainer.noise_scale").addHandler(handler)
         found = {}
         for steps in (1, accumulation):
-            trainer = noise_trainer(path / "trainer", batch, steps, seed)
+            trainer = noise_trainer(path / "trainer", batch, steps, seed, max_steps=240 if steps > 1 else 20)
             trainer.accelerator.ddp_handler = hook
             found[steps] = logged(trainer, noise)
         found["warned"] = warned
