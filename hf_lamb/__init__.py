@@ -5,8 +5,8 @@ transformers is imported before or after. Names that need transformers import it
 
 Public submodules, which are imported by name: `hf_lamb.scaling` (batch size to learning rate, warm-up, decay),
 `hf_lamb.batch_schedule` (batches that change during a run), `hf_lamb.plan` (published plans and the files of plans),
-`hf_lamb.sharpness` with its `plots` and `checkpoints`, `hf_lamb.files` (files that are whole or not there),
-`hf_lamb.packed_rows` (documents that share rows).
+`hf_lamb.sharpness` with its `plots` and `checkpoints`, `hf_lamb.conformance` (which LAMB an optimizer is),
+`hf_lamb.files` (files that are whole or not there), `hf_lamb.packed_rows` (documents that share rows).
 """
 
 from __future__ import annotations

@@ -18,7 +18,12 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    set_seed,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -74,6 +79,13 @@ class LoopArguments:
     output_dir: str = field(default="runs/accelerate_loop", metadata={"help": "The folder of the run."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint, if there is one."})
     report_to: str = field(default="tensorboard", metadata={"help": "A tracker of Accelerate's, or 'none'."})
+    comm_hook: str = field(
+        default="no",
+        metadata={
+            "help": "What DDP compresses gradients to when it averages them: fewer bytes on a slow network.",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
 
 
@@ -100,12 +112,16 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
         tracker = None if args.report_to == "none" else args.report_to
         if tracker and tracker not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"--report_to {tracker} is no tracker that is installed: give none, or install it")
-        accelerator = Accelerator(cpu=args.use_cpu, log_with=tracker, project_dir=args.output_dir)
+        hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType(args.comm_hook))
+        accelerator = Accelerator(
+            cpu=args.use_cpu, log_with=tracker, project_dir=args.output_dir, kwargs_handlers=[hook]
+        )
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
                 "DeepSpeed steps inside backward, which this loop does not support: use recipes.pretrain_bert"
             )
         check_connected(accelerator.num_processes)
+        check_hook(args.comm_hook, accelerator)
         schedule, processes = args.batch_size_schedule or f"0:{args.global_batch_size}", accelerator.num_processes
         if args.per_device_train_batch_size is None:
             smallest = min(stage.batch_size for stage in batch_stages(schedule).stages)
@@ -139,6 +155,18 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
         if newest:
             print(f"resuming from {newest}, step {step_of(newest):,} of {args.max_steps:,}")
     return accelerator, args, data, stages, newest
+
+
+def check_hook(comm_hook: str, accelerator: Accelerator) -> None:
+    """Raise ValueError where nothing is averaged by DDP, and where torch has no such hook."""
+    if comm_hook == "no":
+        return
+    if "processes, DDP" not in (kind := kind_of(accelerator)):
+        raise ValueError(
+            f"--comm_hook {comm_hook}: leave it out, it is for DDP on several processes, and this is {kind}"
+        )
+    if comm_hook == "bf16" and accelerator.device.type == "cpu":
+        raise ValueError("--comm_hook bf16: give fp16 or leave it out: torch has its bf16 hook on GPUs only")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -756,6 +756,7 @@ def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabu
     noise = "not measured: it takes accumulation or several processes, and some steps"
     if noise_scale is not None:
         noise = noise_scale_in_words(noise_scale, batch)
+        noise += "\n" + 25 * " " + "an estimate, mostly too low: python -m recipes.critical_batch measures it"
     speed = f", {record['tokens_per_second']:,} tokens/s" if record["timed_steps"] else ""
     since = "" if record["timed_steps"] == steps else f"the last {record['timed_steps']:,} of "
     start = record.get("held_out_loss_at_start")

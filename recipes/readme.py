@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and README, and the sentences with numbers, from the committed records.
+"""Writes the tables of docs/ and README, and the sentences with numbers, from the committed records.
 
     python -m recipes.readme
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import fill
 
 from recipes.lib.report import no_options
-from recipes.study import compare_report, finetune_report, lstm_report, sharp_minima_report
+from recipes.study import compare_report, critical_report, finetune_report, lstm_report, sharp_minima_report
 from recipes.study.sweep import Record
 from recipes.study.tables import write_tables
 
@@ -27,7 +27,8 @@ RESULTS_PAGE: dict[str, Callable[[list[Record]], list[str]]] = {
     "finetune_supersense": finetune_report.results_of,
     "sharp_minima": sharp_minima_report.results_of,
 }
-PAGES = {"README.md": README, "docs/results.md": RESULTS_PAGE}
+CRITICAL_BATCH: dict[str, Callable[[list[Record]], list[str]]] = {"critical_batch": critical_report.results_of}
+PAGES = {"README.md": README, "docs/results.md": RESULTS_PAGE, "docs/critical_batch.md": CRITICAL_BATCH}
 FILES = dict.fromkeys(("compare_targets", "compare_summary"), "compare_optimizers")  # more tables of the same records
 
 

@@ -1,6 +1,7 @@
 """Protects the plain Accelerate loop: it trains as the Trainer recipe does, also on two processes, and resumes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from recipes import accelerate_loop
 from recipes.lib import processes
-from tests.helpers import pretrain, torchrun
+from tests.helpers import on_processes, pretrain, says, torchrun
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--size", "smoke", "--use_cpu", "True", "--max_steps", "8", "--global_batch_size", "16"]
@@ -214,3 +215,30 @@ def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> Non
     with ExitStack() as until_the_end:
         _, args, _, stages, _ = accelerate_loop.prepare(until_the_end)
     assert (args.warmup_steps, args.per_device_train_batch_size, stages.at(0).accumulation) == (4, 32, 2)
+
+
+def test_what_torch_has_on_gpus_only_is_refused() -> None:
+    """Before DDP raises a TypeError: a machine without GPUs, two processes."""
+    accelerator = SimpleNamespace(
+        num_processes=2, distributed_type="MULTI_CPU", native_amp=False, device=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="--comm_hook bf16: give fp16 or leave it out"):
+        accelerate_loop.check_hook("bf16", accelerator)
+    accelerate_loop.check_hook("fp16", accelerator)
+
+
+@pytest.mark.distributed
+def test_the_bf16_hook_sends_half_the_bytes(texts: Path, tmp_path: Path) -> None:
+    """Two bytes for each parameter and step, and little else, which its sockets count; float32 has four."""
+    output = tmp_path / "found.json"
+    own = ["--comm_hook", "bf16", "--corpus", str(texts), "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    on_processes(2, "tests.scripts.compressed", str(output), *OPTIONS, "--save_steps", "8", *own)
+    found = json.loads(output.read_text())
+    assert 2.0 <= found["bytes_per_step"] / found["parameters"] < 2.5
+    assert found["held_out_loss"] < math.log(400)
+
+
+def test_a_hook_without_processes_that_average_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as refused:
+        loop(monkeypatch, "--comm_hook", "bf16", "--output_dir", str(tmp_path / "run"), "--report_to", "none")
+    says(str(refused.value.code), "accelerate_loop: --comm_hook bf16: leave it out.*several processes.*1 process")

@@ -10,7 +10,7 @@ import torch
 
 from hf_lamb import LambTrainer
 from hf_lamb.trainer.noise_scale import NoiseScale, noise_scale_in_words
-from tests.helpers import on_processes
+from tests.helpers import on_processes, says
 from tests.scripts.noise_runs import DIMENSIONS, NOISE_SCALE, noise_trainer
 
 KEY = "lamb/noise_scale"
@@ -59,6 +59,17 @@ def test_two_processes_find_it_too(what: str, batch: int, accumulation: int, tmp
     those of every micro-batch; else from the first micro-batches."""
     on_processes(2, "tests.scripts.noise_runs", what, str(batch), str(accumulation), str(tmp_path / "log.json"))
     assert json.loads((tmp_path / "log.json").read_text())[-1] == pytest.approx(NOISE_SCALE, rel=0.2)
+
+
+@pytest.mark.distributed
+def test_a_communication_hook_and_the_noise_scale_work_together_or_a_line_says_why_not(tmp_path: Path) -> None:
+    """With accumulation the value is found; without, one hook is one too few, and each process says so once."""
+    on_processes(2, "tests.scripts.noise_runs", "noise-fp16", "2", "4", str(tmp_path / "log.json"))
+    found = json.loads((tmp_path / "log.json").read_text())
+    assert found["4"][-1] == pytest.approx(NOISE_SCALE, rel=0.2)
+    assert found["1"] == []
+    (line,) = found["warned"]
+    says(line, "lamb/noise_scale is off: .*accumulation steps.*comm_hook fp16")
 
 
 class Unweighted(LambTrainer):

@@ -22,7 +22,7 @@ import hf_lamb
 from benchmarks import scaling_model, tables
 from docs.options import COMMANDS, options_page, parser_of
 from hf_lamb import plan
-from recipes import find_rate, pretrain_bert, readme
+from recipes import critical_batch, find_rate, pretrain_bert, readme
 from recipes.lib.bert import SIZES
 from recipes.study.tables import filled
 from tests.scripts import sharding_report
@@ -162,6 +162,16 @@ def test_lines_of_find_rate_parse() -> None:
         assert find_rate.options_of_trials(others, own.optimizers)[2].keys() == {"lamb", "adamw"}
 
 
+def test_lines_of_critical_batch_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = lines_with("recipes.critical_batch")
+    assert lines
+    for words in lines:
+        monkeypatch.setattr(sys, "argv", ["critical_batch", *words])
+        own, checkpoint = critical_batch.parse()
+        assert checkpoint.startswith("runs/pretrain_bert/tiny-lamb")
+        assert len(own.batches) >= 2
+
+
 @pytest.mark.parametrize("arguments", [words for words in lines_with("hf_lamb.plan") if "--output" not in words])
 def test_lines_of_plan_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     plan.main(arguments)
@@ -205,6 +215,7 @@ def test_every_public_name_has_its_entry() -> None:
     entries = re.findall(r"^::: (\S+)$", "\n".join(p.read_text() for p in ROOT.glob("docs/api/*.md")), re.MULTILINE)
     submodules = [
         "batch_schedule",
+        "conformance",
         "scaling",
         "plan",
         "files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NoiseMeasurement", "NoiseScale", "noise_scale_in_words"]
 
+logger = logging.getLogger(__name__)
+
 
 class NoiseScale:
     """The noise scale tr(Σ) / |G|²: the batch size at which noise and signal in the gradient are equal.
@@ -36,6 +39,10 @@ class NoiseScale:
 
     Args:
         decay: of the averages, per update. Default 0.99, which averages over about a hundred optimizer steps.
+
+    It is a cheap estimate from gradients alone, of one step of plain gradient descent. What a batch costs over many
+    steps of LAMB is another question, and the noise scale is mostly below the batch at which training begins to lose
+    (https://arxiv.org/abs/2505.23971). `python -m recipes.critical_batch CHECKPOINT` measures that batch by training.
 
     Source: McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.
     """
@@ -66,7 +73,8 @@ def noise_scale_in_words(noise_scale: float, batch_size: int) -> str:
 
     To reach a given loss, batch B needs (1 + B/B_noise) times the minimum number of samples and (1 + B_noise/B) times
     the minimum number of steps. The noise scale is that of plain gradients, so with Adam or LAMB it gives only the
-    order of magnitude of the critical batch. It grows while the loss falls: use the last value of a run.
+    order of magnitude of the critical batch, and mostly one that is too low; `recipes.critical_batch` measures it. It
+    grows while the loss falls: use the last value of a run.
 
     Args:
         noise_scale: B_noise, in sequences.
@@ -115,7 +123,8 @@ class NoiseMeasurement:
     device only when a line is logged. Checkpoints contain the averages.
 
     It is off if gradients are sharded (FSDP, DeepSpeed, tensor parallelism), if a global batch is one micro-batch, and
-    with `log_noise_scale=False`.
+    with `log_noise_scale=False`. With a communication hook of accelerate's (`comm_hook`, such as bf16) it needs
+    accumulation, whose first micro-batch is measured before anything is averaged; without, it is off, with a warning.
     """
 
     def __init__(self, trainer: LambTrainer) -> None:
@@ -133,7 +142,16 @@ class NoiseMeasurement:
         self._share = self._small = None
         handler = self.trainer.accelerator.ddp_handler
         hooked = handler is not None and handler.comm_hook.value != "no"
-        if not self._active or hooked or not isinstance(model, DistributedDataParallel):
+        if not self._active or not isinstance(model, DistributedDataParallel):
+            return
+        if hooked:
+            if self._averages_at_once():
+                self._active = False
+                logger.warning(
+                    f"lamb/noise_scale is off: use two or more accumulation steps, or leave accelerate's comm_hook "
+                    f"{handler.comm_hook.value} out; DDP takes one hook, and another one is needed to measure the "
+                    "gradients of a process before they are averaged"
+                )
             return
         seen = vars(model).setdefault("hf_lamb_seen", [])  # kept on the model: DDP takes one hook, and only once
         self._before_all_reduce = seen

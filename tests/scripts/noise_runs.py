@@ -1,20 +1,23 @@
 """LambTrainer on one process or, through torchrun, on several; writes what it logged.
 
-python -m tests.scripts.noise_runs {rate,split_batches,noise,noise-each,split} PER_DEVICE_BATCH ACCUMULATION \
-    OUTPUT.json [SEED]
+python -m tests.scripts.noise_runs {rate,split_batches,noise,noise-each,noise-fp16,split} \
+    PER_DEVICE_BATCH ACCUMULATION OUTPUT.json [SEED]
 
 `rate`: the learning rates of a scaled run. `split_batches`: those, and what it counts, where
 accelerate splits its batches. `noise`: the gradient noise scale of a model where it is known: the loss
 x·w has the gradient mean(x), whatever w is, so with x ~ N(mean, 1) in d dimensions the noise scale is d / ‖mean‖².
-`noise-each`: the same, averaged over processes after every micro-batch.
+`noise-each`: the same, averaged over processes after every micro-batch. `noise-fp16`: the same, with accelerate's
+fp16 communication hook (torch has bf16's on GPUs only), with and without accumulation, and the warnings.
 `split`: rates and losses of a scaled run, and that model's noise scales with some seeds.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
@@ -107,6 +110,18 @@ def main(what: str, batch: int, accumulation: int, output: Path, seed: int = 0) 
         found["rows"] = max(rows)  # the loss was tried on halves too
         if trainer.is_world_process_zero():
             found["card"] = (path / "trainer/README.md").read_text()
+    elif what == "noise-fp16":
+        hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
+        warned: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("hf_lamb.trainer.noise_scale").addHandler(handler)
+        found = {}
+        for steps in (1, accumulation):
+            trainer = noise_trainer(path / "trainer", batch, steps, seed, max_steps=240 if steps > 1 else 20)
+            trainer.accelerator.ddp_handler = hook
+            found[steps] = logged(trainer, noise)
+        found["warned"] = warned
     elif what.startswith("noise"):
         each = {"gradient_accumulation_kwargs": {"sync_each_batch": what == "noise-each"}}
         trainer = noise_trainer(path / "trainer", batch, accumulation, seed, accelerator_config=each)
