@@ -35,7 +35,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/, and the files that pages link to."""
     for uri, name in ROOT_PAGES.items():
-        files.append(File.generated(config, uri, content=(ROOT / name).read_text()))
+        text = re.sub(r"\]\((?!https?:|#)", "](../", (ROOT / name).read_text()).replace("](../docs/", "](")
+        files.append(File.generated(config, uri, content=text))
     for command in COMMANDS:
         files.append(File.generated(config, uri_of(command), content=options_page(command)))
     for page in files.documentation_pages():

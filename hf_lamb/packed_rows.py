@@ -30,8 +30,6 @@ __all__ = [
     "take_packed_rows",
 ]
 
-# Encoders whose attention takes a mask of each position for each other one; tests/test_packed_rows.py compares every
-# one of them with separate documents.
 MODEL_TYPES = (
     "albert",
     "bert",
@@ -43,6 +41,11 @@ MODEL_TYPES = (
     "roberta",
     "xlm-roberta",
 )
+"""Encoders whose attention takes a mask of each position for each other one.
+
+tests/test_packed_rows.py compares every one of them with separate documents.
+"""
+
 WINDOW = 128  # rows' worth of tokens that are packed at a time when the documents are a stream
 DOCUMENTS = "documents"  # the key in `attention_mask` with the number of each token's document, 0 for padding
 IGNORED = -100  # the label that torch's cross-entropy leaves out
