@@ -7,6 +7,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_lamb import Lamb, ShardingError, lamb_param_groups
+from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, ShardingError, lamb_param_groups, options_in_force
 from tests.helpers import BACKENDS, one_line
 from tests.reference import ReferenceLamb
 from tests.twins import batch, fused_model, in_layers, layers_of, unfuse
@@ -424,6 +425,37 @@ def test_refuses_names_that_are_not_there() -> None:
     del case.optimizer.param_groups[0]["param_names"]
     with one_line(ShardingError, 'keep "param_names" and "split" together.*no parameter is named a, which "split"'):
         case.step(0)
+
+
+# -- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("optim_args", "of_wqkv"), [(None, 3), ("split=false", 1)])
+def test_logs_and_the_model_card_say_what_is_split(optim_args: str | None, of_wqkv: int, tmp_path: Path) -> None:
+    args = LambTrainingArguments(
+        output_dir=str(tmp_path),
+        optim="lamb",
+        optim_args=optim_args,
+        max_steps=1,
+        logging_steps=1,
+        log_trust_ratio_per_layer=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    rows = [{name: value[0].tolist() for name, value in batch(i).items()} for i in range(8)]
+    trainer = LambTrainer(fused_model(torch.float32, layers=1), args, train_dataset=rows)
+    trainer.train()
+    logged = {name for line in trainer.state.log_history for name in line if "Wqkv.weight" in name}
+    name = "lamb/trust_ratio/model.layers.0.attn.Wqkv.weight"
+    assert logged == ({f"{name}[{i}]" for i in range(3)} if of_wqkv == 3 else {name})
+    assert options_in_force(trainer.optimizer)["split"] is (of_wqkv == 3)
+    trainer.create_model_card()
+    said = (
+        "4 hold 10 layers, each with a trust ratio of its own" if of_wqkv == 3 else "each is one layer (split=False)"
+    )
+    assert f"- fused parameters: {said}\n" in (tmp_path / "README.md").read_text()
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
