@@ -4,8 +4,9 @@
     python -m recipes.grow_batch --size tiny --max_seq_length 64 --vocab_size 8192 --global_batch_size 256
 
 It takes options of recipes.pretrain_bert, and trains that recipe with --global_batch_size; with a quarter of it that
-grows linearly, for as many steps; and the same for as many sequences. Each gets equally many learning rates, and three
-fresh seeds of the best one. If it is stopped, the same command goes on: finished trials are kept.
+grows linearly, for as many steps; and the same for as many sequences. The rate of each is the best of three or more, a
+factor of two apart, between two worse ones; three fresh seeds judge it. If it is stopped, the same command goes on:
+finished trials are kept.
 """
 
 import json

@@ -11,7 +11,14 @@ from pathlib import Path
 from textwrap import fill
 
 from recipes.lib.report import no_options
-from recipes.study import compare_report, critical_report, finetune_report, lstm_report, sharp_minima_report
+from recipes.study import (
+    compare_report,
+    critical_report,
+    finetune_report,
+    growth_report,
+    lstm_report,
+    sharp_minima_report,
+)
 from recipes.study.sweep import Record
 from recipes.study.tables import write_tables
 
@@ -28,7 +35,13 @@ RESULTS_PAGE: dict[str, Callable[[list[Record]], list[str]]] = {
     "sharp_minima": sharp_minima_report.results_of,
 }
 CRITICAL_BATCH: dict[str, Callable[[list[Record]], list[str]]] = {"critical_batch": critical_report.results_of}
-PAGES = {"README.md": README, "docs/results.md": RESULTS_PAGE, "docs/critical_batch.md": CRITICAL_BATCH}
+GROWING_BATCHES: dict[str, Callable[[list[Record]], list[str]]] = {"grow_batch": growth_report.results_of}
+PAGES = {
+    "README.md": README,
+    "docs/results.md": RESULTS_PAGE,
+    "docs/critical_batch.md": CRITICAL_BATCH,
+    "docs/growing_batches.md": GROWING_BATCHES,
+}
 FILES = dict.fromkeys(("compare_targets", "compare_summary"), "compare_optimizers")  # more tables of the same records
 
 

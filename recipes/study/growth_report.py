@@ -14,7 +14,7 @@ HEADER = ("run", "steps", "sequences", "trials", "best rate", "held-out loss", "
 
 
 def search_of(optimizers: Sequence[str], settings: Sequence[str], seeds: int, first_rate: float = 2e-2) -> Search:
-    """Every kind of run starts from the same rate, and gets as many trials as the others."""
+    """The search of every kind of run ends when its best rate lies between two worse ones, or after six rates."""
     ordered = [name for name in NAMES if name in settings]
     rates = {optimizer: first_rate for optimizer in optimizers}
     return Search(optimizers, ordered, rates, lambda rate, _: rate, seeds, least=3, most=6, judge_carried=False)
@@ -31,12 +31,13 @@ def results_of(records: list[Record]) -> list[str]:
         steps, sequences = f"{runs[0]['steps']:,}", f"{runs[0]['sequences']:,}"
         place = standing(losses[name], list(losses.values()))
         rows.append([NAMES[name], steps, sequences, str(best.trials), best.rate_in_words, str(losses[name]), place])
+    batch = facts["global_batch_size"]
     words = (
         f"{facts['model']}, {records[0]['parameters']:,} parameters, {facts['max_seq_length']} tokens; constant batch "
-        f"{facts['global_batch_size']}, or one that grows linearly from {facts['global_batch_size'] // 4} to "
-        f"{facts['global_batch_size']} over the run, with the rate of each step's batch by the sqrt rule. Held-out "
-        f"loss: mean ± standard deviation over {search.seeds} seeds that played no part in the tuning. At most two "
-        f"standard deviations (pooled) apart is a tie. {len(records)} runs on {hardware_of(records)}: "
+        f"{batch}, or one that grows linearly from {batch // 4} to {batch} over the run, with the rate of each step's "
+        "batch by the sqrt rule. Held-out loss at the best rate of at least three, which are factors of two apart: "
+        f"mean ± standard deviation over {search.seeds} seeds that played no part in the tuning. At most two standard "
+        f"deviations (pooled) apart is a tie. {len(records)} runs on {hardware_of(records)}: "
         f"`{records[0]['command']}`."
     )
     return [words, markdown_table(HEADER, rows)]
