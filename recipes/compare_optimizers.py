@@ -4,19 +4,22 @@
     python -m recipes.compare_optimizers --output_dir runs/compare   # go on with a study that was stopped
     accelerate launch --num_processes 8 -m recipes.compare_optimizers --size mini --vocab_size 8192 \\
         --max_seq_length 128 --batch_sizes 512 2048 8192 --train_sequences 4194304 --micro_batch_size 512
+    python -m recipes.compare_optimizers --study --workers 2         # batches 16 to 512, 3 to 5 hours; docs/study.md
 
 Every trial pretrains a BERT on the same number of sequences of the embedded corpus, or your own, by masked language
 modelling: one trial at a time on each device that accelerate gives. The report is made anew from the trials' records
-whenever the recipe runs, also while it is incomplete (`--report_only True`).
+whenever the recipe runs, also while it is incomplete (`--report_only True`). `--study` compares LAMB, LAMB with
+`fixed_norm`, AdamW and Muon over 32 times in batch size; its trials are committed, and the same command goes on there.
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -31,18 +34,45 @@ from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_r
 from recipes.lib.options import parse_options
 from recipes.lib.processes import autocast
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
+from recipes.study import batch_study
 from recipes.study.compare_report import FIRST_RATES, MIN_STEPS, TARGET_MARGIN, search_of, write_report
 from recipes.study.sweep import Record, Study, Trial, check_over_batch_sizes, shuffled
-from recipes.study.workers import complete
+from recipes.study.workers import complete, spawn
+
+# What --study changes: the defaults of other options.
+STUDIES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "output_dir": str(Path(__file__).parent / "results/study"),
+        "optimizers": list(batch_study.FIRST_RATES),
+        "batch_sizes": [16, 128, 512],
+        "size": "micro",
+        "vocab_size": 2048,
+        "train_sequences": 256_000,
+        "eval_sequences": 2048,
+        "evaluations": 25,
+        "use_cpu": True,
+    },
+}
 
 
 @dataclass
 class CompareArguments:
     """What is compared; the defaults end within 15 minutes on two CPU cores."""
 
+    study: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other defaults, those of docs/study.md: a larger model, batches over 32x, Muon and LAMB with "
+            "fixed_norm, and beta2 carried from the smallest batch.",
+            "nargs": "?",
+            "const": "cpu",
+            "choices": list(STUDIES),
+        },
+    )
     output_dir: str = field(default="runs/compare", metadata={"help": "The folder of the study."})
     optimizers: list[str] = field(
-        default_factory=lambda: list(FIRST_RATES), metadata={"help": f"Of {', '.join(FIRST_RATES)}."}
+        default_factory=lambda: list(FIRST_RATES),
+        metadata={"help": f"Of {', '.join(FIRST_RATES)}; with --study of {', '.join(batch_study.FIRST_RATES)}."},
     )
     batch_sizes: list[int] = field(
         default_factory=lambda: [16, 32, 64, 256], metadata={"help": "Sequences in a step, from small to large."}
@@ -68,6 +98,7 @@ class CompareArguments:
         default=TARGET_MARGIN,
         metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."},
     )
+    workers: int = field(default=1, metadata={"help": "Processes of one thread each that share the trials on a CPU."})
     use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
     report_only: bool = field(default=False, metadata={"help": "Run no trial; report those that are there."})
 
@@ -84,31 +115,67 @@ class Data(NamedTuple):
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
     try:
-        parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
-        (arguments,) = parse_options(parser)
+        arguments = parse()
         check(arguments)
-        study = Study(
-            Path(arguments.output_dir),
-            search_of(arguments.optimizers, arguments.batch_sizes, arguments.seeds),
-            facts_of(arguments),
-        )
-
-        def prepare(device: torch.device) -> Callable[..., Record]:
-            with PartialState().main_process_first():
-                data = load_data(arguments, device)
-            return partial(train_bert, arguments=arguments, data=data)
-
-        records = complete(study, prepare, arguments.use_cpu, arguments.report_only)
-        if records is not None:
+        study = study_behind(arguments)
+        if arguments.workers > 1 and not arguments.report_only:
+            load_data(arguments, torch.device("cpu"))  # a mistake in the data is found before the processes start
+            spawn(work, arguments, arguments.workers)
+            arguments.report_only = True
+        records = run(arguments, study)
+        if records is not None and arguments.study is not None:
+            print(f"{len(records)} trials in {study.path}")
+        elif records is not None:
             print(write_report(study, records, arguments.min_steps, arguments.target_margin))
     except (ValueError, OSError) as error:
         sys.exit(f"compare_optimizers: {' '.join(str(error).split())}")
 
 
+def parse() -> CompareArguments:
+    """The options, with the defaults of the study that is asked for. Raises ValueError for a mistake in them."""
+    parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
+    (arguments,) = parse_options(parser)
+    if arguments.study is not None:
+        parser.set_defaults(**STUDIES[arguments.study])
+        (arguments,) = parse_options(parser)
+    return cast(CompareArguments, arguments)
+
+
+def study_behind(arguments: CompareArguments) -> Study:
+    """The trials that these options ask for, and their folder."""
+    search = search_of if arguments.study is None else batch_study.study_of
+    return Study(
+        Path(arguments.output_dir),
+        search(arguments.optimizers, arguments.batch_sizes, arguments.seeds),
+        facts_of(arguments),
+    )
+
+
+def work(arguments: CompareArguments, is_first: bool) -> None:
+    """Run trials beside other processes, until none is missing."""
+    run(arguments, study_behind(arguments), show_progress=is_first)
+
+
+def run(arguments: CompareArguments, study: Study, show_progress: bool = True) -> list[Record] | None:
+    """Run what is missing; the records, or None if this is not the main process."""
+
+    def prepare(device: torch.device) -> Callable[..., Record]:
+        with PartialState().main_process_first():
+            data = load_data(arguments, device)
+        return partial(train_bert, arguments=arguments, data=data)
+
+    return complete(study, prepare, arguments.use_cpu, arguments.report_only, show_progress)
+
+
 def check(arguments: CompareArguments) -> None:
     """Raise ValueError for options that would fail later, or compare nothing."""
-    positive = ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations")
-    check_over_batch_sizes(arguments, FIRST_RATES, positive)
+    positive = ("train_sequences", "micro_batch_size", "eval_sequences", "evaluations", "workers")
+    check_over_batch_sizes(arguments, FIRST_RATES if arguments.study is None else batch_study.FIRST_RATES, positive)
+    if arguments.workers > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"--workers {arguments.workers}: accelerate or torchrun has started {os.environ['WORLD_SIZE']} processes, "
+            "which share the trials already: leave it out"
+        )
     for size in arguments.batch_sizes:
         if size % min(size, arguments.micro_batch_size):
             raise ValueError(f"--batch_sizes {size} is no multiple of --micro_batch_size {arguments.micro_batch_size}")
@@ -128,10 +195,14 @@ def facts_of(arguments: CompareArguments) -> Record:
         "seeds",
         "min_steps",
         "target_margin",
+        "workers",
         "use_cpu",
         "report_only",
     )
-    return {name: value for name, value in asdict(arguments).items() if name not in no_part}
+    facts = {name: value for name, value in asdict(arguments).items() if name not in no_part}
+    if arguments.study is not None:
+        facts["carried_from"] = arguments.batch_sizes[0]
+    return facts
 
 
 def load_data(arguments: CompareArguments, device: torch.device) -> Data:
@@ -167,7 +238,9 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
     device, batch_size = data.train.device, trial.setting
     set_seed(trial.seed)
     model = new_bert(arguments.size, data.tokenizer, arguments.max_seq_length).to(device)
-    optimizer = new_optimizer(trial.optimizer, model, trial.learning_rate, arguments.weight_decay)
+    name = batch_study.HALF_LIFE.get(trial.optimizer, trial.optimizer)
+    beta2 = batch_study.beta2_of(trial, arguments.batch_sizes[0])
+    optimizer = new_optimizer(name, model, trial.learning_rate, arguments.weight_decay, beta2)
     masks = torch.Generator(device).manual_seed(trial.seed)
     order = shuffled(len(data.train), arguments.train_sequences, trial.seed).to(device)
     steps = arguments.train_sequences // batch_size
@@ -175,7 +248,11 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
     special_ids = torch.tensor(data.tokenizer.all_special_ids, device=device)
 
     record: Record = {"steps": steps, "parameters": model.num_parameters(), "unigram_loss": data.unigram_loss}
-    record |= {"curve": [], "trust_ratios": [], "noise": []}
+    record |= (
+        {"curve": [], "trust_ratios": [], "noise": []}
+        if arguments.study is None
+        else {"beta2": beta2, "curve": [], "noise": []}
+    )
     squared_norms: list[tuple[Tensor, Tensor]] = []
     for step in range(steps):
         ids = data.train[order[step * batch_size : (step + 1) * batch_size]].long()
@@ -192,8 +269,9 @@ def train_bert(trial: Trial, say: Any, arguments: CompareArguments, data: Data) 
             if not math.isfinite(loss):
                 break
             record["curve"].append((step + 1, round(loss, 4)))
-            ratios = trust_ratios(optimizer, model)
-            record["trust_ratios"].append({name: float(f"{ratio:.4g}") for name, ratio in ratios.items()})
+            if arguments.study is None:  # whose lines have more points
+                ratios = trust_ratios(optimizer, model)
+                record["trust_ratios"].append({name: float(f"{ratio:.4g}") for name, ratio in ratios.items()})
             if squared_norms:
                 record["noise"].append((step + 1, noise_scale(squared_norms, arguments.micro_batch_size, batch_size)))
             squared_norms.clear()

@@ -153,9 +153,14 @@ def over_batch_sizes(
         optimizers=optimizers,
         settings=batch_sizes,
         first_rates=first_rates,
-        carry=lambda rate, batch_size: rate * math.sqrt(batch_size / batch_sizes[0]),
+        carry=carry_by_root(batch_sizes[0]),
         seeds=seeds,
     )
+
+
+def carry_by_root(smallest: int) -> Callable[[float, int], float]:
+    """The rule that multiplies a rate by the square root of the batch's growth."""
+    return lambda rate, batch_size: rate * math.sqrt(batch_size / smallest)
 
 
 def check_over_batch_sizes(arguments: Any, optimizers: Iterable[str], at_least_one: Iterable[str]) -> None:
