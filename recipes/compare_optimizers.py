@@ -34,25 +34,10 @@ from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_r
 from recipes.lib.options import parse_options
 from recipes.lib.processes import autocast
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
-from recipes.study import batch_study
+from recipes.study import batch_report, batch_study
 from recipes.study.compare_report import FIRST_RATES, MIN_STEPS, TARGET_MARGIN, search_of, write_report
 from recipes.study.sweep import Record, Study, Trial, check_over_batch_sizes, shuffled
 from recipes.study.workers import complete, spawn
-
-# What --study changes: the defaults of other options.
-STUDIES: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "output_dir": str(Path(__file__).parent / "results/study"),
-        "optimizers": list(batch_study.FIRST_RATES),
-        "batch_sizes": [16, 128, 512],
-        "size": "micro",
-        "vocab_size": 2048,
-        "train_sequences": 256_000,
-        "eval_sequences": 2048,
-        "evaluations": 25,
-        "use_cpu": True,
-    },
-}
 
 
 @dataclass
@@ -66,7 +51,7 @@ class CompareArguments:
             "fixed_norm, and beta2 carried from the smallest batch.",
             "nargs": "?",
             "const": "cpu",
-            "choices": list(STUDIES),
+            "choices": list(batch_study.STUDIES),
         },
     )
     output_dir: str = field(default="runs/compare", metadata={"help": "The folder of the study."})
@@ -94,9 +79,12 @@ class CompareArguments:
     weight_decay: float = field(default=0.01, metadata={"help": "Of weights; biases and norms do not decay."})
     seeds: int = field(default=3, metadata={"help": "Fresh seeds of the best rate, and of the untuned one."})
     min_steps: int = field(default=MIN_STEPS, metadata={"help": "With fewer steps than this, nothing is compared."})
-    target_margin: float = field(
-        default=TARGET_MARGIN,
-        metadata={"help": "Nats above the best loss of the smallest batch: what steps are counted to."},
+    target_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Nats above the best loss of the smallest batch: what steps are counted to; default: "
+            f"{TARGET_MARGIN}, with --study the lowest loss that all runs at the best rates reach."
+        },
     )
     workers: int = field(default=1, metadata={"help": "Processes of one thread each that share the trials on a CPU."})
     use_cpu: bool = field(default=False, metadata={"help": "Use no accelerator."})
@@ -123,10 +111,12 @@ def main() -> None:
             spawn(work, arguments, arguments.workers)
             arguments.report_only = True
         records = run(arguments, study)
-        if records is not None and arguments.study is not None:
-            print(f"{len(records)} trials in {study.path}")
-        elif records is not None:
-            print(write_report(study, records, arguments.min_steps, arguments.target_margin))
+        if records is not None:
+            margin, min_steps = arguments.target_margin, arguments.min_steps
+            if arguments.study is not None:
+                print(batch_report.write_report(study, records, min_steps, margin))
+            else:
+                print(write_report(study, records, min_steps, TARGET_MARGIN if margin is None else margin))
     except (ValueError, OSError) as error:
         sys.exit(f"compare_optimizers: {' '.join(str(error).split())}")
 
@@ -136,7 +126,7 @@ def parse() -> CompareArguments:
     parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
     (arguments,) = parse_options(parser)
     if arguments.study is not None:
-        parser.set_defaults(**STUDIES[arguments.study])
+        parser.set_defaults(**batch_study.STUDIES[arguments.study])
         (arguments,) = parse_options(parser)
     return cast(CompareArguments, arguments)
 

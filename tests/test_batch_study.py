@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from recipes import compare_optimizers
 from recipes.lib.optimizers import Muon, new_optimizer
+from recipes.study import batch_report
 from recipes.study.batch_study import FIRST_RATES, HALF_LIFE, beta2_of, study_of
 from recipes.study.sweep import TUNING_SEED, Record, Trial, read_records, trial_of
 
@@ -38,22 +40,41 @@ def loss(trial: Trial) -> float:
     return 5 + math.log2(trial.learning_rate / best) ** 2 + 0.01 * trial.seed
 
 
-def run(search: Any) -> list[Trial]:
-    """The trials of a whole study, in the order in which one process runs them."""
+STUDY = {"size": "micro", "vocab_size": 2048, "corpus": ["embedded"], "train_sequences": 256_000, "max_seq_length": 32}
+
+
+def record_of(trial: Trial, objective: float | None) -> Record:
+    """A line whose loss falls in a straight line, from a nat above where it ends."""
+    steps = 256_000 // trial.setting
+    curve = [] if objective is None else [(steps // 2, objective + 0.5), (steps, objective)]
+    facts = {"unigram_loss": 6.4, "parameters": 239_680, "hardware": "a CPU", "study": STUDY}
+    return {**trial._asdict(), "objective": objective, "steps": steps, "curve": curve, **facts}
+
+
+def finished(search: Any, objective: Callable[[Trial], float | None], most: int = 500) -> list[Record]:
+    """The records of a whole study, or of its start, in the order in which one process runs the trials."""
     records: list[Record] = []
-    while trials := search.next_trials(records):
+    while (trials := search.next_trials(records)) and len(records) < most:
         assert search.expected(records) >= len(records)
-        records.append({**trials[0]._asdict(), "objective": loss(trials[0])})
-    assert search.expected(records) == len(records)
-    return [trial_of(record) for record in records]
+        records.append(record_of(trials[0], objective(trials[0])))
+    assert trials or search.expected(records) == len(records)
+    return records
+
+
+WHOLE = study_of(list(FIRST_RATES), [16, 128, 512], 3)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return finished(WHOLE, loss)
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
-def test_the_smallest_and_the_largest_batch_are_tuned_first() -> None:
+def test_the_smallest_and_the_largest_batch_are_tuned_first(records: list[Record]) -> None:
     """Then all seeds of these, one after the other, so that a study that is stopped has something of everything."""
-    order = [(t.setting, t.seed) for t in run(study_of(list(FIRST_RATES), [16, 128, 512], 3))]
+    order = [(t.setting, t.seed) for t in map(trial_of, records)]
     stages = list(dict.fromkeys(order))
     assert stages == [
         (16, 0),
@@ -63,16 +84,16 @@ def test_the_smallest_and_the_largest_batch_are_tuned_first() -> None:
     ]
 
 
-def test_everybody_is_tuned_alike() -> None:
-    trials = run(study_of(list(FIRST_RATES), [16, 128, 512], 3))
+def test_everybody_is_tuned_alike(records: list[Record]) -> None:
+    trials = [trial_of(record) for record in records]
     for batch_size in (16, 128, 512):
         tuning = [t.optimizer for t in trials if t.setting == batch_size and t.seed == TUNING_SEED]
         assert len({tuning.count(optimizer) for optimizer in FIRST_RATES}) == 1
 
 
-def test_the_carried_rate_runs_untuned_with_beta2_fixed_and_carried() -> None:
+def test_the_carried_rate_runs_untuned_with_beta2_fixed_and_carried(records: list[Record]) -> None:
     """A factor of the square root above the best rate of the smallest batch; with the seeds of all other rates."""
-    trials = run(study_of(list(FIRST_RATES), [16, 128, 512], 3))
+    trials = [trial_of(record) for record in records]
     for name in (*FIRST_RATES, *HALF_LIFE):
         best = 2 * FIRST_RATES[HALF_LIFE.get(name, name)]
         for batch_size in (128, 512):
@@ -118,6 +139,74 @@ def test_muon_in_float32_is_torchs_muon() -> None:
         moved.append(weight.detach() - start)
     assert ((moved[0] - moved[1]).norm() / moved[0].norm()).item() < 0.02
     assert not torch.equal(*moved)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def in_words(search: Any, records: list[Record]) -> str:
+    return "\n".join(text for texts in batch_report.sections(search, records).values() for text in texts)
+
+
+def test_a_table_that_lacks_trials_says_which(records: list[Record]) -> None:
+    """Before the first trial, while the smallest batch is tuned, while seeds run; one seed judges nothing."""
+    assert "Not run" in in_words(WHOLE, [])
+    assert "Missing" not in in_words(WHOLE, records)
+    assert "Missing: batch 16: tuning, and all that follows from it; batch 128" in in_words(WHOLE, records[:5])
+    tuning = sum(r["seed"] == TUNING_SEED and r["setting"] != 128 for r in records)
+    text = in_words(WHOLE, records[:tuning])
+    assert text.count("tuning only") == 2 * 4 + 4  # two batches tuned, one with carried rates
+    assert (
+        "LAMB 8" in text.split("Missing")[1]
+    )  # at batch 512 the best rate and the carried one, and carried β₂ twice...
+    assert not any(word in text for word in ("lowest", "| tie |", "±"))
+    some = [record for record in records if (record["optimizer"], record["seed"]) != ("muon", 3)]
+    missing = in_words(WHOLE, some).split("Missing: ")[1]
+    assert "batch 16: runs with fresh seeds of Muon 1;" in missing
+
+
+def test_the_regret_is_what_the_carried_rate_costs_with_the_same_seeds(records: list[Record]) -> None:
+    """In the bowl it is a known number; beta2 changes nothing there."""
+    results = batch_report.results_of(WHOLE, records)
+    cell = next(c for c in results.whole if (c.optimizer, c.batch_size) == ("adamw", 512))
+    found = batch_report.regret(cell.carried_runs, cell.runs)
+    best, carried = (loss(Trial("adamw", 512, rate, 0)) for rate in (cell.best.learning_rate, cell.carried_rate))
+    assert (found.mean, found.sd, found.n) == pytest.approx((carried - best, 0, 3))
+    assert carried - best > 0.1
+    both = batch_report.regret(results.half_life["adamw", 512], cell.carried_runs)
+    assert both.mean == pytest.approx(0)
+
+
+def test_losing_and_diverging_rows_stay() -> None:
+    """Muon is far behind at 512 and diverges at 128: both stand in the table and in the sentences."""
+
+    def worse(trial: Trial) -> float | None:
+        if trial.optimizer != "muon" or trial.setting == 16:
+            return loss(trial)
+        return None if trial.setting == 128 else loss(trial) + 1
+
+    text = in_words(WHOLE, finished(WHOLE, worse))
+    rows = [line for line in text.splitlines() if "| Muon |" in line]
+    assert any(row.startswith("| 128 |") and "diverged" in row for row in rows)
+    assert any(row.startswith("| 512 |") and "+1.0" in row for row in rows)
+    assert "Muon diverged" in text
+    assert "Muon +1.0" in text
+
+
+def test_all_runs_reach_the_target_and_the_fit_goes_through_them(records: list[Record]) -> None:
+    text = in_words(WHOLE, records)
+    assert "which all runs reach" in text
+    assert " > " not in text
+    assert text.count("so B_crit = ") == len(FIRST_RATES)
+
+
+def test_the_pictures_are_drawn(records: list[Record], tmp_path: Path) -> None:
+    """Of a study that has only begun, the search alone."""
+    for some, names in ((records[:3], {"search.png"}), (records, {"search.png", "panels.png"})):
+        results = batch_report.results_of(WHOLE, some)
+        assert set(batch_report.pictures_of(results)) == names
+        batch_report.draw(results, some, f"{tmp_path}/", 500, None)
+        assert {path.name for path in tmp_path.glob("*.png")} == names
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hf_lamb.scaling import decay_factor
 
 NAMES = {
     "lamb": "LAMB",
-    "lamb_fixed_norm": "LAMB, fixed norm",
+    "lamb_fixed_norm": "LAMB (fixed norm)",
     "adamw": "AdamW",
     "adam": "Adam",
     "sgd": "SGD",

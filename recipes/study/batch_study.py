@@ -8,6 +8,7 @@ with β₂ carried too, so that β₂ halves an old gradient's weight after as m
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from recipes.study.sweep import Record, Search, Trial, carry_by_root, objective_of, trial_of
@@ -17,6 +18,23 @@ FIRST_RATES = {"lamb": 2e-2, "lamb_fixed_norm": 2e-2, "adamw": 2e-3, "muon": 4e-
 # The names of trials with carried β₂, and their optimizers.
 HALF_LIFE = {"lamb_half_life": "lamb", "adamw_half_life": "adamw"}
 BETA2 = 0.999  # at the smallest batch, and where it is fixed
+RESULTS = Path(__file__).parents[1] / "results"
+
+# What --study changes: the defaults of other options.
+STUDIES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "output_dir": str(RESULTS / "study"),
+        "optimizers": list(FIRST_RATES),
+        "batch_sizes": [16, 128, 512],
+        "size": "micro",
+        "vocab_size": 2048,
+        "train_sequences": 256_000,
+        "eval_sequences": 2048,
+        "evaluations": 25,
+        "seeds": 3,
+        "use_cpu": True,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,10 @@ class BatchStudy(Search):
         ends = [self.settings[0], self.settings[-1]]
         places = [*ends, *self.settings]
         return trial.setting not in ends, trial.seed, places.index(trial.setting)
+
+    def is_tuned(self, done: Mapping[Trial, float], batch_size: int) -> bool:
+        """Whether the search at this batch size has ended for all optimizers."""
+        return self._tuned(done, batch_size)
 
     def half_life_trials(self, done: Mapping[Trial, float]) -> list[Trial]:
         """The fresh seeds of the carried rates with carried β₂; none while the smallest batch is not tuned."""
