@@ -12,7 +12,7 @@ import torch
 from recipes import compare_optimizers
 from recipes.lib.optimizers import Muon, new_optimizer
 from recipes.study import batch_report
-from recipes.study.batch_study import FIRST_RATES, HALF_LIFE, beta2_of, study_of
+from recipes.study.batch_study import FIRST_RATES, HALF_LIFE, beta2_of, runs_of, sequences_for, study_of
 from recipes.study.sweep import TUNING_SEED, Record, Trial, read_records, trial_of
 
 SMALL = ["--study", "--optimizers", "lamb", "muon", "--batch_sizes", "4", "16", "--size", "smoke"]
@@ -156,10 +156,8 @@ def test_a_table_that_lacks_trials_says_which(records: list[Record]) -> None:
     tuning = sum(r["seed"] == TUNING_SEED and r["setting"] != 128 for r in records)
     text = in_words(WHOLE, records[:tuning])
     assert text.count("tuning only") == 2 * 4 + 4  # two batches tuned, one with carried rates
-    assert (
-        "LAMB 8" in text.split("Missing")[1]
-    )  # at batch 512 the best rate and the carried one, and carried β₂ twice...
-    assert not any(word in text for word in ("lowest", "| tie |", "±"))
+    assert "batch 512: runs with fresh seeds of LAMB 9, LAMB (fixed norm) 6, AdamW 9, Muon 6." in text
+    assert not any(word in text for word in ("lowest", "| tie |", "± 0"))
     some = [record for record in records if (record["optimizer"], record["seed"]) != ("muon", 3)]
     missing = in_words(WHOLE, some).split("Missing: ")[1]
     assert "batch 16: runs with fresh seeds of Muon 1;" in missing
@@ -233,9 +231,50 @@ def test_two_workers_run_the_same_study(study: Path, texts: Path, tmp_path: Path
     assert runs[0] == runs[1]
 
 
+# -- on a GPU, rehearsed ----------------------------------------------------------------------------------------------
+
+
+def test_trials_are_sized_by_their_cost() -> None:
+    """The planned runs fill the time, at a thousandth of a second for a sequence and twice that with Muon."""
+    cost = {(o, b): (2e-3 if o == "muon" else 1e-3) for o in FIRST_RATES for b in (16, 128, 512)}
+    planned = runs_of(WHOLE)
+    assert planned["lamb", 16] == planned["muon", 16] == 4 + 3
+    assert (planned["lamb", 512], planned["muon", 512]) == (4 + 9, 4 + 6)
+    sequences = sequences_for(WHOLE, 3600, cost)
+    assert sequences % 512 == 0
+    spent = [sum(planned[which] * cost[which] * n for which in planned) for n in (sequences, sequences + 512)]
+    assert spent[0] <= 3600 < spent[1]
+
+
+def test_visits_go_on_where_the_last_one_stopped(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one measures the speed; a visit whose time is over after a trial leaves the rest to the next one."""
+    words = ["--study", "gpu", *SMALL[1:], "--train_sequences", "0", "--use_cpu", "True", "--corpus", str(texts)]
+    words += ["--output_dir", str(tmp_path), "--visits", "1000"]
+    really, measured = compare_optimizers.seconds_a_sequence, []
+
+    def measure(*arguments: Any) -> float:
+        measured.append(really(*arguments))
+        return 0.01
+
+    monkeypatch.setattr(compare_optimizers, "seconds_a_sequence", measure)
+    for visit in (1, 2):
+        compare(monkeypatch, *words, "--minutes", "0.001")
+        records = read_records(tmp_path / "trials.jsonl")
+        assert len(records) == visit
+        # A minute in all, for 12 runs at batch 4 and 18 at batch 16: 200 sequences, in whole batches.
+        assert {record["study"]["train_sequences"] for record in records} == {192}
+    assert len(measured) == 2 * 2
+    assert min(measured) > 0
+
+
 BAD = [
     (["--optimizers", "sgd"], "--optimizers sgd: expected some of lamb, lamb_fixed_norm, adamw, muon"),
     (["--workers", "0"], "--workers 0: expected at least 1"),
+    (["--minutes", "0"], "--minutes 0: expected a positive number"),
+    (["--minutes", "nan"], "--minutes nan: expected a positive number"),
+    (["--visits", "0"], "--visits 0: expected at least 1"),
+    (["--train_sequences", "0"], "--train_sequences 0: expected at least 1"),
+    (["--train_sequences", "0", "--minutes", "1", "--workers", "2"], "one process is measured, and there are 2"),
     (["--batch_sizes", "8", "16"], "holds trials with carried_from 4, not 8"),
 ]
 
@@ -248,3 +287,10 @@ def test_bad_input_gets_one_line(
         compare(monkeypatch, *SMALL, "--corpus", str(texts), "--output_dir", str(study), *arguments)
     (line,) = str(exit_.value).splitlines()
     assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_study_of_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="torch sees no GPU: give --use_cpu True to rehearse it"):
+        compare(monkeypatch, "--study", "gpu", "--output_dir", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())

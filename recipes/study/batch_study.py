@@ -6,6 +6,7 @@ with β₂ carried too, so that β₂ halves an old gradient's weight after as m
 (arXiv 2507.07101).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,20 @@ STUDIES: dict[str, dict[str, Any]] = {
         "evaluations": 25,
         "seeds": 3,
         "use_cpu": True,
+    },
+    "gpu": {
+        "output_dir": str(RESULTS / "study_gpu"),
+        "optimizers": list(FIRST_RATES),
+        "batch_sizes": [256, 2048, 8192],
+        "size": "mini",
+        "vocab_size": 8192,
+        "train_sequences": 0,
+        "micro_batch_size": 2048,
+        "eval_sequences": 2048,
+        "evaluations": 25,
+        "seeds": 3,
+        "minutes": 8.0,
+        "visits": 8,
     },
 }
 
@@ -81,6 +96,26 @@ class BatchStudy(Search):
 def study_of(optimizers: Sequence[str], batch_sizes: Sequence[int], seeds: int) -> BatchStudy:
     """The study of these optimizers and batch sizes, from small to large."""
     return BatchStudy(optimizers, batch_sizes, FIRST_RATES, carry_by_root(batch_sizes[0]), seeds)
+
+
+def runs_of(search: BatchStudy) -> dict[tuple[str, int], int]:
+    """{(optimizer, batch size): runs} if every search takes four rates and ends with another than the carried one."""
+    carrying = set(HALF_LIFE.values())
+    return {
+        (o, b): 4 + search.seeds * (1 if b == search.settings[0] else 3 if o in carrying else 2)
+        for o in search.optimizers
+        for b in search.settings
+    }
+
+
+def sequences_for(search: BatchStudy, seconds: float, cost: Mapping[tuple[str, int], float]) -> int:
+    """How many sequences a trial may train on, so that the whole study takes this time: a multiple of every batch.
+
+    cost: seconds for a sequence, by optimizer and batch size.
+    """
+    each = seconds / sum(n * cost[which] for which, n in runs_of(search).items())
+    whole = math.lcm(*search.settings)
+    return int(each) // whole * whole
 
 
 def beta2_of(trial: Trial, smallest: int) -> float:

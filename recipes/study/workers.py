@@ -17,11 +17,12 @@ def complete(
     use_cpu: bool,
     report_only: bool,
     show_progress: bool = True,
+    time_left: Callable[[float], bool] = lambda longest: True,
 ) -> list[Record] | None:
     """The records, after running what is missing; None on all processes but the main one.
 
     prepare: takes the device of this process' trials, gives the function that `Study.run` takes. report_only: run
-    nothing. Raises ValueError where there is no record then.
+    nothing. time_left: as in `Study.run`. Raises ValueError where there is no record then.
     """
     if report_only:
         if not (records := study.records()):
@@ -31,7 +32,7 @@ def complete(
     state = PartialState(cpu=use_cpu)
     train = prepare(state.device)
     state.destroy_process_group()  # from here on, the processes meet in the folder only
-    records = study.run(train, show_progress=state.is_main_process and show_progress)
+    records = study.run(train, state.is_main_process and show_progress, time_left)
     return records if state.is_main_process else None
 
 
