@@ -1,11 +1,16 @@
 """Protects the study of `compare_optimizers --study`: its order, what is carried, and that it can be stopped."""
 
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -231,6 +236,28 @@ def test_two_workers_run_the_same_study(study: Path, texts: Path, tmp_path: Path
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
+def test_workers_end_with_the_first_process(texts: Path, tmp_path: Path) -> None:
+    """Also when that is killed from a shell that ignores Ctrl-C for it; what was finished is whole."""
+    command = [sys.executable, "-m", "recipes.compare_optimizers", *SMALL, "--workers", "2"]
+    command += ["--corpus", str(texts), "--output_dir", str(tmp_path)]
+    shell = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", *command]
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(shell, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    end, trials = time.monotonic() + 200, tmp_path / "trials.jsonl"
+    while not trials.exists():
+        assert first.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    workers = psutil.Process(first.pid).children()
+    first.kill()
+    assert first.wait(timeout=60) == -signal.SIGKILL
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    assert read_records(trials)
+
+
 # -- on a GPU, rehearsed ----------------------------------------------------------------------------------------------
 
 
@@ -287,6 +314,12 @@ def test_bad_input_gets_one_line(
         compare(monkeypatch, *SMALL, "--corpus", str(texts), "--output_dir", str(study), *arguments)
     (line,) = str(exit_.value).splitlines()
     assert message in line
+
+
+def test_workers_are_not_started_by_processes_that_share_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match="--workers 2: accelerate or torchrun has started 3 processes"):
+        compare(monkeypatch, *SMALL, "--workers", "2")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
