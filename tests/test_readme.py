@@ -253,6 +253,13 @@ def test_the_tables_of_results_are_the_recorded_ones(page: str) -> None:
     assert filled(text, readme.results_in(page)) == text
 
 
+def test_the_tables_of_the_study_are_the_recorded_ones() -> None:
+    """Generated: `python -m recipes.readme` writes them, and the pictures that the page shows."""
+    text = (ROOT / "docs/study.md").read_text()
+    assert filled(text, readme.studies()) == text
+    assert all((ROOT / "docs" / name).exists() for name in re.findall(r"\]\((study_\S+\.png)\)", text))
+
+
 @pytest.mark.parametrize("file", tables.TABLES)
 def test_the_tables_of_benchmarks_are_the_recorded_ones(file: str) -> None:
     """Generated: `make bench` measures, `python -m benchmarks.tables` writes them."""

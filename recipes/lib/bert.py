@@ -13,6 +13,7 @@ from recipes.lib.labelled import MaskedGuesses
 # Devlin et al. 2018 (base, large) and Turc et al. 2019 (tiny, mini). The small ones have no dropout: they underfit.
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64},
+    "micro": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256},
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
     "mini": {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
     "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},

@@ -212,39 +212,45 @@ def plot_losses(path: Path, cells: Sequence[Cell], min_steps: int, unigram_loss:
 
 def plot_target(path: Path, cells: Sequence[Cell], target: float, min_steps: int) -> None:
     """Steps and sequences to the target against batch size, with the hyperbola where it could be fitted."""
-    sizes, fits = sorted({cell.batch_size for cell in cells}), fits_of(cells, target)
-    grid = np.geomspace(sizes[0], sizes[-1])
     with picture(path, columns=2, size=(10, 4.8)) as (figure, axes):
         for axis, what in zip(axes[0], ("optimizer steps", "sequences"), strict=True):
-            power = 0 if what == "optimizer steps" else 1
-            for cell in cells:
-                style, unit = style_of(cell.optimizer), cell.batch_size**power
-                steps = steps_to_target(cell, target)
-                if math.isfinite(steps.mean):
-                    name = NAMES[cell.optimizer]
-                    y, sd = steps.mean * unit, steps.sd * unit
-                    axis.errorbar(cell.batch_size, y, sd, **style, linestyle="", capsize=4, label=name)
-                else:
-                    style |= {"mfc": "none", "linestyle": ""}
-                    axis.errorbar(cell.batch_size, cell.steps * unit, 0.3 * cell.steps * unit, lolims=True, **style)
-            for optimizer, fit in fits.items():
-                if fit:
-                    curve = (fit.e_min / grid + fit.s_min) * grid**power
-                    axis.plot(grid, curve, color=COLOURS[optimizer], linewidth=1)
-                    if fit.b_crit <= fit.largest:
-                        axis.axvline(fit.b_crit, color=COLOURS[optimizer], linestyle=":", linewidth=1)
-            axis.set_yscale("log")
-            axis.set_ylabel(f"{what} to {target:.2f} nats")
+            target_panel(axis, cells, target, what)
             batch_axis(axis, cells, min_steps)
-            plain_log(axis.yaxis)
-        smallest = [steps_to_target(c, target).mean for c in cells if c.batch_size == sizes[0]]
-        if math.isfinite(fewest := min(smallest)):
-            straight = [fewest * sizes[0] / b for b in sizes]
-            axes[0][0].plot(sizes, straight, "k--", linewidth=1, label="half the steps for twice the batch")
         every = dict.fromkeys(cell.optimizer for cell in cells)
         signs = [sign(NAMES[o], MARKERS[o], color=COLOURS[o], markersize=5) for o in every]
-        signs.append(sign("not reached: more than the whole run", "o", fillstyle="none"))
-        legend_below(figure, axes[0][0], extra=signs, columns=3)
+        legend_below(figure, axes[0][0], extra=[*signs, NOT_REACHED], columns=3)
+
+
+NOT_REACHED = sign("not reached: more than the whole run", "o", fillstyle="none")
+
+
+def target_panel(axis: Any, cells: Sequence[Cell], target: float, what: str) -> None:
+    """Optimizer steps, or sequences, to the target on one axis."""
+    sizes, fits = sorted({cell.batch_size for cell in cells}), fits_of(cells, target)
+    grid = np.geomspace(sizes[0], sizes[-1])
+    power = 0 if what == "optimizer steps" else 1
+    for cell in cells:
+        style, unit = style_of(cell.optimizer), cell.batch_size**power
+        steps = steps_to_target(cell, target)
+        if math.isfinite(steps.mean):
+            y, sd = steps.mean * unit, steps.sd * unit
+            axis.errorbar(cell.batch_size, y, sd, **style, linestyle="", capsize=4, label=NAMES[cell.optimizer])
+        else:
+            style |= {"mfc": "none", "linestyle": ""}
+            axis.errorbar(cell.batch_size, cell.steps * unit, 0.3 * cell.steps * unit, lolims=True, **style)
+    for optimizer, fit in fits.items():
+        if fit:
+            curve = (fit.e_min / grid + fit.s_min) * grid**power
+            axis.plot(grid, curve, color=COLOURS[optimizer], linewidth=1)
+            if fit.b_crit <= fit.largest:
+                axis.axvline(fit.b_crit, color=COLOURS[optimizer], linestyle=":", linewidth=1)
+    axis.set_yscale("log")
+    axis.set_ylabel(f"{what} to {target:.2f} nats")
+    plain_log(axis.yaxis)
+    fewest = min(steps_to_target(c, target).mean for c in cells if c.batch_size == sizes[0])
+    if power == 0 and math.isfinite(fewest):
+        straight = [fewest * sizes[0] / b for b in sizes]
+        axis.plot(sizes, straight, "k--", linewidth=1, label="half the steps for twice the batch")
 
 
 def plot_regret(path: Path, cells: Sequence[Cell], min_steps: int) -> None:
@@ -459,8 +465,10 @@ def notes_on_losses(search: Search, cells: Sequence[Cell], min_steps: int) -> li
     return notes
 
 
-def notes_on_target(cells: Sequence[Cell], target: float, margin: float) -> list[str]:
-    notes = [f"Target: {target:.3f} nats, {margin:g} above the best loss of the smallest batch."]
+def notes_on_target(cells: Sequence[Cell], target: float, margin: float | None) -> list[str]:
+    """margin: above the best loss of the smallest batch; None if the target is what all runs reach."""
+    origin = "which all runs reach" if margin is None else f"{margin:g} above the best loss of the smallest batch"
+    notes = [f"Target: {target:.3f} nats, {origin}."]
     for optimizer, fit in fits_of(cells, target).items():
         if fit:
             hyperbola = f"E = {fit.e_min:,.0f} + {fit.s_min:,.0f} B sequences, so B_crit = {fit.b_crit:,.0f} sequences"

@@ -18,8 +18,15 @@ from recipes.lib.report import atomic_write
 from recipes.study.sweep import Record, Search, best_of, judged, objective_of, spread, trial_of
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and markers for print.
-COLOURS = {"lamb": "#0072B2", "adamw": "#D55E00", "adam": "#009E73", "sgd": "#555555"}
-MARKERS = {"lamb": "o", "adamw": "s", "adam": "^", "sgd": "D"}
+COLOURS = {
+    "lamb": "#0072B2",
+    "lamb_fixed_norm": "#56B4E9",
+    "adamw": "#D55E00",
+    "adam": "#009E73",
+    "sgd": "#555555",
+    "muon": "#CC79A7",
+}
+MARKERS = {"lamb": "o", "lamb_fixed_norm": "v", "adamw": "s", "adam": "^", "sgd": "D", "muon": "P"}
 
 
 @contextmanager

@@ -153,9 +153,14 @@ def over_batch_sizes(
         optimizers=optimizers,
         settings=batch_sizes,
         first_rates=first_rates,
-        carry=lambda rate, batch_size: rate * math.sqrt(batch_size / batch_sizes[0]),
+        carry=carry_by_root(batch_sizes[0]),
         seeds=seeds,
     )
+
+
+def carry_by_root(smallest: int) -> Callable[[float, int], float]:
+    """The rule that multiplies a rate by the square root of the batch's growth."""
+    return lambda rate, batch_size: rate * math.sqrt(batch_size / smallest)
 
 
 def check_over_batch_sizes(arguments: Any, optimizers: Iterable[str], at_least_one: Iterable[str]) -> None:
@@ -320,22 +325,32 @@ class Study:
     def records(self) -> list[Record]:
         return read_records(self.path) if self.path.exists() else []
 
-    def run(self, train: Callable[[Trial, Callable[[str], None]], Record], show_progress: bool = True) -> list[Record]:
+    def run(
+        self,
+        train: Callable[[Trial, Callable[[str], None]], Record],
+        show_progress: bool = True,
+        time_left: Callable[[float], bool] = lambda longest: True,
+    ) -> list[Record]:
         """Run what is missing, with other processes if there are any; the records of all trials.
 
+        time_left: takes the seconds of the longest trial so far, 0 before the first one, and says whether to begin
+        another.
         train: takes a trial and a function that shows a line about where it is; gives what to record of it, with
         "objective", the number to minimise, None where the run diverged.
         """
         (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
-        records = self.records()
+        records, longest = self.records(), 0.0
         with tqdm(unit="trial", initial=len(records), disable=not show_progress, smoothing=0) as bar:
-            while trials := self.search.next_trials(records):
+            while (trials := self.search.next_trials(records)) and time_left(longest):
                 bar.total, bar.n = self.search.expected(records), len(records)
                 bar.refresh()
-                if not self._run_one(trials, train, bar):
+                start = time.monotonic()
+                if self._run_one(trials, train, bar):
+                    longest = max(longest, time.monotonic() - start)
+                else:
                     time.sleep(0.2)  # other processes are running all that can be run now
                 records = self.records()
-            bar.total = bar.n = len(records)
+            bar.total, bar.n = self.search.expected(records), len(records)
         return records
 
     def _run_one(self, trials: list[Trial], train: Callable[..., Record], bar: Any) -> bool:

@@ -1,6 +1,8 @@
-"""A study run by the processes that accelerate or torchrun has started."""
+"""A study run by several processes: those that accelerate or torchrun has started, or some that this one starts."""
 
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -10,12 +12,17 @@ from recipes.study.sweep import Record, Study
 
 
 def complete(
-    study: Study, prepare: Callable[[torch.device], Callable[..., Record]], use_cpu: bool, report_only: bool
+    study: Study,
+    prepare: Callable[[torch.device], Callable[..., Record]],
+    use_cpu: bool,
+    report_only: bool,
+    show_progress: bool = True,
+    time_left: Callable[[float], bool] = lambda longest: True,
 ) -> list[Record] | None:
     """The records, after running what is missing; None on all processes but the main one.
 
     prepare: takes the device of this process' trials, gives the function that `Study.run` takes. report_only: run
-    nothing. Raises ValueError where there is no record then.
+    nothing. time_left: as in `Study.run`. Raises ValueError where there is no record then.
     """
     if report_only:
         if not (records := study.records()):
@@ -25,5 +32,23 @@ def complete(
     state = PartialState(cpu=use_cpu)
     train = prepare(state.device)
     state.destroy_process_group()  # from here on, the processes meet in the folder only
-    records = study.run(train, show_progress=state.is_main_process)
+    records = study.run(train, state.is_main_process and show_progress, time_left)
     return records if state.is_main_process else None
+
+
+def spawn(work: Callable[[Any, bool], None], arguments: Any, processes: int) -> None:
+    """Run `work(arguments, is_first)` in processes of one thread each, which end with this one.
+
+    Raises OSError where one of them was killed.
+    """
+    try:
+        torch.multiprocessing.spawn(_work, (work, arguments), nprocs=processes)  # type: ignore[no-untyped-call]
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise OSError(f"{error}: run the same command again to go on") from None
+
+
+def _work(number: int, work: Callable[[Any, bool], None], arguments: Any) -> None:
+    # What torch sends when the first process has died, and what a shell ignores for jobs in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    work(arguments, number == 0)
