@@ -54,7 +54,8 @@ def options_page(command: str) -> str:
             lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
             lines += ["| option | default | what it does |", "| --- | --- | --- |", *map(row_of, actions)]
     if parser.epilog:
-        lines += ["", "```text", dedent(parser.epilog).strip(), "```"]
+        several = "\n" in parser.epilog.strip()
+        lines += ["", *(["```text", dedent(parser.epilog).strip(), "```"] if several else [in_a_cell(parser.epilog)])]
     return "\n".join([*lines, ""])
 
 
