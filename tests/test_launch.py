@@ -103,3 +103,22 @@ def test_a_job_that_is_requeued_and_killed_goes_on(texts: Path, tmp_path: Path) 
     assert re.search(rf"resuming from .*checkpoint-\d+, step \d+ of {STEPS}", log.read_text())
     state = json.loads(Path(tmp_path, f"out/checkpoint-{STEPS}/trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "loss" in line] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "message"),
+    [
+        ("slurm", {}, "SLURM_JOB_ID: start this script with sbatch, or without SLURM recipes/launch/torchrun.sh"),
+        ("torchrun", {"HOSTS": "2"}, "FIRST_HOST: give the host that all others reach, such as FIRST_HOST=node1"),
+    ],
+)
+def test_a_script_that_is_started_wrongly_ends_with_one_line(
+    script: str, environment: dict[str, str], message: str
+) -> None:
+    command = ["bash", f"recipes/launch/{script}.sh"]
+    done = subprocess.run(
+        command, env={"PATH": os.environ["PATH"], **environment}, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert message in line

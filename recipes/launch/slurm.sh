@@ -17,6 +17,7 @@
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
 
+: "${SLURM_JOB_ID:?start this script with sbatch, or without SLURM recipes/launch/torchrun.sh on every host}"
 HOSTS=$SLURM_JOB_NUM_NODES
 FIRST_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 JOB=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}

@@ -6,7 +6,9 @@
 # All hosts must see the same --output_dir. If a process fails, torchrun starts all of them again, up to RESTARTS times,
 # and they go on from the newest complete checkpoint. Started again after that, this script does the same.
 set -euo pipefail
-: "${HOSTS:=1}" "${FIRST_HOST:=localhost}" "${PORT:=29500}" "${JOB:=pretrain}" "${RESTARTS:=3}"
+: "${HOSTS:=1}"
+[[ $HOSTS == 1 ]] || : "${FIRST_HOST:?give the host that all others reach, such as FIRST_HOST=node1}"
+: "${FIRST_HOST:=localhost}" "${PORT:=29500}" "${JOB:=pretrain}" "${RESTARTS:=3}"
 : "${PROCESSES_PER_HOST:=gpu}" # one for each GPU
 
 # Without it, restarted processes look for those before them (https://github.com/pytorch/pytorch/issues/135712).
