@@ -55,7 +55,7 @@ class Rule:
         """Return a layer's weights after step t. The layer is the last dimension; others are steps of their own."""
         beta1, beta2 = hyper.betas
         corrections = 1 - beta1**t, (1 - beta2**t).sqrt()
-        late = hyper.lr
+        late: Tensor | float = hyper.lr
         if self.bias_correction in ("both", "first"):
             m = m / corrections[0]
         if self.bias_correction == "both":
