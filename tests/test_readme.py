@@ -226,7 +226,7 @@ def test_every_program_has_its_page_of_options() -> None:
 def test_a_page_of_options_is_that_of_the_parser() -> None:
     """The recipe's own options come first, with the values that they take."""
     text = options_page("recipes.pretrain_bert")
-    size = "| `--size` | `tiny` | The BERT of 2018 in a named size. One of `smoke`, `tiny`,"
+    size = "| `--size` | `tiny` | The BERT of 2018 in a named size. One of `smoke`, `micro`,"
     assert text.index(size) < text.index("| `--output_dir` |")
     assert "| `--decay_power` |  | Polynomial decay to 0" in text
 
