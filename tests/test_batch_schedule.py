@@ -282,11 +282,11 @@ def test_a_longer_run_goes_on_in_a_stream(tmp_path: Path) -> None:
 
 def test_the_noise_scale_is_found_through_all_stages(tmp_path: Path) -> None:
     values = []
-    for seed in range(4):
-        run = noise_trainer(tmp_path, 4, 1, seed, max_steps=120, batch_size_schedule="0:8 40:16 80:32")
+    for seed in range(3):
+        run = noise_trainer(tmp_path, 8, 1, seed, max_steps=100, logging_steps=100, batch_size_schedule="0:16 50:32")
         run.train()
         values.append([line["lamb/noise_scale"] for line in lines_of(run)][-1])
-    assert sum(values) / len(values) == pytest.approx(NOISE_SCALE, rel=0.1), values
+    assert sum(values) / len(values) == pytest.approx(NOISE_SCALE, rel=0.15), values
 
 
 def test_callbacks_see_the_accumulation_in_force(start: Path, tmp_path: Path) -> None:
