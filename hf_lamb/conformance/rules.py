@@ -143,18 +143,25 @@ def differences(rule: Rule, variant: str) -> tuple[str, ...]:
     return tuple(_WORDS[name, value] for name, value, its in values if value != its)
 
 
+MOST = 3  # differences: of those that are known, pytorch_optimizer's LAMB has as many
+
+
 @cache
 def nearby_rules() -> tuple[tuple[str, Rule], ...]:
-    """Return every rule that the fields can say with its nearest variant, those with fewest differences first."""
+    """Return the rules with at most MOST differences from their nearest variant, those with fewest first."""
 
     def all_rules() -> Iterator[tuple[int, str, Rule]]:
         names = [field.name for field in fields(Rule)]
         choices = [[value for name, value in _WORDS if name == of] for of in names]
         variants = [(name, tuple(getattr(rule, n) for n in names)) for name, rule in VARIANTS.items()]
         for values in itertools.product(*choices):
+            rule = Rule(*values)
+            if rule.adapts == "none" and rule != Rule(*values[:4], max_grad_norm=rule.max_grad_norm):
+                continue  # what is said of the ratio changes nothing
             counts = {name: sum(a != b for a, b in zip(values, its, strict=True)) for name, its in variants}
             nearest = min(counts, key=lambda name: counts[name])
-            yield counts[nearest], nearest, Rule(*values)
+            if counts[nearest] <= MOST:
+                yield counts[nearest], nearest, rule
 
     return tuple((nearest, rule) for _, nearest, rule in sorted(all_rules(), key=lambda found: found[0]))
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.study.plots import picture, plain_log
+from recipes.study.plots import picture
 from recipes.study.sweep import Record
 from recipes.study.tables import markdown_table
 
@@ -85,7 +85,8 @@ def draw(records: list[Record], path: Path) -> None:
         found = critical_batch(dict(zip(batches, losses, strict=True)), run["tolerance"])
         left.axvline(found, color="#D55E00", linewidth=1, label=f"{found:,}")
         left.set_xscale("log")
-        plain_log(left.xaxis)
+        left.set_xticks(batches, [f"{batch:,}" for batch in batches])
+        left.minorticks_off()
         left.set_xlabel("global batch, sequences")
         left.set_ylabel("loss (nats)")
         left.legend()
