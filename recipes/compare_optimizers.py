@@ -184,7 +184,7 @@ def sized(arguments: CompareArguments) -> int:
     """
     path = Path(arguments.output_dir) / "trials.jsonl"
     if path.exists() and (records := read_records(path)):
-        return int(records[0]["study"]["train_sequences"])
+        return int(records[0]["study"].get("train_sequences", 0))  # of another study: `Study` refuses the folder
     if arguments.report_only:
         raise ValueError(f"there is no trial in {path}: run without --report_only first")
     data = load_data(arguments, PartialState(cpu=arguments.use_cpu).device)

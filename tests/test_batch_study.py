@@ -1,5 +1,6 @@
 """Protects the study of `compare_optimizers --study`: its order, what is carried, and that it can be stopped."""
 
+import json
 import math
 import os
 import signal
@@ -320,6 +321,14 @@ def test_workers_are_not_started_by_processes_that_share_the_trials(monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit, match="--workers 2: accelerate or torchrun has started 3 processes"):
         compare(monkeypatch, *SMALL, "--workers", "2")
+
+
+def test_trials_of_another_recipe_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where their length would be read from them."""
+    record = {**Trial("lamb", 16, 0.1, 0)._asdict(), "objective": 1.0, "study": {"epochs": 3}}
+    (tmp_path / "trials.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(SystemExit, match="holds trials with study None, not 'gpu': give --output_dir"):
+        compare(monkeypatch, "--study", "gpu", "--use_cpu", "True", "--output_dir", str(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
