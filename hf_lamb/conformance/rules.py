@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -156,7 +156,7 @@ def nearby_rules() -> tuple[tuple[str, Rule], ...]:
         variants = [(name, tuple(getattr(rule, n) for n in names)) for name, rule in VARIANTS.items()]
         for values in itertools.product(*choices):
             rule = Rule(*values)
-            if rule.adapts == "none" and rule != Rule(*values[:4], max_grad_norm=rule.max_grad_norm):
+            if rule.adapts == "none" and rule != replace(Rule(*values[:4]), max_grad_norm=rule.max_grad_norm):
                 continue  # what is said of the ratio changes nothing
             counts = {name: sum(a != b for a, b in zip(values, its, strict=True)) for name, its in variants}
             nearest = min(counts, key=lambda name: counts[name])
