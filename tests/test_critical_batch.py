@@ -14,7 +14,7 @@ from hf_lamb.scaling import scaled_learning_rate
 from recipes import critical_batch
 from recipes.study.critical_report import critical_batch as largest_without_loss
 from recipes.study.critical_report import sentence, smoothed
-from tests.helpers import on_processes, says
+from tests.helpers import says
 
 BATCHES = [8, 16, 32]
 TOKENS = 4 * 32 * 32  # four steps of the largest batch
@@ -162,21 +162,6 @@ def test_every_batch_trains_the_same_sequences_from_the_checkpoint_and_its_momen
         str(other.value.code),
         "critical_batch: .*branches.jsonl holds branches of another run: seed 1, here 2.*output_dir",
     )
-
-
-@pytest.mark.distributed
-def test_two_processes_find_the_same(
-    finished: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = options(finished, texts, tmp_path / "two")
-    arguments[arguments.index("--batches") : arguments.index("--tokens")] = ["--batches", 16, 32]
-    on_processes(2, "recipes.critical_batch", *map(str, arguments))
-    arguments[-1] = tmp_path / "one"
-    run(monkeypatch, *arguments)
-    for two, one in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
-        assert two["processes"] == 2
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-        assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-4)
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
