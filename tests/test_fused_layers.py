@@ -91,6 +91,10 @@ def draw(seed: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", [{}, {"fixed_norm": True}, {"max_grad_norm": 1.0, "maximize": True}], ids=str)
 def test_equals_the_float64_reference(options: dict[str, Any], dtype: torch.dtype, backend: dict[str, bool]) -> None:
+    check_the_reference(options, dtype, backend)
+
+
+def check_the_reference(options: dict[str, Any], dtype: torch.dtype, backend: dict[str, bool]) -> None:
     case = Case(dtype, **backend, **options)
     rows = {i: ROWS[name] for i, name in enumerate(SHAPES) if name in ROWS}
     reference = ReferenceLamb([p.detach().double().numpy() for p in case.params.values()], 0.1, rows=rows, **options)

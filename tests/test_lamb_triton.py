@@ -16,6 +16,7 @@ from hf_lamb import Lamb, backends
 from hf_lamb.backends import Backend, Backends, Bucket
 from hf_lamb.norms import Sum
 from tests.reference import ReferenceLamb
+from tests.test_fused_layers import check_the_reference
 from tests.test_lamb_reference import (
     IDLE_OPTIONS,
     OPTIONS,
@@ -152,6 +153,12 @@ def test_a_layer_without_a_gradient_keeps_its_weights(options: dict[str, Any]) -
 def test_fixed_norm_keeps_norms() -> None:
     check_norms_are_kept(torch.float32, 1e-6, 12, {"fused": True}, lr=0.3)
     check_no_step_to_zero({"fused": True})
+
+
+@pytest.mark.parametrize("options", [{}, {"fixed_norm": True}], ids=str)
+def test_layers_of_fused_parameters_have_ratios_of_their_own(options: dict[str, Any]) -> None:
+    """The kernels get views of parameters, gradients and moments that begin anywhere in them."""
+    check_the_reference(options, torch.float32, {"fused": True})
 
 
 def test_mixed_dtypes_in_one_group() -> None:
