@@ -358,8 +358,7 @@ def _masks(base: Any, documents: Tensor, begins: Tensor, index: Tensor) -> dict[
         near = (index[:, None] - index).abs() <= base.config.sliding_window
         masks["sliding_attention"] = same & near
     if attention == "eager":  # which adds the mask to the scores: a bool one would add 0 or 1
-        low = torch.finfo(base.dtype).min
-        masks = {
-            name: torch.zeros_like(mask, dtype=base.dtype).masked_fill(~mask, low) for name, mask in masks.items()
-        }
+        dtype = next((p.dtype for p in base.parameters()), torch.float32)  # replicas of DataParallel have none
+        low = torch.finfo(dtype).min
+        masks = {name: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low) for name, mask in masks.items()}
     return {"attention_mask": masks if len(masks) > 1 else masks["full_attention"]}

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, HfArgumentParser, PrinterCallback
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments, check_checkpoint, newest_complete_checkpoint
+from hf_lamb.batch_schedule import batch_stages
 from hf_lamb.scaling import scaled_learning_rate
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
 from recipes.lib.models import longest_sequence, new_model
@@ -187,7 +188,10 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
         rate = rate_of(checkpoint)
     if base is None:
         processes = max(1, len(list(Path(checkpoint).glob("rng_state_*.pth"))))
-        base = state["train_batch_size"] * theirs.gradient_accumulation_steps * processes
+        at_once, schedule = state["train_batch_size"] * processes, getattr(theirs, "batch_size_schedule", None)
+        base = at_once * theirs.gradient_accumulation_steps
+        if schedule is not None:
+            base = batch_stages(schedule, at_once).at(state["global_step"]).batch_size
     if not rate > 0:
         raise ValueError(
             f"the learning rate of {checkpoint} is {rate:g}, at the end of its run: give an earlier checkpoint, or "
@@ -212,11 +216,7 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
         mlm_probability=own.mlm_probability,
     )
     data = load_data(model, own.seed, checkpoint)
-    if isinstance(data.train, MaskedBlocks) and len(data.train) < max(own.batches):
-        raise ValueError(
-            f"--batches {max(own.batches)}: the corpus has {len(data.train)} training sequences: lower it, or give a "
-            "larger --corpus"
-        )
+    check_one_epoch(own, data, sequences, length)
     run = {
         "checkpoint": Path(checkpoint).name,
         "step": state["global_step"],
@@ -233,6 +233,25 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
     }
     arguments = {batch: arguments_of(own, theirs, batch, run) for batch in sorted(own.batches)}
     return Branches(own, checkpoint, arguments, model, data, run)
+
+
+def check_one_epoch(own: CriticalBatchArguments, data: Data, sequences: int, length: int) -> None:
+    """Raise ValueError where an epoch ends within a branch: it ends a step, at another place for each batch."""
+    if not isinstance(data.train, MaskedBlocks):
+        return
+    if len(data.train) < max(own.batches):
+        raise ValueError(
+            f"--batches {max(own.batches)}: the corpus has {len(data.train)} training sequences: lower it, or give a "
+            "larger --corpus"
+        )
+    if sequences > len(data.train):
+        least = math.lcm(*own.batches)
+        fitting = len(data.train) // least * least * length
+        remedy = f"give --tokens {fitting}" if fitting else "give batches that are multiples of each other"
+        raise ValueError(
+            f"--tokens {sequences * length}: the corpus has {len(data.train)} training sequences of {length} tokens, "
+            f"and a branch must end within an epoch: {remedy}, or a larger --corpus"
+        )
 
 
 def arguments_of(

@@ -13,7 +13,6 @@ trials are kept. Each trial runs on one device.
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -23,11 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import HfArgumentParser
 
 from recipes.lib.pretraining import load_data
-from recipes.lib.processes import free, make_output_dir
+from recipes.lib.processes import be_one_process, free, make_output_dir
 from recipes.pretrain_bert import DEFAULTS, PhaseRun, check_global_batch, parse, parser_of, pretrain
 from recipes.study.rate_report import OPTIM, search_at, write_report
 from recipes.study.sweep import Record, Study, Trial
@@ -40,6 +38,7 @@ DECIDED = {
     "learning_rate": "the search finds it",
     "base_learning_rate": "the search finds it",
     "base_batch_size": "--global_batch_size is the batch of the search",
+    "batch_size_schedule": "the search has one batch, --global_batch_size",
     "optim": "--optimizers lamb adamw chooses what is searched for",
     "plan": "give its --size, --max_seq_length and --corpus, and a small --global_batch_size",
     "resume_from_checkpoint": "the same command goes on with the same search",
@@ -89,20 +88,6 @@ def search_parser() -> HfArgumentParser:
         epilog="All other options are those of recipes.pretrain_bert: see its --help.",
         allow_abbrev=False,  # or --optim would be --optimizers
     )
-
-
-def be_one_process() -> bool:
-    """Make this process a run of its own on its own device: those of torchrun meet in the folder only.
-
-    Returns whether it is the first one.
-    """
-    first, local = os.environ.get("RANK", "0") == "0", int(os.environ.get("LOCAL_RANK", 0))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    if devices := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local % devices]
-    return first
 
 
 def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str], dict[str, Any], dict[str, float]]:

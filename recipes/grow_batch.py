@@ -22,13 +22,14 @@ from transformers import HfArgumentParser
 
 from hf_lamb.batch_schedule import batch_stages
 from recipes.lib.pretraining import load_data
-from recipes.lib.processes import free, make_output_dir
+from recipes.lib.processes import be_one_process, free, make_output_dir
 from recipes.pretrain_bert import PhaseRun, check_global_batch, parse, pretrain
 from recipes.study.growth_report import NAMES, results_of, search_of
 from recipes.study.sweep import Record, Study, Trial
 
-SHORT = {"size": "smoke", "vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
-DECIDED = {"--batch_size_schedule", "--learning_rate", "--base_learning_rate", "--base_batch_size", "--plan", "--seed"}
+SHORT = {"vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
+MODELS = {"size", "model_type", "model_name_or_path", "config_name"}
+DECIDED = {"batch_size_schedule", "learning_rate", "base_learning_rate", "base_batch_size", "plan", "seed"}
 
 
 @dataclass
@@ -42,9 +43,11 @@ def main() -> None:
     """Run the trials that are missing; print the table."""
     try:
         own, given = parser_of_study().parse_args_into_dataclasses(return_remaining_strings=True)
-        if decided := [word for word in given if word.partition("=")[0] in DECIDED]:
+        if decided := [word for word in given if option_of(word) in DECIDED]:
             raise ValueError(f"{decided[0]}: leave it out, it is what this recipe varies")
-        argv = [*words_of(SHORT), *given]
+        is_first = be_one_process()
+        model = {} if MODELS & {*map(option_of, given)} else {"size": "smoke"}
+        argv = [*words_of(model | SHORT), *given]
         recipe, args = parse(argv)
         if args.max_steps < 10:
             raise ValueError(f"--max_steps {args.max_steps}: give at least 10 steps of a trial")
@@ -61,8 +64,9 @@ def main() -> None:
         }
         study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
         make_output_dir(own.output_dir)
-        records = study.run(trials_of(study, argv))
-        print("\n".join(results_of(records)))
+        records = study.run(trials_of(study, argv), show_progress=is_first)
+        if is_first:
+            print("\n".join(results_of(records)))
     except (ValueError, OSError) as error:
         sys.exit(f"grow_batch: {' '.join(str(error).split())}")
 
@@ -81,6 +85,11 @@ def words_of(options: dict[str, object]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+def option_of(word: str) -> str:
+    """The name of the option that a word of the command line gives; of other words "". Hyphens are underscores."""
+    return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else ""
+
+
 def schedules(batch: int, steps: int) -> dict[str, tuple[str, int]]:
     """The schedule and the steps of each kind of run; a batch that grows from a quarter is 5/8 of it on average."""
     longer = round(steps * 8 / 5)
@@ -96,13 +105,15 @@ def trials_of(study: Study, argv: list[str]) -> Callable[[Trial, Callable[[str],
     recipe, args = parse(argv)
     batch, data = recipe.global_batch_size, load_data(recipe, args.seed)
     check_global_batch(recipe, args, data)
-    others = argv
-    while "--global_batch_size" in others:  # the trial's schedule replaces it
-        at = others.index("--global_batch_size")
-        others = others[:at] + others[at + 2 :]
+    others, words = [], iter(argv)
+    for word in words:
+        if option_of(word) != "global_batch_size":  # the trial's schedule replaces it
+            others.append(word)
+        elif "=" not in word:
+            next(words)
 
     def train(trial: Trial, say: Callable[[str], None]) -> Record:
-        folder = study.folder / "running"
+        folder = study.folder / f"running-{trial.setting}-{trial.learning_rate!r}-{trial.seed}"
         shutil.rmtree(folder, ignore_errors=True)  # what a trial that was killed has left
         schedule, steps = schedules(batch, args.max_steps)[trial.setting]
         own = {

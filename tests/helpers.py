@@ -100,15 +100,17 @@ def on_processes(processes: int, module: str, *arguments: str, timeout: float = 
             workers.append(context.Process(target=_as_main, args=(ranked, said[rank], module, arguments)))
             workers[-1].start()
         end = time.monotonic() + timeout
-        while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
-            if not wait([worker.sentinel for worker in workers if worker.is_alive()], end - time.monotonic()):
-                break
-        codes = [worker.exitcode for worker in workers]  # None: still running, where another failed or time is over
-        for worker in workers:
-            worker.kill()
-            worker.join()
+        try:
+            while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
+                if not wait([worker.sentinel for worker in workers if worker.is_alive()], end - time.monotonic()):
+                    break
+            codes = [worker.exitcode for worker in workers]  # None: it still ran when another failed or time was over
+        finally:  # also if pytest's own time limit ends the test
+            for worker in workers:
+                worker.kill()
+                worker.join()
         failed = [
-            f"rank {rank} ended with {code}: {said[rank].read_text()[-3000:]}"
+            f"rank {rank} ended with {code}: {said[rank].read_text()[-3000:] if said[rank].exists() else ''}"
             for rank, code in enumerate(codes)
             if code != 0
         ]

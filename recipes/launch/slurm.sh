@@ -19,9 +19,12 @@ set -euo pipefail
 
 : "${SLURM_JOB_ID:?start this script with sbatch, or without SLURM recipes/launch/torchrun.sh on every host}"
 HOSTS=$SLURM_JOB_NUM_NODES
-FIRST_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+ALL_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+FIRST_HOST=${ALL_HOSTS%%$'\n'*}  # not by `head`: scontrol would end with SIGPIPE, and pipefail end the job
 JOB=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 export HOSTS FIRST_HOST JOB
+# Since SLURM 22.05 srun does not read what sbatch was given.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # SLURM sends USR1 to this script 120 seconds before the time is over (--signal). Requeuing ends the training.
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1

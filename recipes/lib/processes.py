@@ -33,6 +33,20 @@ def check_connected(world_size: int) -> None:
         )
 
 
+def be_one_process() -> bool:
+    """Make this process a run of its own on its own device: those of torchrun meet in the folder only.
+
+    Returns whether it is the first one.
+    """
+    first, local = os.environ.get("RANK", "0") == "0", int(os.environ.get("LOCAL_RANK", 0))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    if devices := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local % devices]
+    return first
+
+
 # ---- The batch ------------------------------------------------------------------------------------------------------
 
 
