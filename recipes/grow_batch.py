@@ -63,8 +63,9 @@ def main() -> None:
             "per_device_train_batch_size": batch // 4,
         }
         study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
+        train = trials_of(study, argv)
         make_output_dir(own.output_dir)
-        records = study.run(trials_of(study, argv), show_progress=is_first)
+        records = study.run(train, show_progress=is_first)
         if is_first:
             print("\n".join(results_of(records)))
     except (ValueError, OSError) as error:

@@ -14,7 +14,7 @@ from hf_lamb.scaling import scaled_learning_rate
 from recipes import critical_batch
 from recipes.study.critical_report import critical_batch as largest_without_loss
 from recipes.study.critical_report import sentence, smoothed
-from tests.helpers import says
+from tests.helpers import pretrain, says
 
 BATCHES = [8, 16, 32]
 TOKENS = 4 * 32 * 32  # four steps of the largest batch
@@ -164,6 +164,18 @@ def test_every_batch_trains_the_same_sequences_from_the_checkpoint_and_its_momen
     )
 
 
+def test_the_rate_belongs_to_the_batch_in_force(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run whose batch has grown, not to the batch of one pass."""
+    small = ["--size", "smoke", "--use_cpu", "--max_steps", "8", "--vocab_size", "400", "--corpus", str(texts)]
+    small += ["--batch_size_schedule", "0:8 2:32", "--per_device_train_batch_size", "8", "--save_steps", "4"]
+    pretrain(monkeypatch, *small, "--output_dir", str(tmp_path))
+    given = options(tmp_path, texts, tmp_path / "branches")
+    monkeypatch.setattr(sys, "argv", ["critical_batch", *map(str, given)])
+    branches = critical_batch.prepare(*critical_batch.parse())
+    assert branches.run["base_batch_size"] == 32
+    assert branches.arguments[32].learning_rate == pytest.approx(critical_batch.rate_of(branches.checkpoint))
+
+
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +191,10 @@ def test_every_batch_trains_the_same_sequences_from_the_checkpoint_and_its_momen
         (["--tolerance", "nan"], "--tolerance nan: expected"),
         (["--max_seq_length", "64", "--tokens", "8192"], "64.*32"),
         (["--batches", "16", "1048576"], "--batches 1048576: the corpus has .* sequences: lower it"),
+        (
+            ["--batches", "8", "16", "--tokens", "1048576"],
+            "--tokens 1048576: .* must end within an epoch: give --tokens",
+        ),
         (["--per_device_train_batch_size", "5"], "--batches 8 is no multiple of 5"),
         (["--batchs", "16"], "unknown option '--batchs'.*--batches"),
     ],

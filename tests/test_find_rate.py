@@ -168,6 +168,7 @@ def test_a_search_that_trains_ends_with_a_file_that_the_recipe_runs(
 REFUSED = [
     (["--learning_rate", "0.1"], "--learning_rate 0.1: leave it out, the search finds it"),
     (["--base_learning_rate", "0.1"], "--base_learning_rate 0.1: leave it out"),
+    (["--batch_size_schedule", "0:8"], "--batch_size_schedule 0:8: leave it out, the search has one batch"),
     (["--optim", "sgd"], "--optim sgd: leave it out, --optimizers"),
     (["--plan", "x.yaml"], "--plan x.yaml: leave it out, give its --size"),
     (["--num_train_epochs", "2"], "--num_train_epochs 2.0: leave it out, --max_steps"),

@@ -1,5 +1,6 @@
 """Protects recipes.grow_batch: three kinds of runs, tuned equally, and what its table says of them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from recipes.study import growth_report
 from recipes.study.sweep import Record, Study, Trial
 from tests.helpers import one_line
 
-TINY = ["--vocab_size", "400", "--global_batch_size", "8", "--max_steps", "10", "--use_cpu", "True"]
+TINY = ["--size", "smoke", "--vocab_size", "400", "--global-batch-size=8", "--max_steps", "10", "--use_cpu", "True"]
 FACTS = {"model": "BERT-smoke", "per_device_train_batch_size": 2}
 
 
@@ -39,6 +40,17 @@ def test_a_trial_is_a_run_of_the_pretraining_with_its_schedule_and_seed(texts: P
     assert found[0]["objective"] == found[2]["objective"] != found[1]["objective"]
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
     assert "global batch 2 from step 0" in (tmp_path / "log.txt").read_text()
+
+
+def test_processes_of_torchrun_train_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes another trial: connected, they would average the gradients of two of them."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["grow_batch", "--use_cpu", "True", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(Study, "run", lambda *_, **__: [])
+    monkeypatch.setattr(grow_batch, "trials_of", lambda *_: None)
+    grow_batch.main()
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & {*os.environ}
 
 
 def record(setting: str, rate: float, seed: int, loss: float) -> Record:
@@ -81,6 +93,8 @@ def test_the_table_says_what_is_lowest_and_what_is_a_tie() -> None:
     [
         (["--learning_rate", "1"], "grow_batch: --learning_rate: leave it out, it is what this recipe varies"),
         (["--batch_size_schedule=0:8"], "--batch_size_schedule=0:8: leave it out"),
+        (["--base-learning-rate", "1"], "--base-learning-rate: leave it out"),
+        (["--model_type", "no_type"], "--model_type no_type"),
         (["--global_batch_size", "10"], "--global_batch_size 10: give a multiple of 4"),
         (["--max_steps", "5"], "--max_steps 5: give at least 10"),
     ],
