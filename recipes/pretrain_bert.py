@@ -555,8 +555,6 @@ def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:
             raise ValueError(f"--{option} {value}: expected at least {low}, and less than 2**32")
     if recipe.packing and args.train_sampling_strategy == "group_by_length":
         raise ValueError("--train_sampling_strategy group_by_length: leave it out, packed rows have one length")
-    if recipe.packing and args.include_num_input_tokens_seen == "non_padding":
-        raise ValueError("--include_num_input_tokens_seen non_padding: use all; packed rows have no attention mask")
 
 
 def check_global_batch(recipe: RecipeArguments, args: LambTrainingArguments, data: Data) -> None:

@@ -666,7 +666,6 @@ def test_two_processes_resume_to_the_same_bits(sentences: Path, tmp_path: Path) 
             "packed rows go with the attention eager, .* not with flex_attention",
         ),
         ("--train_sampling_strategy group_by_length", "group_by_length: leave it out, packed rows have one length"),
-        ("--include_num_input_tokens_seen non_padding", "--include_num_input_tokens_seen non_padding: use all"),
         ("--global_batch_size 8192", r"8192 is more than the corpus' \d+ training packed rows of 32 tokens: lower it"),
     ],
 )
