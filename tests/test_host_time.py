@@ -11,7 +11,7 @@ import torch
 from benchmarks import host_time
 from hf_lamb import backends
 
-pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+pytest.importorskip("triton", minversion="3.7", reason="needs Triton 3.7 (Linux on x86-64)")
 
 
 def test_no_kernel_runs_and_every_step_counts() -> None:

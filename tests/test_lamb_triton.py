@@ -31,7 +31,7 @@ from tests.test_lamb_reference import (
     worst_difference,
 )
 
-pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+pytest.importorskip("triton", minversion="3.7", reason="needs Triton 3.7 (Linux on x86-64)")
 from triton.runtime.interpreter import _convert_float
 
 from tests.scripts.compile_kernels import fault

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lamb import Lamb
 
-pytest.importorskip("triton", reason="needs Triton (Linux on x86-64)")
+pytest.importorskip("triton", minversion="3.7", reason="needs Triton 3.7 (Linux on x86-64)")
 
 from benchmarks.host_time import give_gradients, groups_of, without_kernels
 
