@@ -134,7 +134,9 @@ def test_layers_of_fused_parameters_equal_the_unfused_and_unsharded_run(
     assert result["same_weights"], "the processes ended with different weights"
     assert result["same_layers"], "the processes report different layer_stats"
     sent = all_reduces(result)
-    assert len(sent) == (0 if mode == "ddp_fused" else 2)  # as of any model: one number, then the sums of all layers
+    # As of any model: one number, then the sums of all layers. After another case with HSDP in the same process, torch
+    # gives some parameters that case's mesh, which equals this one's, and so another group of the same processes.
+    assert len(sent) in {"ddp_fused": [0], "hsdp_fused": [2, 4]}.get(mode, [2])
     if mode.startswith("fsdp2"):
         assert result["evidence"][0]["sharded"] == result["evidence"][0]["dtensors"]
         assert (result["evidence"][0]["columns"] > 0) == (mode == "fsdp2_columns_fused")
