@@ -173,6 +173,33 @@ def test_layers_of_a_parameter_that_no_tensor_holds() -> None:
         next(steps(optimizer, plain_lamb()))
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["of another group", "of no tensor"])
+def test_layers_by_names_that_only_the_groups_have(own: bool) -> None:
+    """Groups of a part of the model, whose parameters have longer names in the wrapped one; or those of another."""
+    flat, other, plain = (nn.Parameter(torch.ones(size)) for size in (6, 4, 4))
+    other_name = "layer.weight" if own else "decoder.layer.weight"
+    optimizer = Lamb(
+        [
+            {"params": [("layer.weight", flat), ("plain", plain)], "split": (("layer.weight", (2, 4)),)},
+            {"params": [("weight", other)]},
+        ]
+    )
+    layouts = {
+        flat: Layout((Segment("encoder.layer.weight", 0, 6, 6),), 6),
+        other: Layout((Segment(other_name, 0, 4, 4),), 4),
+    }
+    attach(optimizer, layouts)
+    for param in (flat, other, plain):
+        param.grad = torch.ones_like(param)
+    with pytest.raises(
+        ShardingError, match=r"lamb_param_groups of the whole model.*no parameter is named layer.weight"
+    ):
+        optimizer.step()
+    optimizer.param_groups[0]["split"] = (("encoder.layer.weight", (2, 4)), ("plain", (2, 2)))
+    optimizer.step()
+    assert {"encoder.layer.weight[1]", "plain[1]"} <= optimizer.layer_stats().keys()
+
+
 @pytest.mark.parametrize("start", range(15))
 def test_parts_of_a_parameter_are_parts_of_its_layers(start: int) -> None:
     """Wherever the border between two processes lies."""

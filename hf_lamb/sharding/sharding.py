@@ -229,7 +229,15 @@ class Sharding:
 
     def _check_split_names(self, group: dict[str, Any]) -> None:
         """Raise ShardingError if "split" names a parameter that is not there: it would silently be one layer."""
-        known = {*(group.get("param_names") or ()), *self._attached}
+        params, names = group["params"], group.get("param_names") or ()
+        layouts = [self.layouts[param] for param in params if param in self.layouts]
+        known = {*names, *self._attached}
+        if layouts:
+            # A runtime's layers have their names in the whole model, whatever the group calls its parameters. With
+            # DeepSpeed a call of `step` may see a part of the group.
+            known = {segment.name for layout in layouts for segment in layout.segments}
+            known |= self._attached if isinstance(self.runtime, DeepSpeed) else set()
+            known |= {name for name, param in zip(names, params, strict=False) if param not in self.layouts}
         unknown = [name for name, _ in group["split"] if name not in known]
         if unknown:
             raise ShardingError(
