@@ -194,6 +194,23 @@ def test_gradients_in_any_memory_order(backend: dict[str, bool]) -> None:
         assert torch.allclose(a, b, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("what", ["d", "exp_avg of d", "exp_avg_sq of d"])
+def test_refuses_to_update_copies(what: str) -> None:
+    """Blocks of rows of stacked matrices that lie in another order in memory: their update would be lost."""
+    case = Case(split=(*SPLIT[:3], ("d", (6, 6, 6, 6))))
+    case.step(0)
+    param = case.params["d"]
+    tensor = param if what == "d" else case.optimizer.state[param][what.removesuffix(" of d")]
+    tensor.data = tensor.data.mT.contiguous().mT
+    before = param.detach().clone()
+    with one_line(ShardingError, rf"call \.contiguous\(\) on {what}, or use .*split=False.*not whole rows"):
+        case.step(1)
+    assert torch.equal(param, before)
+    tensor.data = tensor.data.contiguous()
+    case.step(1)
+    assert not torch.equal(param, before)
+
+
 def test_a_layer_without_gradient_keeps_its_weights() -> None:
     """An expert that no token went to; the others move."""
     case = Case()

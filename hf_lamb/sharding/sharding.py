@@ -389,7 +389,18 @@ def _pieces(
     step: Tensor,
     places: list[tuple[int | None, int]],
 ) -> Iterator[tuple[Segment, Piece]]:
-    """Yield the segments of a tensor with their pieces; `tensors` are w, g, m and v of this process."""
+    """Yield the segments of a tensor with their pieces; `tensors` are w, g, m and v of this process.
+
+    Raises:
+        ShardingError: the pieces of w, m or v would be copies, so that the update would be lost.
+    """
+    for tensor, what in zip(tensors, ("", None, "exp_avg of ", "exp_avg_sq of "), strict=True):
+        if what is not None and layout.copies(tensor):
+            raise ShardingError(
+                f"Lamb: call .contiguous() on {what}{layout.segments[0].name}, or use lamb_param_groups(model, "
+                "split=False): it holds several layers that are not whole rows, and its elements are not in the order "
+                "of its rows"
+            )
     views = (layout.pieces(tensor) for tensor in tensors)
     for number, (segment, w, g, m, v, (cut, place)) in enumerate(zip(layout.segments, *views, places, strict=True)):
         block = None if layout.is_one_layer else Block(param, layout, number)
