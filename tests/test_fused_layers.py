@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, ShardingError, lamb_param_groups, options_in_force
 from hf_lamb.fused_layers import layers_of_groups
+from hf_lamb.trainer.phases import PreviousPhase
 from tests.helpers import BACKENDS, one_line
 from tests.reference import ReferenceLamb
 from tests.twins import batch, fused_model, in_layers, layers_of, unfuse
@@ -566,6 +567,31 @@ def test_a_run_goes_on_with_the_layers_of_an_fsdp_checkpoint(now: str, then: str
         assert layers_of_groups([group]) == layers_of_groups([of_checkpoint])
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(first.optimizer.state[a]["exp_avg"], second.optimizer.state[b]["exp_avg"])
+
+
+@pytest.mark.parametrize("then", ["split", "an older version's"])
+def test_a_next_phase_has_layers_of_its_own(then: str, tmp_path: Path) -> None:
+    """And does not say that it keeps its checkpoint's; a resumed one does."""
+    first, second = (fused_trainer(tmp_path) for _ in range(2))
+    for trainer in (first, second):
+        trainer.create_optimizer_and_scheduler(4)
+    with_layers_of(first.optimizer, then)
+    with_layers_of(second.optimizer, "split" if then != "split" else "an older version's")
+    for param in first.model.parameters():
+        param.grad = torch.ones_like(param)
+    first.optimizer.step()
+    own = layers_of_groups(second.optimizer.param_groups)
+    first.model.save_pretrained(tmp_path / "checkpoint-1")
+    torch.save(first.optimizer.state_dict(), tmp_path / "checkpoint-1/optimizer.pt")
+    torch.save(first.lr_scheduler.state_dict(), tmp_path / "checkpoint-1/scheduler.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PreviousPhase(str(tmp_path / "checkpoint-1"), "optimizer").take_over(second)
+    assert not [w for w in caught if "checkpoint's layers" in str(w.message)]
+    assert layers_of_groups(second.optimizer.param_groups) == own
+    assert len(second.optimizer.state) == len(first.optimizer.state) > 0
+    with pytest.warns(UserWarning, match="keeps its checkpoint's layers"):
+        second._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-1"))
 
 
 def test_refuses_a_damaged_checkpoint() -> None:
