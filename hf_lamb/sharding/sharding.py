@@ -234,9 +234,10 @@ class Sharding:
         known = {*names, *self._attached}
         if layouts:
             # A runtime's layers have their names in the whole model, whatever the group calls its parameters. With
-            # DeepSpeed a call of `step` may see a part of the group.
+            # DeepSpeed a call of `step` may see a part of the group, and no tensor holds what is frozen.
             known = {segment.name for layout in layouts for segment in layout.segments}
-            known |= self._attached if isinstance(self.runtime, DeepSpeed) else set()
+            if isinstance(self.runtime, DeepSpeed):
+                known |= {*self._attached, *self.runtime.engine.param_names.values()}
             known |= {name for name, param in zip(names, params, strict=False) if param not in self.layouts}
         unknown = [name for name, _ in group["split"] if name not in known]
         if unknown:
