@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, default_planner
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -183,7 +184,8 @@ def _splits(checkpoint: Path) -> list[dict[str, Any]]:
         if not (folder / ".metadata").exists():
             return []
         keys = FileSystemReader(folder).read_metadata().state_dict_metadata
-        numbers = [int(found[1]) for key in keys if (found := re.match(r"optimizer\.param_groups\.(\d+)\.", key))]
+        matches = (re.match(r"optimizer\.param_groups\.(\d+)\.", key) for key in keys)
+        numbers = [int(match[1]) for match in matches if match]
         names = [f"optimizer.param_groups.{number}.split" for number in range(max(numbers, default=-1) + 1)]
         splits: dict[str, Any] = {name: () for name in names if name in keys}
         if splits:
