@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, ShardingError, lamb_param_groups, options_in_force
+from hf_lamb.fused_layers import layers_of_groups
+from hf_lamb.trainer.phases import PreviousPhase
 from tests.helpers import BACKENDS, one_line
 from tests.reference import ReferenceLamb
 from tests.twins import batch, fused_model, in_layers, layers_of, unfuse
@@ -189,6 +193,23 @@ def test_gradients_in_any_memory_order(backend: dict[str, bool]) -> None:
         other.optimizer.step()
     for a, b in zip(plain.params.values(), other.params.values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("what", ["d", "exp_avg of d", "exp_avg_sq of d"])
+def test_refuses_to_update_copies(what: str) -> None:
+    """Blocks of rows of stacked matrices that lie in another order in memory: their update would be lost."""
+    case = Case(split=(*SPLIT[:3], ("d", (6, 6, 6, 6))))
+    case.step(0)
+    param = case.params["d"]
+    tensor = param if what == "d" else case.optimizer.state[param][what.removesuffix(" of d")]
+    tensor.data = tensor.data.mT.contiguous().mT
+    before = param.detach().clone()
+    with one_line(ShardingError, rf"call \.contiguous\(\) on {what}, or use .*split=False.*not whole rows"):
+        case.step(1)
+    assert torch.equal(param, before)
+    tensor.data = tensor.data.contiguous()
+    case.step(1)
+    assert not torch.equal(param, before)
 
 
 def test_a_layer_without_gradient_keeps_its_weights() -> None:
@@ -434,8 +455,7 @@ def test_refuses_names_that_are_not_there() -> None:
 # -- Trainer ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optim_args", "of_wqkv"), [(None, 3), ("split=false", 1)])
-def test_logs_and_the_model_card_say_what_is_split(optim_args: str | None, of_wqkv: int, tmp_path: Path) -> None:
+def fused_trainer(tmp_path: Path, optim_args: str | None = None) -> LambTrainer:
     args = LambTrainingArguments(
         output_dir=str(tmp_path),
         optim="lamb",
@@ -449,7 +469,12 @@ def test_logs_and_the_model_card_say_what_is_split(optim_args: str | None, of_wq
         save_strategy="no",
     )
     rows = [{name: value[0].tolist() for name, value in batch(i).items()} for i in range(8)]
-    trainer = LambTrainer(fused_model(torch.float32, layers=1), args, train_dataset=rows)
+    return LambTrainer(fused_model(torch.float32, layers=1), args, train_dataset=rows)
+
+
+@pytest.mark.parametrize(("optim_args", "of_wqkv"), [(None, 3), ("split=false", 1)])
+def test_logs_and_the_model_card_say_what_is_split(optim_args: str | None, of_wqkv: int, tmp_path: Path) -> None:
+    trainer = fused_trainer(tmp_path, optim_args)
     trainer.train()
     logged = {name for line in trainer.state.log_history for name in line if "Wqkv.weight" in name}
     name = "lamb/trust_ratio/model.layers.0.attn.Wqkv.weight"
@@ -500,6 +525,73 @@ def test_a_checkpoint_with_other_layers_says_so(now: Any, then: Any) -> None:
         case.optimizer.load_state_dict(other.optimizer.state_dict())
     case.step(1)
     assert ("a[0]" in case.optimizer.layer_stats()) == bool(then)
+
+
+def with_layers_of(optimizer: torch.optim.Optimizer, then: str) -> None:
+    """What a checkpoint of then has in its groups."""
+    for group in optimizer.param_groups:
+        if then == "an older version's":
+            group.pop("split", None)
+        elif then == "whole":
+            group["split"] = ()
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("then", ["split", "whole", "an older version's"])
+@pytest.mark.parametrize("now", ["split", "whole", "an older version's"])
+def test_a_run_goes_on_with_the_layers_of_an_fsdp_checkpoint(now: str, then: str, kind: str, tmp_path: Path) -> None:
+    """Whose loading takes the keys of groups from the optimizer; and says so."""
+    first, second = (fused_trainer(tmp_path) for _ in range(2))
+    for trainer in (first, second):
+        trainer.create_optimizer_and_scheduler(4)
+    with_layers_of(first.optimizer, then)
+    with_layers_of(second.optimizer, now)
+    for number, param in enumerate(first.model.parameters()):
+        param.grad = draw(number, *param.shape).float()
+    first.optimizer.step()
+    torch.save(first.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+    options = StateDictOptions(full_state_dict=kind == "full")
+    saved = get_optimizer_state_dict(first.model, first.optimizer, options=options)
+    if kind == "full":
+        torch.save(saved, tmp_path / "optimizer.bin")
+        (tmp_path / "pytorch_model_fsdp.bin").touch()
+    else:
+        dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "optimizer_0")
+        (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second._load_optimizer_and_scheduler(str(tmp_path))
+    said = [text for text in (str(w.message) for w in caught) if "this run keeps its checkpoint's layers" in text]
+    assert len(said) == ((now == "split") != (then == "split")), said
+    for group, of_checkpoint in zip(second.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        assert layers_of_groups([group]) == layers_of_groups([of_checkpoint])
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(first.optimizer.state[a]["exp_avg"], second.optimizer.state[b]["exp_avg"])
+
+
+@pytest.mark.parametrize("then", ["split", "an older version's"])
+def test_a_next_phase_has_layers_of_its_own(then: str, tmp_path: Path) -> None:
+    """And does not say that it keeps its checkpoint's; a resumed one does."""
+    first, second = (fused_trainer(tmp_path) for _ in range(2))
+    for trainer in (first, second):
+        trainer.create_optimizer_and_scheduler(4)
+    with_layers_of(first.optimizer, then)
+    with_layers_of(second.optimizer, "split" if then != "split" else "an older version's")
+    for param in first.model.parameters():
+        param.grad = torch.ones_like(param)
+    first.optimizer.step()
+    own = layers_of_groups(second.optimizer.param_groups)
+    first.model.save_pretrained(tmp_path / "checkpoint-1")
+    torch.save(first.optimizer.state_dict(), tmp_path / "checkpoint-1/optimizer.pt")
+    torch.save(first.lr_scheduler.state_dict(), tmp_path / "checkpoint-1/scheduler.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PreviousPhase(str(tmp_path / "checkpoint-1"), "optimizer").take_over(second)
+    assert not [w for w in caught if "checkpoint's layers" in str(w.message)]
+    assert layers_of_groups(second.optimizer.param_groups) == own
+    assert len(second.optimizer.state) == len(first.optimizer.state) > 0
+    with pytest.warns(UserWarning, match="keeps its checkpoint's layers"):
+        second._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-1"))
 
 
 def test_refuses_a_damaged_checkpoint() -> None:

@@ -6,12 +6,15 @@ On one process; `tests/test_sharding.py` has several.
 import copy
 import pickle
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_lamb import Lamb, ShardingError
+from hf_lamb.sharding import Sharding
+from hf_lamb.sharding.deepspeed import DeepSpeed
 from hf_lamb.sharding.layout import Layout, Segment, check_layouts
 from tests.helpers import BACKENDS
 from tests.layouts import attach
@@ -171,6 +174,47 @@ def test_layers_of_a_parameter_that_no_tensor_holds() -> None:
     optimizer = flat_lamb(split=(("weight", (6, 9)),))
     with pytest.raises(ShardingError, match=r"lamb_param_groups of the whole model.*no parameter is named weight"):
         next(steps(optimizer, plain_lamb()))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["of another group", "of no tensor"])
+def test_layers_by_names_that_only_the_groups_have(own: bool) -> None:
+    """Groups of a part of the model, whose parameters have longer names in the wrapped one; or those of another."""
+    flat, other, plain = (nn.Parameter(torch.ones(size)) for size in (6, 4, 4))
+    other_name = "layer.weight" if own else "decoder.layer.weight"
+    optimizer = Lamb(
+        [
+            {"params": [("layer.weight", flat), ("plain", plain)], "split": (("layer.weight", (2, 4)),)},
+            {"params": [("weight", other)]},
+        ]
+    )
+    layouts = {
+        flat: Layout((Segment("encoder.layer.weight", 0, 6, 6),), 6),
+        other: Layout((Segment(other_name, 0, 4, 4),), 4),
+    }
+    attach(optimizer, layouts)
+    for param in (flat, other, plain):
+        param.grad = torch.ones_like(param)
+    with pytest.raises(
+        ShardingError, match=r"lamb_param_groups of the whole model.*no parameter is named layer.weight"
+    ):
+        optimizer.step()
+    optimizer.param_groups[0]["split"] = (("encoder.layer.weight", (2, 4)), ("plain", (2, 2)))
+    optimizer.step()
+    assert {"encoder.layer.weight[1]", "plain[1]"} <= optimizer.layer_stats().keys()
+
+
+def test_layers_of_which_deepspeed_shows_a_part() -> None:
+    """A call of `step` may see one of a group's sub-groups, and nothing of what is frozen."""
+    flat, other, frozen = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    sharding = Sharding()
+    names = {flat: "layer.here", other: "layer.later", frozen: "layer.frozen"}
+    sharding.layouts = {param: Layout((Segment(names[param], 0, 4, 4),), 4) for param in (flat, other)}
+    sharding.runtime = DeepSpeed.__new__(DeepSpeed)
+    sharding.runtime.engine = SimpleNamespace(param_names=names)
+    group = {"params": [flat], "param_names": ["here", "later", "frozen"]}
+    sharding._check_split_names({**group, "split": [(name, (2, 2)) for name in names.values()]})
+    with pytest.raises(ShardingError, match="no parameter is named later"):
+        sharding._check_split_names({**group, "split": [("layer.here", (2, 2)), ("later", (2, 2))]})
 
 
 @pytest.mark.parametrize("start", range(15))

@@ -108,15 +108,25 @@ class Layout:
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return views of the segments in a tensor of this layout: the parameter, its gradient or a moment.
 
-        Of a tensor that is not contiguous they are views if they are whole rows; else they are copies.
+        Of a tensor that is not contiguous they are views if they are whole rows; else they are copies (`copies`).
         """
         if self.is_one_layer:
             return (tensor,)
-        row = math.prod(tensor.shape[1:])
-        if tensor.ndim > 1 and not self._padded and row and not any(size % row for size in self._cuts):
+        if self._in_rows(tensor):
+            row = math.prod(tensor.shape[1:])
             return torch.split_with_sizes(tensor, [size // row for size in self._cuts])
         pieces = torch.split_with_sizes(tensor.reshape(-1), self._cuts)
         return pieces[1::2] if self._padded else pieces
+
+    def copies(self, tensor: Tensor) -> bool:
+        """Return whether `pieces` may return copies of parts of this tensor, not views."""
+        flat = tensor.ndim < 2 or tensor.is_contiguous()
+        return not (flat or self.is_one_layer or self._in_rows(tensor))
+
+    def _in_rows(self, tensor: Tensor) -> bool:
+        """Return whether all segments are whole rows of this tensor."""
+        row = math.prod(tensor.shape[1:])
+        return tensor.ndim > 1 and not self._padded and row > 0 and not any(size % row for size in self._cuts)
 
     def split(self, sizes_of: Mapping[str, Sizes]) -> Layout:
         """Return the layout of the same tensor in which some parameters are several layers.

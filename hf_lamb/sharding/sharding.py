@@ -229,7 +229,16 @@ class Sharding:
 
     def _check_split_names(self, group: dict[str, Any]) -> None:
         """Raise ShardingError if "split" names a parameter that is not there: it would silently be one layer."""
-        known = {*(group.get("param_names") or ()), *self._attached}
+        params, names = group["params"], group.get("param_names") or ()
+        layouts = [self.layouts[param] for param in params if param in self.layouts]
+        known = {*names, *self._attached}
+        if layouts:
+            # A runtime's layers have their names in the whole model, whatever the group calls its parameters. With
+            # DeepSpeed a call of `step` may see a part of the group, and no tensor holds what is frozen.
+            known = {segment.name for layout in layouts for segment in layout.segments}
+            if isinstance(self.runtime, DeepSpeed):
+                known |= {*self._attached, *self.runtime.engine.param_names.values()}
+            known |= {name for name, param in zip(names, params, strict=False) if param not in self.layouts}
         unknown = [name for name, _ in group["split"] if name not in known]
         if unknown:
             raise ShardingError(
@@ -381,7 +390,18 @@ def _pieces(
     step: Tensor,
     places: list[tuple[int | None, int]],
 ) -> Iterator[tuple[Segment, Piece]]:
-    """Yield the segments of a tensor with their pieces; `tensors` are w, g, m and v of this process."""
+    """Yield the segments of a tensor with their pieces; `tensors` are w, g, m and v of this process.
+
+    Raises:
+        ShardingError: the pieces of w, m or v would be copies, so that the update would be lost.
+    """
+    for tensor, what in zip(tensors, ("", None, "exp_avg of ", "exp_avg_sq of "), strict=True):
+        if what is not None and layout.copies(tensor):
+            raise ShardingError(
+                f"Lamb: call .contiguous() on {what}{layout.segments[0].name}, or use lamb_param_groups(model, "
+                "split=False): it holds several layers that are not whole rows, and its elements are not in the order "
+                "of its rows"
+            )
     views = (layout.pieces(tensor) for tensor in tensors)
     for number, (segment, w, g, m, v, (cut, place)) in enumerate(zip(layout.segments, *views, places, strict=True)):
         block = None if layout.is_one_layer else Block(param, layout, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed.fsdp as fsdp
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +28,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from hf_lamb.sharding.fsdp1 import clean_name, unwrapped
+from hf_lamb.state import warn_of_other_layers
 
 __all__ = ["tied_heads_in_one_group"]
 
@@ -154,6 +157,48 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
                 has, wants = tuple(whole[name].shape), tuple(param.shape)
                 raise RuntimeError(f"size mismatch for {name}: {has} in the checkpoint, {wants} in this model")
     set_model_state_dict(model, whole, options=_from_first_process())
+
+
+def take_layers(optimizer: Optimizer, checkpoint: Path) -> None:
+    """Give the groups the "split" of a checkpoint that FSDP wrote or loads; warn if it was another. A collective.
+
+    It comes before the loading: that takes the keys of groups from the optimizer, not from the checkpoint. A key that
+    the checkpoint lacks, as those of older versions do, would crash a sharded one, and stay in force with a full one.
+    """
+    groups = optimizer.param_groups
+    found = _splits(checkpoint)
+    if len(found) != len(groups):
+        return  # the loading has its own error for this
+    if _is_first_process():
+        warn_of_other_layers(groups, found)
+    for group, of_checkpoint in zip(groups, found, strict=True):
+        group.pop("split", None)
+        group.update(of_checkpoint)
+
+
+def _splits(checkpoint: Path) -> list[dict[str, Any]]:
+    """Return of each group in a checkpoint of any layout its entry "split", if there is one."""
+    layout = layout_of(checkpoint)
+    if layout == StateDictType.SHARDED_STATE_DICT:
+        folder = checkpoint / "optimizer_0"
+        if not (folder / ".metadata").exists():
+            return []
+        keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+        matches = (re.match(r"optimizer\.param_groups\.(\d+)\.", key) for key in keys)
+        numbers = [int(match[1]) for match in matches if match]
+        names = [f"optimizer.param_groups.{number}.split" for number in range(max(numbers, default=-1) + 1)]
+        splits: dict[str, Any] = {name: () for name in names if name in keys}
+        if splits:
+            load_shards(splits, checkpoint_id=folder)
+        return [{"split": splits[name]} if name in splits else {} for name in names]
+    found: list[list[dict[str, Any]]] = [[]]
+    file = checkpoint / ("optimizer.pt" if layout is None else "optimizer.bin")
+    if _is_first_process() and file.exists():
+        groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        found = [[{"split": group["split"]} if "split" in group else {} for group in groups]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:

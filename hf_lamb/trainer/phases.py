@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,9 +57,13 @@ class PreviousPhase(NamedTuple):
         assert trainer.lr_scheduler is not None
         options = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
         schedule = deepcopy(trainer.lr_scheduler.state_dict())
-        trainer._load_optimizer_and_scheduler(self.checkpoint)
+        with warnings.catch_warnings():
+            # It would be the contrary of what happens: this run's layers stay, as all of its options do.
+            warnings.filterwarnings("ignore", "Lamb: this run keeps its checkpoint's layers")
+            trainer._load_optimizer_and_scheduler(self.checkpoint)
         trainer._load_scaler(self.checkpoint)
         for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
+            group.pop("split", None)
             group.update(own)
         trainer.lr_scheduler.load_state_dict(schedule)
         if self.carry_over == "moments":

@@ -47,9 +47,11 @@ from hf_lamb.trainer.deepspeed import (
 from hf_lamb.trainer.fsdp import (
     force_current_dcp_format,
     is_of_another_layout,
+    layout_of,
     load_model,
     load_optimizer,
     refuse_local_checkpoints,
+    take_layers,
     tie,
     tied_heads_in_one_group,
     whole_state_dict,
@@ -219,6 +221,9 @@ class LambTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with refusing_another_optimizer(checkpoint, self.optimizer):
+            if checkpoint is not None and (self.is_fsdp_enabled or layout_of(Path(checkpoint)) is not None):
+                assert self.optimizer is not None
+                take_layers(self.optimizer, Path(checkpoint))
             if checkpoint is not None and is_of_another_layout(checkpoint, self):
                 assert self.model is not None
                 assert self.optimizer is not None

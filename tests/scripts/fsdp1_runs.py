@@ -24,6 +24,7 @@ from transformers import BertForMaskedLM, Trainer
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups
 from hf_lamb.sharding.fsdp1 import clean_name
 from tests.scripts import cpu_fsdp
+from tests.scripts.fsdp_runs import SplitTrainer
 from tests.scripts.scaffold import QUIET, forget_accelerator, process_group
 from tests.scripts.split_batch import FixedRows
 
@@ -42,6 +43,8 @@ def main(root: Path) -> None:
     if n != 2:
         for name in ("orig-sharded", "orig-full", "flat-sharded") if n == 4 else ("orig-sharded", "flat-full"):
             train(root / f"{name}-to-{n}", name, checkpoint=root / name / f"checkpoint-{SAVED_AT}")
+        if n == 1:
+            assert_layers_stay_whole(root, "orig-sharded")
         return
     train(root / "ddp", "ddp")
     for name in RUNS:
@@ -103,6 +106,18 @@ def train(folder: Path, name: str, checkpoint: Path | None = None, cls: type[Tra
     if dist.get_rank() == 0:
         torch.save(weights, folder / "weights.pt")
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
+    forget_accelerator()
+
+
+def assert_layers_stay_whole(root: Path, name: str) -> None:
+    """From a checkpoint that has no word of layers, as those of older versions."""
+    run = trainer(SplitTrainer, root / f"split-{name}", name)
+    with pytest.warns(
+        UserWarning, match=r"keeps its checkpoint's layers: .*intermediate.* is 1 there, and 2 in these"
+    ):
+        run.train(resume_from_checkpoint=str(root / name / f"checkpoint-{SAVED_AT}"))
+    weights, expected = whole_weights(run.model), torch.load(root / f"{name}-to-1/weights.pt")
+    assert all(torch.equal(weights[key], w) for key, w in expected.items())
     forget_accelerator()
 
 

@@ -50,6 +50,9 @@ def main(root: Path, whole: bool, resume: list[int]) -> None:
             train(root / f"{n}-{layout}", layout)
         for layout in LAYOUTS[:2]:
             loop(root / f"{n}-{layout}", layout)
+    if whole and n == 1:
+        for layout in LAYOUTS[1:]:
+            assert_layers_stay_whole(root, layout)
     if whole and n == 2:
         train(root / "2-sharded-recipe", "sharded", model=bert.BertForMaskedLM)
         assert_stock_trainer_crashes(root / "crash")
@@ -153,6 +156,29 @@ def assert_another_model_is_refused(folder: Path, checkpoint: Path) -> None:
         ):
             run.train(resume_from_checkpoint=str(checkpoint))
         forget_accelerator()
+
+
+class SplitTrainer(LambTrainer):
+    """Whose groups say that the feed-forward matrices hold two layers."""
+
+    def create_optimizer(self, *args: Any) -> Any:
+        lamb = super().create_optimizer(*args)
+        for group in lamb.param_groups:
+            named = zip(group["param_names"], group["params"], strict=True)
+            group["split"] = tuple((n, (p.numel() // 2,) * 2) for n, p in named if "intermediate.dense.weight" in n)
+        return lamb
+
+
+def assert_layers_stay_whole(root: Path, layout: str) -> None:
+    """From a checkpoint that has no word of layers, as those of older versions."""
+    run = trainer(SplitTrainer, root / f"split-{layout}", layout)
+    with pytest.warns(
+        UserWarning, match=r"keeps its checkpoint's layers: .*intermediate.* is 1 there, and 2 in these"
+    ):
+        run.train(resume_from_checkpoint=str(root / f"1-{layout}/checkpoint-{SAVED_AT}"))
+    weights, expected = full_weights(run.model), torch.load(root / f"1-{layout}/weights.pt")
+    assert all(torch.equal(weights[name], w) for name, w in expected.items())
+    forget_accelerator()
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
