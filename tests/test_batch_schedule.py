@@ -277,6 +277,46 @@ def test_a_longer_run_goes_on_in_a_stream(tmp_path: Path) -> None:
     assert torch.equal(trained, rows[taken : taken + 64])
 
 
+def rates_and_steps(run: LambTrainer) -> dict[int, float]:
+    return {int(line["step"]): line["learning_rate"] for line in lines_of(run)}
+
+
+@pytest.mark.parametrize("first", ["0:8 3:16", None], ids=["a smaller largest batch", "a constant batch"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
+def test_another_schedule_goes_on_with_the_rate_of_each_batch(
+    first: str | None, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Base 1e-3 at 8: at 16 it is times sqrt(2), at 32 times 2, whatever the checkpoint's largest batch was."""
+    options = {"base_learning_rate": 1e-3, "base_batch_size": 8, "lr_scheduler_type": "constant"}
+    saved_run(tmp_path, batch_size_schedule=first, max_steps=4, **options).train()
+    again = saved_run(tmp_path, batch_size_schedule="0:8 3:16 6:32", max_steps=7, **options)
+    if not kept:
+        (tmp_path / "checkpoint-4/lamb_state.json").unlink()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    third = saved_run(tmp_path, batch_size_schedule="0:8 3:16 8:64", max_steps=10, **options)
+    third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    rates = rates_and_steps(third)
+    assert [rates[step] for step in (5, 6, 7, 8, 9, 10)] == pytest.approx(
+        [1e-3 * (batch / 8) ** 0.5 for batch in (16, 16, 32, 16, 64, 64)]
+    )
+    assert not [record.message for record in caplog.records if "learning_rate" in record.message]
+
+
+def test_the_scaler_skips_a_step_and_the_rate_is_still_that_of_the_batch(tmp_path: Path) -> None:
+    """Trainer does not step the schedule then, but the batch grows as planned."""
+    options = {"base_learning_rate": 1e-3, "base_batch_size": 8, "lr_scheduler_type": "constant"}
+    run = saved_run(tmp_path, batch_size_schedule="0:8 3:32", max_steps=6, save_strategy="no", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(run.accelerator),
+            "optimizer_step_was_skipped",
+            property(lambda _: run.state.global_step in (1, 2)),
+        )
+        run.train()
+    assert run.lr_scheduler.last_epoch == 4
+    assert list(rates_and_steps(run).values()) == pytest.approx([1e-3] * 3 + [2e-3] * 3)
+
+
 # -- what goes with it ------------------------------------------------------------------------------------------------
 
 

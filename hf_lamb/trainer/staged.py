@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import skip_first_batches
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -20,6 +24,7 @@ from hf_lamb.batch_schedule import BatchStages, Stage, batch_stages
 from hf_lamb.lamb import Lamb
 from hf_lamb.scaling import norm_growth, scaled_learning_rate
 from hf_lamb.trainer.callbacks import TrainingLogCallback, add_to_logs
+from hf_lamb.trainer.checkpoints import CheckpointError
 from hf_lamb.trainer.loss import attributes
 
 if TYPE_CHECKING:
@@ -52,6 +57,9 @@ class StagedTraining(TrainingLogCallback):
         self._micro_batches = 1  # in the epoch, on this process; of a stream those of the run
         self._taken = 0  # how many of them are trained on
         self._is_over = False
+        # These two are of the learning rate.
+        self._rate_batch: int | None = None  # the batch of the optimizer's peak rate; None: the schedule's largest
+        self._behind = 0  # the steps that the scheduler does not count: fp16 has skipped them
 
     def check(self) -> None:
         """Raise ValueError if something of the run fixes the batch."""
@@ -122,6 +130,30 @@ class StagedTraining(TrainingLogCallback):
                         f"batch_size_schedule {self.schedule}: the batch of {stage.asked_for:,} is "
                         f"{stage.batch_size:,} here, in passes of {at_once:,} sequences (micro-batch x processes)"
                     )
+
+    def begin(self, checkpoint: str | None) -> tuple[int, int]:
+        """Return the epoch, and the micro-batches of it, after which a run begins or goes on.
+
+        Raises:
+            CheckpointError: the batches of the checkpoint's run are needed but not known.
+        """
+        self._rate_batch, self._behind = None, 0
+        if checkpoint is None:
+            return 0, 0
+        self._rate_batch = self._kept().get("rate_batch")
+        if self._rate_batch is None and getattr(self.trainer.args, "base_learning_rate", None) is not None:
+            self._rate_batch = written_stages(self.trainer, checkpoint)[0].largest
+        return self.position(checkpoint)
+
+    def keep(self) -> None:
+        """Put into the state what a run that resumes, maybe with another schedule, needs to know of this one."""
+        kept: Any = self.trainer.state.stateful_callbacks
+        if kept is not None:
+            kept["batch_schedule"] = {"attributes": {"rate_batch": self._rate_batch or self.stages.largest}}
+
+    def _kept(self) -> dict[str, Any]:
+        kept: Any = self.trainer.state.stateful_callbacks
+        return dict((kept or {}).get("batch_schedule", {}).get("attributes", {}))
 
     def position(self, checkpoint: str) -> tuple[int, int]:
         """Return the epoch, and the micro-batches of it, that the checkpoint's run was trained on."""
@@ -232,9 +264,43 @@ class StagedTraining(TrainingLogCallback):
             )
 
         def scaled(factor: Callable[[int], float]) -> Callable[[int], float]:
-            return lambda step: factor(step) * self.rate_at(step, 1.0)
+            return lambda step: factor(step) * self._of_peak(self.stages.at(step + self._behind).batch_size)
 
         return LambdaLR(scheduler.optimizer, [scaled(factor) for factor in scheduler.lr_lambdas])
+
+    def _of_peak(self, batch: int) -> float:
+        """Return the rate of a batch as a fraction of the optimizer's peak rate."""
+        args: Any = self.trainer.args
+        if not self.trainer.learning_rate_why:
+            return 1.0
+        return scaled_learning_rate(
+            1.0, self._rate_batch or self.stages.largest, batch, args.learning_rate_scaling
+        ).learning_rate
+
+    @property
+    def largest_of_peak(self) -> float:
+        """The rate of the largest batch as a fraction of the optimizer's peak rate, which a checkpoint may have."""
+        return self._of_peak(self.stages.largest)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the rate of the step's batch; the scheduler may have that of a checkpoint, or of a skipped step."""
+        trainer, scheduler = self.trainer, self.trainer.lr_scheduler
+        made = trainer._created_lr_scheduler and trainer._made_optimizer
+        if not (made and trainer.learning_rate_why and isinstance(scheduler, LambdaLR)):
+            return
+        count = scheduler.last_epoch
+        self._behind = state.global_step - count
+        rates = [rate * factor(count) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        if rates == scheduler.get_last_lr():
+            return
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        scheduler._last_lr = rates
 
     def rate_at(self, step: int, rate: float) -> float:
         """Return the rate of a step before warm-up and decay.
@@ -273,3 +339,58 @@ class Batches(Iterator[Any]):
         first = list(islice(self._left, count))
         self._left = chain(first, self._left)
         return bool(first)
+
+
+# -- the run that wrote a checkpoint ----------------------------------------------------------------------------------
+
+
+def written_stages(trainer: LambTrainer, checkpoint: str) -> tuple[BatchStages, int]:
+    """Return the stages of the run that wrote a checkpoint, one if it had no schedule, and the sequences of a pass.
+
+    Raises:
+        CheckpointError: the checkpoint has no training_args.bin that can be read.
+    """
+    try:
+        args = written_arguments(checkpoint)
+        micro_batch = args["per_device_train_batch_size"] * max(1, trainer.args.n_gpu)
+        if args["auto_find_batch_size"]:
+            written = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+            micro_batch = written.train_batch_size or micro_batch
+        accumulation = args["gradient_accumulation_steps"]
+    except (OSError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError, StopIteration) as error:
+        raise CheckpointError(
+            f"{checkpoint} has no training_args.bin that can be read, so its batch is not known: resume without "
+            "batch_size_schedule, or start a new run with trainer.start_from"
+        ) from error
+    processes = len(list(Path(checkpoint).glob("rng_state*.pth")))
+    processes //= trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
+    if vars(args.get("accelerator_config", object)).get("split_batches"):
+        processes = 1
+    at_once = micro_batch * max(1, processes)
+    return batch_stages(args.get("batch_size_schedule") or f"0:{at_once * accumulation}", at_once), at_once
+
+
+def written_arguments(checkpoint: str) -> dict[str, Any]:
+    """Return the training arguments of a checkpoint. It runs no code of the file, so only plain values are right."""
+    with zipfile.ZipFile(os.path.join(checkpoint, "training_args.bin")) as file:
+        name = next(name for name in file.namelist() if name.endswith("data.pkl"))
+        with file.open(name) as values:
+            return vars(_Values(values).load())
+
+
+class _Values(pickle.Unpickler):
+    """Reads a pickle with an empty class in place of each of its classes and functions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Empty
+
+    def persistent_load(self, pid: Any) -> Any:
+        return None
+
+
+class _Empty(dict[Any, Any]):
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state if isinstance(state, dict) else {})

@@ -234,7 +234,7 @@ class LambTrainer(Trainer):
         checkpoint = args[3]
         load_kept(self.state, checkpoint)
         self.noise_measurement.restore()
-        return self.staged.position(checkpoint) if self.staged and checkpoint else epochs_and_steps
+        return self.staged.begin(checkpoint) if self.staged else epochs_and_steps
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches."""
@@ -262,6 +262,8 @@ class LambTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         self.noise_measurement.keep()
+        if self.staged is not None:
+            self.staged.keep()
         with self.checkpoints.saving(run_dir):
             super()._save_checkpoint(model, trial)
         if self.args.push_to_hub:
@@ -362,11 +364,16 @@ class LambTrainer(Trainer):
                     f"rate {', '.join(f'{peak:.4g}' for peak in peaks)}, not {rate:.4g} of base_learning_rate"
                 )
             return
+        # The checkpoint's peak may be that of another batch than this schedule's largest: compare at that batch.
+        of_peak = self.staged.largest_of_peak if self.staged is not None and self._made_optimizer else 1.0
+        asked_for = [asked | {"learning_rate": asked["learning_rate"] / of_peak} for asked in self._asked_for]
         differ = {
             f"{name} {in_force_value}, not {asked[name]}": name
-            for group, asked in zip(in_force, self._asked_for, strict=False)
+            for group, asked in zip(in_force, asked_for, strict=False)
             for name, in_force_value in group.items()
-            if name in asked and in_force_value != asked[name]
+            if name in asked
+            and in_force_value != asked[name]
+            and not (name == "learning_rate" and math.isclose(in_force_value, asked[name]))
         }
         if differ and self.args.should_log:
             logger.warning(
@@ -381,7 +388,7 @@ class LambTrainer(Trainer):
             # transformers' schedules store their final rate as a fraction of the requested peak. The checkpoint's peak
             # differs, so compute the fraction again.
             mine, self.lr_scheduler = self.lr_scheduler, None
-            like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1])
+            like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1] * of_peak)
             schedule = cast(LambdaLR, self.create_scheduler(max_steps, like_mine))
             mine.lr_lambdas = schedule.lr_lambdas * len(mine.base_lrs)
             self.lr_scheduler = mine
