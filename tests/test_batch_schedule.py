@@ -277,6 +277,44 @@ def test_a_longer_run_goes_on_in_a_stream(tmp_path: Path) -> None:
     assert torch.equal(trained, rows[taken : taken + 64])
 
 
+@pytest.mark.parametrize("first", ["0:16 2:32", None], ids=["another schedule", "no schedule"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
+def test_another_schedule_goes_on_in_a_stream(first: str | None, kept: bool, tmp_path: Path) -> None:
+    """At the next row, whatever the batches were; with one more run on top, whose stages are smaller."""
+    saved_run(tmp_path, passes=9, max_steps=6 if first else 24, batch_size_schedule=first, save_steps=4).train()
+    taken = 2 * 16 + 2 * 32 if first else 4 * 4
+    if not kept:
+        (tmp_path / "checkpoint-4/lamb_state.json").unlink()
+    rows, saved = FixedRows("mlm", 70, seed=0).input_ids.repeat(9, 1), 4
+    for schedule, steps, more in (("0:4 5:16", 6, 4 + 16), ("0:4", 8, 8)):
+        seen: list[torch.Tensor] = []
+        run = saved_run(tmp_path, passes=9, max_steps=steps, batch_size_schedule=schedule)
+        run.model.register_forward_pre_hook(
+            lambda _, given, kwargs, seen=seen: seen.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+        assert run.state.global_step == steps
+        assert torch.equal(torch.cat(seen)[-more:], rows[taken : taken + more])
+        taken, saved = taken + more, steps
+
+
+def test_a_stream_goes_on_only_at_a_whole_pass(tmp_path: Path) -> None:
+    saved_run(tmp_path, passes=9, max_steps=1, batch_size_schedule="0:12").train()
+    run = saved_run(tmp_path, passes=9, max_steps=2, batch_size_schedule="0:8", per_device_train_batch_size=8)
+    with one_line(ValueError, "checkpoint-1 has taken 12 sequences of its stream, which is no multiple of 8"):
+        run.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
+def test_a_run_without_a_schedule_does_not_resume_from_one_with(kept: bool, tmp_path: Path) -> None:
+    saved_run(tmp_path, max_steps=1).train()
+    if not kept:
+        (tmp_path / "checkpoint-1/lamb_state.json").unlink()
+    run = saved_run(tmp_path, max_steps=2, batch_size_schedule=None)
+    with one_line(ValueError, "checkpoint-1 is of a run with batch_size_schedule '0:8 3:16 5:32', and this run has"):
+        run.train(resume_from_checkpoint=True)
+
+
 def rates_and_steps(run: LambTrainer) -> dict[int, float]:
     return {int(line["step"]): line["learning_rate"] for line in lines_of(run)}
 

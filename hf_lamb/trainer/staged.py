@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from hf_lamb.batch_schedule import BatchStages, Stage, batch_stages
 from hf_lamb.lamb import Lamb
 from hf_lamb.scaling import norm_growth, scaled_learning_rate
 from hf_lamb.trainer.callbacks import TrainingLogCallback, add_to_logs
-from hf_lamb.trainer.checkpoints import CheckpointError
+from hf_lamb.trainer.checkpoints import KEPT_FILE, CheckpointError
 from hf_lamb.trainer.loss import attributes
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["StagedTraining"]
 
 logger = logging.getLogger(__name__)
+
+# What reading a damaged training_args.bin raises.
+UNREADABLE = (OSError, EOFError, KeyError, TypeError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class StagedTraining(TrainingLogCallback):
@@ -43,8 +47,8 @@ class StagedTraining(TrainingLogCallback):
     that has one global batch, one part after the other on the same iterator. Events of the epoch happen once.
 
     A run resumes at the epoch and micro-batch that the checkpoint's `state.epoch` stands for. An epoch of a stream,
-    whose length is not known, is the whole run, as in Trainer. If a stream ends earlier, the next epoch begins, and
-    the last micro-batches, if too few for a step, are not trained on.
+    whose length is not known, is the whole run, as in Trainer; checkpoints have the sequences taken from it. If a
+    stream ends earlier, the next epoch begins, and the last micro-batches, if too few for a step, are not trained on.
     """
 
     def __init__(self, trainer: LambTrainer, schedule: str) -> None:
@@ -149,7 +153,13 @@ class StagedTraining(TrainingLogCallback):
         """Put into the state what a run that resumes, maybe with another schedule, needs to know of this one."""
         kept: Any = self.trainer.state.stateful_callbacks
         if kept is not None:
-            kept["batch_schedule"] = {"attributes": {"rate_batch": self._rate_batch or self.stages.largest}}
+            values = {
+                "schedule": self.schedule,
+                "rate_batch": self._rate_batch or self.stages.largest,
+                "epoch": self._epoch,
+                "sequences": self._taken * self.trainer.sequences_at_once(),  # of the epoch
+            }
+            kept["batch_schedule"] = {"attributes": values}
 
     def _kept(self) -> dict[str, Any]:
         kept: Any = self.trainer.state.stateful_callbacks
@@ -159,10 +169,30 @@ class StagedTraining(TrainingLogCallback):
         """Return the epoch, and the micro-batches of it, that the checkpoint's run was trained on."""
         done = self.trainer.state.epoch or 0.0
         micro_batches, epoch = self._micro_batches, int(done)
-        if self._stream:  # its epoch is the whole run, here of the run that wrote the checkpoint
-            written = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-            micro_batches, epoch = self.stages.position(written.max_steps)[1], max(0, math.ceil(done) - 1)
+        if self._stream:
+            return self._position_in_stream(checkpoint)
         return epoch, 0 if self.trainer.args.ignore_data_skip else round((done - epoch) * micro_batches)
+
+    def _position_in_stream(self, checkpoint: str) -> tuple[int, int]:
+        state, kept, at_once = self.trainer.state, self._kept(), self.trainer.sequences_at_once()
+        if "sequences" in kept:
+            epoch, sequences = kept["epoch"], kept["sequences"]
+        else:  # an epoch of a stream is the whole run, here the one that wrote the checkpoint
+            written = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+            (stages, theirs), done = written_stages(self.trainer, checkpoint), state.epoch or 0.0
+            epoch = max(0, math.ceil(done) - 1)
+            sequences = round((done - epoch) * stages.position(written.max_steps)[1]) * theirs
+        if self.trainer.args.ignore_data_skip:
+            return epoch, 0
+        if sequences % at_once:
+            raise CheckpointError(
+                f"{checkpoint} has taken {sequences:,} sequences of its stream, which is no multiple of {at_once:,} "
+                "(micro-batch x processes): resume with a micro-batch that fits, or with ignore_data_skip"
+            )
+        taken = sequences // at_once
+        left = self.stages.position(state.max_steps)[1] - self.stages.position(state.global_step)[1]
+        self._micro_batches = max(self._micro_batches, taken + left)  # with another schedule it has taken more or less
+        return epoch, taken
 
     # -- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -185,6 +215,8 @@ class StagedTraining(TrainingLogCallback):
             run: `Trainer._run_epoch`; the other arguments are its own.
         """
         trainer, resumes = self.trainer, resume_from_checkpoint is not None and epoch == epochs_trained
+        if self._stream:  # Trainer's number does not have what another schedule has taken
+            steps_in_epoch = self._micro_batches
         self._epoch, self._taken, self._is_over = epoch, steps_trained_in_current_epoch if resumes else 0, False
         if resumes and not self._taken:
             trainer._load_rng_state(resume_from_checkpoint)
@@ -344,6 +376,22 @@ class Batches(Iterator[Any]):
 # -- the run that wrote a checkpoint ----------------------------------------------------------------------------------
 
 
+def refuse_without_schedule(checkpoint: str) -> None:
+    """Raise CheckpointError if a checkpoint's run had a schedule: Trainer would resume elsewhere in the data."""
+    file, schedule = Path(checkpoint, KEPT_FILE), None
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8")).get("batch_schedule", {})
+        schedule = kept.get("attributes", {}).get("schedule")
+    if schedule is None:
+        with suppress(*UNREADABLE):
+            schedule = written_arguments(checkpoint).get("batch_size_schedule")
+    if schedule is not None:
+        raise CheckpointError(
+            f"{checkpoint} is of a run with batch_size_schedule {schedule!r}, and this run has none: give it, or "
+            "another one, such as '0:256' for one batch"
+        )
+
+
 def written_stages(trainer: LambTrainer, checkpoint: str) -> tuple[BatchStages, int]:
     """Return the stages of the run that wrote a checkpoint, one if it had no schedule, and the sequences of a pass.
 
@@ -357,7 +405,7 @@ def written_stages(trainer: LambTrainer, checkpoint: str) -> tuple[BatchStages, 
             written = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
             micro_batch = written.train_batch_size or micro_batch
         accumulation = args["gradient_accumulation_steps"]
-    except (OSError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError, StopIteration) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{checkpoint} has no training_args.bin that can be read, so its batch is not known: resume without "
             "batch_size_schedule, or start a new run with trainer.start_from"

@@ -58,7 +58,7 @@ from hf_lamb.trainer.loss import Count, LossWeighting, attributes
 from hf_lamb.trainer.model_card import args_in_force, complete_model_card, options_of_groups
 from hf_lamb.trainer.noise_scale import NoiseMeasurement, NoiseScale
 from hf_lamb.trainer.phases import PreviousPhase
-from hf_lamb.trainer.staged import StagedTraining
+from hf_lamb.trainer.staged import StagedTraining, refuse_without_schedule
 
 __all__ = ["LambTrainer"]
 
@@ -157,6 +157,8 @@ class LambTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir)
             self.check_fit(Path(resume_from_checkpoint))
+            if getattr(self.args, "batch_size_schedule", None) is None:
+                refuse_without_schedule(resume_from_checkpoint)
             check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage_of(self), self.args.world_size)
         if self.args.should_save:
             tidy(Path(output_dir))
