@@ -48,6 +48,8 @@ def batch_stages(schedule: str, at_once: int = 1) -> BatchStages:
 def _batches(schedule: str) -> Iterator[tuple[int, float]]:
     """Yield each step at which the batch may change, and the batch from there on."""
     wrong = f"batch_size_schedule {schedule!r}: "
+    if not isinstance(schedule, str):
+        raise ValueError(f"{wrong}expected text, such as {EXAMPLES}")
     linear = re.fullmatch(r"\s*(\d+)\s*->\s*(\d+)\s+over\s+(\d+)\s*", schedule)
     if linear:
         first, last, steps = map(int, linear.groups())
@@ -122,7 +124,12 @@ class BatchStages(NamedTuple):
         Args:
             steps: the optimizer steps that are done.
             micro_batches_per_epoch: on each process. Default: an epoch without end.
+
+        Raises:
+            ValueError: an epoch has no micro-batch.
         """
+        if micro_batches_per_epoch < 1:
+            raise ValueError(f"micro_batches_per_epoch {micro_batches_per_epoch}: expected at least 1")
         step = epoch = taken = 0
         while step < steps:
             more, micro_batches = self.advance(step, micro_batches_per_epoch - taken, steps)

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_sequences_and_the_growth_of_the_norm_add_up() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
+        (256, "batch_size_schedule 256: expected text, such as '0:256"),
         ("", "batch_size_schedule '': expected '0:256 2000:512 6000:1024'"),
         ("256", "batch_size_schedule '256': expected '0:256"),
         ("0:256, 10:512", "'0:256, 10:512': expected '0:256"),
@@ -89,9 +91,14 @@ def test_sequences_and_the_growth_of_the_norm_add_up() -> None:
         ("0->1024 over 10", "'0->1024 over 10': expected batches and steps of at least 1"),
     ],
 )
-def test_what_is_no_schedule_is_refused(schedule: str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_schedule_is_refused(schedule: Any, message: str, tmp_path: Path) -> None:
     with one_line(ValueError, message):
         LambTrainingArguments(output_dir=str(tmp_path), batch_size_schedule=schedule, **QUIET)
+
+
+def test_an_epoch_of_nothing_is_refused() -> None:
+    with one_line(ValueError, "micro_batches_per_epoch 0: expected at least 1"):
+        batch_stages("0:256").position(3, 0)
 
 
 # -- LambTrainer beside a loop ----------------------------------------------------------------------------------------
@@ -420,6 +427,44 @@ def test_rounded_batches_are_said(start: Path, tmp_path: Path, caplog: pytest.Lo
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     says(warnings[0], "batch_size_schedule 0:16 1:20: the batch of 20 is 24 here, in passes of 8 sequences")
     assert any("16 from step 0, 24 from step 1" in record.message for record in caplog.records)
+
+
+def test_a_batch_above_an_epoch_is_said(start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, options = FixedRows("mlm", 20, seed=0), {"batch_size_schedule": "0:8 1:64", "max_steps": 2}
+    staged_runs.trainer(tmp_path, trained_model("mlm", start), data, **options).train()
+    warnings = [record.message for record in caplog.records if "more than an epoch" in record.message]
+    assert len(warnings) == 1
+    says(warnings[0], "0:8 1:64: the batch of 64 is more than an epoch has: its steps train on 20 rows each")
+
+
+def test_a_schedule_may_change_after_construction_but_not_appear(start: Path, tmp_path: Path) -> None:
+    """As `hyperparameter_search` does, which sets the arguments of the same trainer."""
+    data = FixedRows("mlm", ROWS, seed=0)
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), data, max_steps=2)
+    run.args.batch_size_schedule = "0:8 1:24"
+    run.train()
+    assert [line["lamb/batch_size"] for line in lines_of(run)] == [8, 24]
+    run.args.batch_size_schedule = None
+    with one_line(ValueError, "batch_size_schedule None was set after LambTrainer was made: make it with a schedule"):
+        run.train()
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), data, max_steps=2, batch_size_schedule=None)
+    run.args.batch_size_schedule = "0:8 1:24"
+    with one_line(ValueError, "batch_size_schedule '0:8 1:24' was set after LambTrainer was made"):
+        run.train()
+
+
+@pytest.mark.parametrize(("schedule", "active"), [("0:32 4:64", True), ("0:16 4:64", False)])
+def test_a_comm_hook_needs_accumulation_in_every_stage(
+    schedule: str, active: bool, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two processes with passes of 16, 16 is a stage without accumulation."""
+    data = FixedRows("mlm", ROWS, seed=0)
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), data, batch_size_schedule=schedule)
+    monkeypatch.setattr(LambTrainingArguments, "world_size", 2)
+    run.accelerator.ddp_handler = SimpleNamespace(comm_hook=SimpleNamespace(value="bf16"))
+    ddp = torch.nn.parallel.DistributedDataParallel
+    run.noise_measurement.attach(ddp.__new__(ddp))
+    assert run.noise_measurement._active is active
 
 
 def test_the_model_card_has_the_stages(start: Path, tmp_path: Path) -> None:

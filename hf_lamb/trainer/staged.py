@@ -51,9 +51,8 @@ class StagedTraining(TrainingLogCallback):
     stream ends earlier, the next epoch begins, and the last micro-batches, if too few for a step, are not trained on.
     """
 
-    def __init__(self, trainer: LambTrainer, schedule: str) -> None:
+    def __init__(self, trainer: LambTrainer) -> None:
         self.trainer = trainer
-        self.schedule = schedule
         self._said: BatchStages | None = None
         self._stream = False  # whether the number of micro-batches in an epoch is not known
         # These four are of the epoch that runs.
@@ -78,6 +77,11 @@ class StagedTraining(TrainingLogCallback):
         accumulation = self.trainer.args.gradient_accumulation_steps
         if accumulation != 1:
             raise ValueError(f"gradient_accumulation_steps {accumulation}: {remedy}, from which they follow")
+
+    @property
+    def schedule(self) -> str:
+        """The schedule of the arguments, which a hyperparameter search may set."""
+        return str(getattr(self.trainer.args, "batch_size_schedule", None))
 
     @property
     def stages(self) -> BatchStages:
@@ -118,10 +122,10 @@ class StagedTraining(TrainingLogCallback):
         if args.max_steps > 0:
             samples = stages.sequences(max_steps)
         self._micro_batches, self._stream = micro_batches, not has_length(dataloader)
-        self._say(stages, max_steps)
+        self._say(stages, max_steps, examples, None if self._stream else micro_batches)
         return epochs, steps_per_epoch, examples, samples, stages.at(0).batch_size, micro_batches, max_steps
 
-    def _say(self, stages: BatchStages, max_steps: int) -> None:
+    def _say(self, stages: BatchStages, max_steps: int, examples: int, micro_batches: int | None) -> None:
         if not self.trainer.args.should_log or stages == self._said:
             return
         self._said = stages
@@ -134,6 +138,12 @@ class StagedTraining(TrainingLogCallback):
                         f"batch_size_schedule {self.schedule}: the batch of {stage.asked_for:,} is "
                         f"{stage.batch_size:,} here, in passes of {at_once:,} sequences (micro-batch x processes)"
                     )
+        largest, _ = max(stages.within(max_steps), key=lambda used: used[0].batch_size)
+        if micro_batches is not None and largest.accumulation > micro_batches:
+            logger.warning(
+                f"batch_size_schedule {self.schedule}: the batch of {largest.batch_size:,} is more than an epoch has: "
+                f"its steps train on {examples:,} rows each, at the rate of the larger batch"
+            )
 
     def begin(self, checkpoint: str | None) -> tuple[int, int]:
         """Return the epoch, and the micro-batches of it, after which a run begins or goes on.

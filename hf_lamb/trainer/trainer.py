@@ -132,9 +132,8 @@ class LambTrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_configuration(self)
         per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
-        schedule = getattr(self.args, "batch_size_schedule", None)
-        if schedule is not None:
-            self.staged = StagedTraining(self, schedule)
+        if getattr(self.args, "batch_size_schedule", None) is not None:
+            self.staged = StagedTraining(self)
         # Before the reporters, so that these report the added values.
         first = [TrustRatioCallback(per_layer), SkippedStepsCallback(), *([self.staged] if self.staged else [])]
         self.callback_handler.callbacks[:0] = first
@@ -239,7 +238,17 @@ class LambTrainer(Trainer):
         return self.staged.begin(checkpoint) if self.staged else epochs_and_steps
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
-        """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches."""
+        """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches.
+
+        Raises:
+            ValueError: the trainer was made without a schedule and now there is one, or the other way round.
+        """
+        schedule = getattr(args, "batch_size_schedule", None)
+        if (schedule is None) != (self.staged is None):  # a hyperparameter search sets options after construction
+            raise ValueError(
+                f"batch_size_schedule {schedule!r} was set after LambTrainer was made: make it with a schedule, such "
+                "as '0:256' for one batch, and change that, or leave it out"
+            )
         values = super().set_initial_training_values(args, dataloader)
         return values if self.staged is None else self.staged.initial_values(args, dataloader, values)
 
