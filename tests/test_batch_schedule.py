@@ -322,6 +322,20 @@ def test_a_run_without_a_schedule_does_not_resume_from_one_with(kept: bool, tmp_
         run.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("length", "last"),
+    [({"max_steps": 9}, 9), ({"max_steps": -1, "num_train_epochs": 3}, 17)],
+    ids=["steps", "epochs"],
+)
+def test_a_smaller_batch_goes_on_for_the_whole_length(length: dict[str, Any], last: int, tmp_path: Path) -> None:
+    """Epochs of 18 micro-batches; two of them and 8 micro-batches are done, in more rows than the new stages have."""
+    saved_run(tmp_path, max_steps=7, batch_size_schedule="0:32", save_steps=7).train()
+    run = saved_run(tmp_path, batch_size_schedule="0:4", save_strategy="no", **length)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == run.state.max_steps == last
+    assert run.state.epoch == pytest.approx(2 + (8 + last - 7) / 18)
+
+
 def rates_and_steps(run: LambTrainer) -> dict[int, float]:
     return {int(line["step"]): line["learning_rate"] for line in lines_of(run)}
 

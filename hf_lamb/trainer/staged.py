@@ -53,6 +53,7 @@ class StagedTraining(TrainingLogCallback):
 
     def __init__(self, trainer: LambTrainer) -> None:
         self.trainer = trainer
+        self.resumes_from: str | None = None  # the checkpoint, set by `LambTrainer.train`
         self._said: BatchStages | None = None
         self._stream = False  # whether the number of micro-batches in an epoch is not known
         # These four are of the epoch that runs.
@@ -114,16 +115,25 @@ class StagedTraining(TrainingLogCallback):
             micro_batches = stages.position(max_steps)[1]
         elif micro_batches:
             steps_per_epoch = stages.steps_in(1, micro_batches)
+            start = self._start(micro_batches)
             if args.max_steps > 0:
-                whole, more = stages.position(max_steps, micro_batches)
+                whole, more = stages.position(max_steps, micro_batches, start)
                 epochs = whole + (more > 0)
             else:
-                max_steps = stages.steps_in(args.num_train_epochs, micro_batches)
+                max_steps = stages.steps_in(args.num_train_epochs, micro_batches, start)
         if args.max_steps > 0:
             samples = stages.sequences(max_steps)
         self._micro_batches, self._stream = micro_batches, not has_length(dataloader)
         self._say(stages, max_steps, examples, None if self._stream else micro_batches)
         return epochs, steps_per_epoch, examples, samples, stages.at(0).batch_size, micro_batches, max_steps
+
+    def _start(self, micro_batches: int) -> tuple[int, int, int]:
+        """Return the steps, epochs and micro-batches that are done; another schedule may have made them."""
+        if self.resumes_from is None:
+            return 0, 0, 0
+        state = TrainerState.load_from_json(os.path.join(self.resumes_from, "trainer_state.json"))
+        done = state.epoch or 0.0
+        return state.global_step, int(done), round((done - int(done)) * micro_batches)
 
     def _say(self, stages: BatchStages, max_steps: int, examples: int, micro_batches: int | None) -> None:
         if not self.trainer.args.should_log or stages == self._said:

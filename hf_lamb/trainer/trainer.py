@@ -159,6 +159,8 @@ class LambTrainer(Trainer):
             if getattr(self.args, "batch_size_schedule", None) is None:
                 refuse_without_schedule(resume_from_checkpoint)
             check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage_of(self), self.args.world_size)
+        if self.staged is not None:
+            self.staged.resumes_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.should_save:
             tidy(Path(output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
