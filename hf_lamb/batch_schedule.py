@@ -48,6 +48,8 @@ def batch_stages(schedule: str, at_once: int = 1) -> BatchStages:
 def _batches(schedule: str) -> Iterator[tuple[int, float]]:
     """Yield each step at which the batch may change, and the batch from there on."""
     wrong = f"batch_size_schedule {schedule!r}: "
+    if not isinstance(schedule, str):
+        raise ValueError(f"{wrong}expected text, such as {EXAMPLES}")
     linear = re.fullmatch(r"\s*(\d+)\s*->\s*(\d+)\s+over\s+(\d+)\s*", schedule)
     if linear:
         first, last, steps = map(int, linear.groups())
@@ -116,14 +118,23 @@ class BatchStages(NamedTuple):
         steps = min(min(self._end(number), max_steps) - step, -(-left // accumulation))
         return steps, min(steps * accumulation, left)
 
-    def position(self, steps: int, micro_batches_per_epoch: int = sys.maxsize) -> tuple[int, int]:
+    def position(
+        self, steps: int, micro_batches_per_epoch: int = sys.maxsize, start: tuple[int, int, int] = (0, 0, 0)
+    ) -> tuple[int, int]:
         """Return where a run stands after `steps` optimizer steps: its epoch, and the micro-batches taken from it.
 
         Args:
             steps: the optimizer steps that are done.
             micro_batches_per_epoch: on each process. Default: an epoch without end.
+            start: where these stages begin, if other ones came before: steps that are done, epoch, micro-batches
+                taken from it. Default: the begin of the run.
+
+        Raises:
+            ValueError: an epoch has no micro-batch.
         """
-        step = epoch = taken = 0
+        if micro_batches_per_epoch < 1:
+            raise ValueError(f"micro_batches_per_epoch {micro_batches_per_epoch}: expected at least 1")
+        step, epoch, taken = start
         while step < steps:
             more, micro_batches = self.advance(step, micro_batches_per_epoch - taken, steps)
             step, taken = step + more, taken + micro_batches
@@ -131,11 +142,12 @@ class BatchStages(NamedTuple):
                 epoch, taken = epoch + 1, 0
         return epoch, taken
 
-    def steps_in(self, epochs: float, micro_batches_per_epoch: int) -> int:
-        """Return the number of optimizer steps of so many epochs."""
-        step, whole = 0, int(epochs)
+    def steps_in(self, epochs: float, micro_batches_per_epoch: int, start: tuple[int, int, int] = (0, 0, 0)) -> int:
+        """Return the number of optimizer steps of a run of so many epochs; `start` is that of `position`."""
+        (step, epoch, taken), whole = start, int(epochs)
         rest = math.ceil((epochs - whole) * micro_batches_per_epoch - 1e-6)  # 0.3 epochs of 10 are 3, not 4
-        for left in [*[micro_batches_per_epoch] * whole, rest]:
+        for number, left in enumerate([*[micro_batches_per_epoch] * whole, rest][epoch:]):
+            left -= taken if number == 0 else 0
             while left > 0:
                 more, micro_batches = self.advance(step, left)
                 step, left = step + more, left - micro_batches

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_sequences_and_the_growth_of_the_norm_add_up() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
+        (256, "batch_size_schedule 256: expected text, such as '0:256"),
         ("", "batch_size_schedule '': expected '0:256 2000:512 6000:1024'"),
         ("256", "batch_size_schedule '256': expected '0:256"),
         ("0:256, 10:512", "'0:256, 10:512': expected '0:256"),
@@ -89,9 +91,14 @@ def test_sequences_and_the_growth_of_the_norm_add_up() -> None:
         ("0->1024 over 10", "'0->1024 over 10': expected batches and steps of at least 1"),
     ],
 )
-def test_what_is_no_schedule_is_refused(schedule: str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_schedule_is_refused(schedule: Any, message: str, tmp_path: Path) -> None:
     with one_line(ValueError, message):
         LambTrainingArguments(output_dir=str(tmp_path), batch_size_schedule=schedule, **QUIET)
+
+
+def test_an_epoch_of_nothing_is_refused() -> None:
+    with one_line(ValueError, "micro_batches_per_epoch 0: expected at least 1"):
+        batch_stages("0:256").position(3, 0)
 
 
 # -- LambTrainer beside a loop ----------------------------------------------------------------------------------------
@@ -277,6 +284,98 @@ def test_a_longer_run_goes_on_in_a_stream(tmp_path: Path) -> None:
     assert torch.equal(trained, rows[taken : taken + 64])
 
 
+@pytest.mark.parametrize("first", ["0:16 2:32", None], ids=["another schedule", "no schedule"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
+def test_another_schedule_goes_on_in_a_stream(first: str | None, kept: bool, tmp_path: Path) -> None:
+    """At the next row, whatever the batches were; with one more run on top, whose stages are smaller."""
+    saved_run(tmp_path, passes=9, max_steps=6 if first else 24, batch_size_schedule=first, save_steps=4).train()
+    taken = 2 * 16 + 2 * 32 if first else 4 * 4
+    if not kept:
+        (tmp_path / "checkpoint-4/lamb_state.json").unlink()
+    rows, saved = FixedRows("mlm", 70, seed=0).input_ids.repeat(9, 1), 4
+    for schedule, steps, more in (("0:4 5:16", 6, 4 + 16), ("0:4", 8, 8)):
+        seen: list[torch.Tensor] = []
+        run = saved_run(tmp_path, passes=9, max_steps=steps, batch_size_schedule=schedule)
+        run.model.register_forward_pre_hook(
+            lambda _, given, kwargs, seen=seen: seen.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+        assert run.state.global_step == steps
+        assert torch.equal(torch.cat(seen)[-more:], rows[taken : taken + more])
+        taken, saved = taken + more, steps
+
+
+def test_a_stream_goes_on_only_at_a_whole_pass(tmp_path: Path) -> None:
+    saved_run(tmp_path, passes=9, max_steps=1, batch_size_schedule="0:12").train()
+    run = saved_run(tmp_path, passes=9, max_steps=2, batch_size_schedule="0:8", per_device_train_batch_size=8)
+    with one_line(ValueError, "checkpoint-1 has taken 12 sequences of its stream, which is no multiple of 8"):
+        run.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
+def test_a_run_without_a_schedule_does_not_resume_from_one_with(kept: bool, tmp_path: Path) -> None:
+    saved_run(tmp_path, max_steps=1).train()
+    if not kept:
+        (tmp_path / "checkpoint-1/lamb_state.json").unlink()
+    run = saved_run(tmp_path, max_steps=2, batch_size_schedule=None)
+    with one_line(ValueError, "checkpoint-1 is of a run with batch_size_schedule '0:8 3:16 5:32', and this run has"):
+        run.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "last"),
+    [({"max_steps": 9}, 9), ({"max_steps": -1, "num_train_epochs": 3}, 17)],
+    ids=["steps", "epochs"],
+)
+def test_a_smaller_batch_goes_on_for_the_whole_length(length: dict[str, Any], last: int, tmp_path: Path) -> None:
+    """Epochs of 18 micro-batches; two of them and 8 micro-batches are done, in more rows than the new stages have."""
+    saved_run(tmp_path, max_steps=7, batch_size_schedule="0:32", save_steps=7).train()
+    run = saved_run(tmp_path, batch_size_schedule="0:4", save_strategy="no", **length)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == run.state.max_steps == last
+    assert run.state.epoch == pytest.approx(2 + (8 + last - 7) / 18)
+
+
+def rates_and_steps(run: LambTrainer) -> dict[int, float]:
+    return {int(line["step"]): line["learning_rate"] for line in lines_of(run)}
+
+
+@pytest.mark.parametrize("first", ["0:8 3:16", None], ids=["a smaller largest batch", "a constant batch"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
+def test_another_schedule_goes_on_with_the_rate_of_each_batch(
+    first: str | None, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Base 1e-3 at 8: at 16 it is times sqrt(2), at 32 times 2, whatever the checkpoint's largest batch was."""
+    options = {"base_learning_rate": 1e-3, "base_batch_size": 8, "lr_scheduler_type": "constant"}
+    saved_run(tmp_path, batch_size_schedule=first, max_steps=4, **options).train()
+    again = saved_run(tmp_path, batch_size_schedule="0:8 3:16 6:32", max_steps=7, **options)
+    if not kept:
+        (tmp_path / "checkpoint-4/lamb_state.json").unlink()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    third = saved_run(tmp_path, batch_size_schedule="0:8 3:16 8:64", max_steps=10, **options)
+    third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    rates = rates_and_steps(third)
+    assert [rates[step] for step in (5, 6, 7, 8, 9, 10)] == pytest.approx(
+        [1e-3 * (batch / 8) ** 0.5 for batch in (16, 16, 32, 16, 64, 64)]
+    )
+    assert not [record.message for record in caplog.records if "learning_rate" in record.message]
+
+
+def test_the_scaler_skips_a_step_and_the_rate_is_still_that_of_the_batch(tmp_path: Path) -> None:
+    """Trainer does not step the schedule then, but the batch grows as planned."""
+    options = {"base_learning_rate": 1e-3, "base_batch_size": 8, "lr_scheduler_type": "constant"}
+    run = saved_run(tmp_path, batch_size_schedule="0:8 3:32", max_steps=6, save_strategy="no", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(run.accelerator),
+            "optimizer_step_was_skipped",
+            property(lambda _: run.state.global_step in (1, 2)),
+        )
+        run.train()
+    assert run.lr_scheduler.last_epoch == 4
+    assert list(rates_and_steps(run).values()) == pytest.approx([1e-3] * 3 + [2e-3] * 3)
+
+
 # -- what goes with it ------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +441,44 @@ def test_rounded_batches_are_said(start: Path, tmp_path: Path, caplog: pytest.Lo
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     says(warnings[0], "batch_size_schedule 0:16 1:20: the batch of 20 is 24 here, in passes of 8 sequences")
     assert any("16 from step 0, 24 from step 1" in record.message for record in caplog.records)
+
+
+def test_a_batch_above_an_epoch_is_said(start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, options = FixedRows("mlm", 20, seed=0), {"batch_size_schedule": "0:8 1:64", "max_steps": 2}
+    staged_runs.trainer(tmp_path, trained_model("mlm", start), data, **options).train()
+    warnings = [record.message for record in caplog.records if "more than an epoch" in record.message]
+    assert len(warnings) == 1
+    says(warnings[0], "0:8 1:64: the batch of 64 is more than an epoch has: its steps train on 20 rows each")
+
+
+def test_a_schedule_may_change_after_construction_but_not_appear(start: Path, tmp_path: Path) -> None:
+    """As `hyperparameter_search` does, which sets the arguments of the same trainer."""
+    data = FixedRows("mlm", ROWS, seed=0)
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), data, max_steps=2)
+    run.args.batch_size_schedule = "0:8 1:24"
+    run.train()
+    assert [line["lamb/batch_size"] for line in lines_of(run)] == [8, 24]
+    run.args.batch_size_schedule = None
+    with one_line(ValueError, "batch_size_schedule None was set after LambTrainer was made: make it with a schedule"):
+        run.train()
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), data, max_steps=2, batch_size_schedule=None)
+    run.args.batch_size_schedule = "0:8 1:24"
+    with one_line(ValueError, "batch_size_schedule '0:8 1:24' was set after LambTrainer was made"):
+        run.train()
+
+
+@pytest.mark.parametrize(("schedule", "active"), [("0:32 4:64", True), ("0:16 4:64", False)])
+def test_a_comm_hook_needs_accumulation_in_every_stage(
+    schedule: str, active: bool, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two processes with passes of 16, 16 is a stage without accumulation."""
+    data = FixedRows("mlm", ROWS, seed=0)
+    run = staged_runs.trainer(tmp_path, trained_model("mlm", start), data, batch_size_schedule=schedule)
+    monkeypatch.setattr(LambTrainingArguments, "world_size", 2)
+    run.accelerator.ddp_handler = SimpleNamespace(comm_hook=SimpleNamespace(value="bf16"))
+    ddp = torch.nn.parallel.DistributedDataParallel
+    run.noise_measurement.attach(ddp.__new__(ddp))
+    assert run.noise_measurement._active is active
 
 
 def test_the_model_card_has_the_stages(start: Path, tmp_path: Path) -> None:

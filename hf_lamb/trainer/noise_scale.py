@@ -142,10 +142,11 @@ class NoiseMeasurement:
         self._share = self._small = None
         handler = self.trainer.accelerator.ddp_handler
         hooked = handler is not None and handler.comm_hook.value != "no"
+        averages_at_once = self._averages_at_once(in_any_stage=True)
         if not self._active or not isinstance(model, DistributedDataParallel):
             return
         if hooked:
-            if self._averages_at_once():
+            if averages_at_once:
                 self._active = False
                 logger.warning(
                     f"lamb/noise_scale is off: use two or more accumulation steps, or leave accelerate's comm_hook "
@@ -155,16 +156,22 @@ class NoiseMeasurement:
             return
         seen = vars(model).setdefault("hf_lamb_seen", [])  # kept on the model: DDP takes one hook, and only once
         self._before_all_reduce = seen
-        if self._averages_at_once() and not vars(model).get("hf_lamb_hooked"):
+        if averages_at_once and not vars(model).get("hf_lamb_hooked"):
             vars(model)["hf_lamb_hooked"] = True
             # The hook must not refer to `self`: DDP would then keep the trainer alive, and the trainer DDP.
             model.register_comm_hook(None, lambda state, bucket: _record_and_reduce(seen, bucket))
 
-    def _averages_at_once(self) -> bool:
-        """Return whether DDP averages the first micro-batch's gradient in its backward pass."""
-        trainer = self.trainer
+    def _averages_at_once(self, in_any_stage: bool = False) -> bool:
+        """Return whether DDP averages the first micro-batch's gradient in its backward pass.
+
+        Args:
+            in_any_stage: in any stage of `batch_size_schedule`. Default False: in this step.
+        """
+        trainer, accumulation = self.trainer, self.trainer.args.gradient_accumulation_steps
+        if in_any_stage and trainer.staged is not None:
+            accumulation = min(stage.accumulation for stage in trainer.staged.stages.stages)
         each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        return trainer.args.world_size > 1 and (each or trainer.args.gradient_accumulation_steps == 1)
+        return trainer.args.world_size > 1 and (each or accumulation == 1)
 
     def count_sequences(self, samples: list[Any]) -> None:
         """Count the sequences of this step; the last step of an epoch may have fewer."""

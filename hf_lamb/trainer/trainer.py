@@ -60,7 +60,7 @@ from hf_lamb.trainer.loss import Count, LossWeighting, attributes
 from hf_lamb.trainer.model_card import args_in_force, complete_model_card, options_of_groups
 from hf_lamb.trainer.noise_scale import NoiseMeasurement, NoiseScale
 from hf_lamb.trainer.phases import PreviousPhase
-from hf_lamb.trainer.staged import StagedTraining
+from hf_lamb.trainer.staged import StagedTraining, refuse_without_schedule
 
 __all__ = ["LambTrainer"]
 
@@ -134,9 +134,8 @@ class LambTrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_configuration(self)
         per_layer = getattr(self.args, "log_trust_ratio_per_layer", False)
-        schedule = getattr(self.args, "batch_size_schedule", None)
-        if schedule is not None:
-            self.staged = StagedTraining(self, schedule)
+        if getattr(self.args, "batch_size_schedule", None) is not None:
+            self.staged = StagedTraining(self)
         # Before the reporters, so that these report the added values.
         first = [TrustRatioCallback(per_layer), SkippedStepsCallback(), *([self.staged] if self.staged else [])]
         self.callback_handler.callbacks[:0] = first
@@ -159,7 +158,11 @@ class LambTrainer(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir)
             self.check_fit(Path(resume_from_checkpoint))
+            if getattr(self.args, "batch_size_schedule", None) is None:
+                refuse_without_schedule(resume_from_checkpoint)
             check_deepspeed_checkpoint(Path(resume_from_checkpoint), stage_of(self), self.args.world_size)
+        if self.staged is not None:
+            self.staged.resumes_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.should_save:
             tidy(Path(output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -239,10 +242,20 @@ class LambTrainer(Trainer):
         checkpoint = args[3]
         load_kept(self.state, checkpoint)
         self.noise_measurement.restore()
-        return self.staged.position(checkpoint) if self.staged and checkpoint else epochs_and_steps
+        return self.staged.begin(checkpoint) if self.staged else epochs_and_steps
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
-        """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches."""
+        """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches.
+
+        Raises:
+            ValueError: the trainer was made without a schedule and now there is one, or the other way round.
+        """
+        schedule = getattr(args, "batch_size_schedule", None)
+        if (schedule is None) != (self.staged is None):  # a hyperparameter search sets options after construction
+            raise ValueError(
+                f"batch_size_schedule {schedule!r} was set after LambTrainer was made: make it with a schedule, such "
+                "as '0:256' for one batch, and change that, or leave it out"
+            )
         values = super().set_initial_training_values(args, dataloader)
         return values if self.staged is None else self.staged.initial_values(args, dataloader, values)
 
@@ -267,6 +280,8 @@ class LambTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         self.noise_measurement.keep()
+        if self.staged is not None:
+            self.staged.keep()
         with self.checkpoints.saving(run_dir):
             super()._save_checkpoint(model, trial)
         if self.args.push_to_hub:
@@ -367,11 +382,16 @@ class LambTrainer(Trainer):
                     f"rate {', '.join(f'{peak:.4g}' for peak in peaks)}, not {rate:.4g} of base_learning_rate"
                 )
             return
+        # The checkpoint's peak may be that of another batch than this schedule's largest: compare at that batch.
+        of_peak = self.staged.largest_of_peak if self.staged is not None and self._made_optimizer else 1.0
+        asked_for = [asked | {"learning_rate": asked["learning_rate"] / of_peak} for asked in self._asked_for]
         differ = {
             f"{name} {in_force_value}, not {asked[name]}": name
-            for group, asked in zip(in_force, self._asked_for, strict=False)
+            for group, asked in zip(in_force, asked_for, strict=False)
             for name, in_force_value in group.items()
-            if name in asked and in_force_value != asked[name]
+            if name in asked
+            and in_force_value != asked[name]
+            and not (name == "learning_rate" and math.isclose(in_force_value, asked[name]))
         }
         if differ and self.args.should_log:
             logger.warning(
@@ -386,7 +406,7 @@ class LambTrainer(Trainer):
             # transformers' schedules store their final rate as a fraction of the requested peak. The checkpoint's peak
             # differs, so compute the fraction again.
             mine, self.lr_scheduler = self.lr_scheduler, None
-            like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1])
+            like_mine = torch.optim.SGD([torch.zeros(1)], lr=peaks[-1] * of_peak)
             schedule = cast(LambdaLR, self.create_scheduler(max_steps, like_mine))
             mine.lr_lambdas = schedule.lr_lambdas * len(mine.base_lrs)
             self.lr_scheduler = mine
