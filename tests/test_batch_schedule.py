@@ -312,6 +312,14 @@ def test_a_stream_goes_on_only_at_a_whole_pass(tmp_path: Path) -> None:
         run.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_whose_batch_is_not_known_is_refused(tmp_path: Path) -> None:
+    saved_run(tmp_path, passes=9, max_steps=1, batch_size_schedule=None).train()
+    (tmp_path / "checkpoint-1/training_args.bin").write_bytes(b"damaged")
+    run = saved_run(tmp_path, passes=9, max_steps=2)
+    with one_line(ValueError, "checkpoint-1 has no training_args.bin that can be read, so its batch is not known"):
+        run.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "older checkpoint"])
 def test_a_run_without_a_schedule_does_not_resume_from_one_with(kept: bool, tmp_path: Path) -> None:
     saved_run(tmp_path, max_steps=1).train()

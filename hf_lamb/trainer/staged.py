@@ -36,7 +36,8 @@ __all__ = ["StagedTraining"]
 logger = logging.getLogger(__name__)
 
 # What reading a damaged training_args.bin raises.
-UNREADABLE = (OSError, EOFError, KeyError, TypeError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError)
+UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, LookupError, TypeError, AttributeError, StopIteration)
+UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class StagedTraining(TrainingLogCallback):
@@ -432,7 +433,7 @@ def written_stages(trainer: LambTrainer, checkpoint: str) -> tuple[BatchStages, 
         ) from error
     processes = len(list(Path(checkpoint).glob("rng_state*.pth")))
     processes //= trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
-    if vars(args.get("accelerator_config", object)).get("split_batches"):
+    if getattr(args.get("accelerator_config"), "split_batches", False):
         processes = 1
     at_once = micro_batch * max(1, processes)
     return batch_stages(args.get("batch_size_schedule") or f"0:{at_once * accumulation}", at_once), at_once
@@ -443,7 +444,7 @@ def written_arguments(checkpoint: str) -> dict[str, Any]:
     with zipfile.ZipFile(os.path.join(checkpoint, "training_args.bin")) as file:
         name = next(name for name in file.namelist() if name.endswith("data.pkl"))
         with file.open(name) as values:
-            return vars(_Values(values).load())
+            return dict(vars(_Values(values).load()))
 
 
 class _Values(pickle.Unpickler):
