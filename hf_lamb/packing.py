@@ -79,7 +79,7 @@ class Packing:
 
 
 class StepCopies(NamedTuple):
-    """Step counts of all pieces of a tensor but the first, which alone advances the tensor's own count."""
+    """Copies of a tensor's step count, one for each of its pieces after the first: a step must count once."""
 
     originals: list[Tensor]
     copies: Tensor

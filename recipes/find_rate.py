@@ -11,24 +11,22 @@ lowest. Both optimizers get equally many trials. If it is stopped, also by SIGKI
 trials are kept. Each trial runs on one device.
 """
 
-import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
 from recipes.pretrain_bert import DEFAULTS, PhaseRun, check_global_batch, parse, parser_of, pretrain
 from recipes.study.rate_report import OPTIM, search_at, write_report
-from recipes.study.sweep import Record, Study, Trial
+from recipes.study.sweep import Record, Study, Trial, trained
 
 # By default a quarter of the recipe's batch and half of its steps, but not more than these.
 LARGEST_BATCH, MOST_STEPS = 256, 2000
@@ -81,13 +79,8 @@ def main() -> None:
 
 
 def search_parser() -> HfArgumentParser:
-    """The parser of the search's own options, which leaves the recipe's alone."""
-    return HfArgumentParser(
-        SearchArguments,
-        description=__doc__.splitlines()[0],
-        epilog="All other options are those of recipes.pretrain_bert: see its --help.",
-        allow_abbrev=False,  # or --optim would be --optimizers
-    )
+    """The parser of the search's own options."""
+    return parser_beside_pretraining(SearchArguments, __doc__.splitlines()[0])
 
 
 def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str], dict[str, Any], dict[str, float]]:
@@ -104,7 +97,7 @@ def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str]
     usual = DEFAULTS[recipe.size or "tiny"]["global_batch_size"]
     short = {"global_batch_size": min(usual // 4, LARGEST_BATCH), "max_steps": min(args.max_steps // 2, MOST_STEPS)}
     options = short | {name: value for name, value in sorted(given.items()) if name not in NO_PART}
-    argv = [*(word for name, value in short.items() for word in (f"--{name}", str(value))), *argv]
+    argv = [*words_of(short), *argv]
     scale = math.sqrt(options["global_batch_size"] / usual)
     rates = {o: parse([*argv, "--optim", OPTIM[o]])[1].learning_rate * scale for o in optimizers}
     return argv, options, {o: float(f"{rate:.3g}") for o, rate in rates.items()}
@@ -118,7 +111,6 @@ def trials_of(study: Study, argv: list[str], is_first: bool) -> Callable[[Trial,
 
     def train(trial: Trial, say: Callable[[str], None]) -> Record:
         folder = study.folder / "running" / f"{trial.optimizer}-{trial.learning_rate!r}"
-        shutil.rmtree(folder, ignore_errors=True)  # what a trial that was killed has left
         own = {
             "optim": OPTIM[trial.optimizer],
             "learning_rate": repr(trial.learning_rate),
@@ -129,21 +121,14 @@ def trials_of(study: Study, argv: list[str], is_first: bool) -> Callable[[Trial,
             "report_to": "none",
             "disable_tqdm": str(not is_first),
         }
-        recipe, args = parse([*argv, *(word for name, value in own.items() for word in (f"--{name}", value))])
+        recipe, args = parse([*argv, *words_of(own)])
         phase = PhaseRun(recipe, args, longest_sequence=recipe.max_seq_length, data=data)
         say("training")
-        found: Record = {"held_out_loss": math.inf, "steps": args.max_steps}
         start = time.perf_counter()
-        try:
-            with (study.folder / "log.txt").open("a") as log, redirect_stdout(log):
-                free(pretrain(phase))
-            found = json.loads((folder / "results.jsonl").read_text())
-        except RuntimeError as error:
-            if "were skipped" not in str(error):  # SkippedStepsCallback's: the run has diverged
-                raise
-        shutil.rmtree(folder, ignore_errors=True)
+        results = trained(lambda: free(pretrain(phase)), folder, study.folder / "log.txt")
+        found: Record = {"steps": args.max_steps} | results
         return {
-            "objective": found["held_out_loss"] if math.isfinite(found["held_out_loss"]) else None,
+            "objective": found["objective"],
             "steps": found["steps"],
             "seconds": round(time.perf_counter() - start, 1),
             "tokens": found["steps"] * recipe.global_batch_size * recipe.max_seq_length,

@@ -9,23 +9,18 @@ factor of two apart, between two worse ones; three fresh seeds judge it. If it i
 finished trials are kept.
 """
 
-import json
-import math
-import shutil
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from hf_lamb.batch_schedule import batch_stages
+from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
 from recipes.pretrain_bert import PhaseRun, check_global_batch, parse, pretrain
 from recipes.study.growth_report import NAMES, results_of, search_of
-from recipes.study.sweep import Record, Study, Trial
+from recipes.study.sweep import Record, Study, Trial, trained
 
 SHORT = {"vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
 MODELS = {"size", "model_type", "model_name_or_path", "config_name"}
@@ -42,7 +37,8 @@ class GrowthArguments:
 def main() -> None:
     """Run the trials that are missing; print the table."""
     try:
-        own, given = parser_of_study().parse_args_into_dataclasses(return_remaining_strings=True)
+        parser = parser_beside_pretraining(GrowthArguments, __doc__.splitlines()[0])
+        own, given = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         if decided := [word for word in given if option_of(word) in DECIDED]:
             raise ValueError(f"{decided[0]}: leave it out, it is what this recipe varies")
         is_first = be_one_process()
@@ -70,20 +66,6 @@ def main() -> None:
             print("\n".join(results_of(records)))
     except (ValueError, OSError) as error:
         sys.exit(f"grow_batch: {' '.join(str(error).split())}")
-
-
-def parser_of_study() -> HfArgumentParser:
-    """The parser of the recipe's own option, which leaves the pretraining's alone."""
-    return HfArgumentParser(
-        GrowthArguments,
-        description=__doc__.splitlines()[0],
-        epilog="All other options are those of recipes.pretrain_bert: see its --help.",
-        allow_abbrev=False,
-    )
-
-
-def words_of(options: dict[str, object]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def option_of(word: str) -> str:
@@ -115,7 +97,6 @@ def trials_of(study: Study, argv: list[str]) -> Callable[[Trial, Callable[[str],
 
     def train(trial: Trial, say: Callable[[str], None]) -> Record:
         folder = study.folder / f"running-{trial.setting}-{trial.learning_rate!r}-{trial.seed}"
-        shutil.rmtree(folder, ignore_errors=True)  # what a trial that was killed has left
         schedule, steps = schedules(batch, args.max_steps)[trial.setting]
         own = {
             "batch_size_schedule": schedule,
@@ -135,18 +116,9 @@ def trials_of(study: Study, argv: list[str]) -> Callable[[Trial, Callable[[str],
         getattr(data.train, "documents", data.train).seed = trial.seed  # of the masks, also in packed rows
         phase = PhaseRun(recipe_of_trial, args_of_trial, longest_sequence=recipe.max_seq_length, data=data)
         say("training")
-        found: Record = {"held_out_loss": math.inf}
-        try:
-            with (study.folder / "log.txt").open("a") as log, redirect_stdout(log):
-                trainer = pretrain(phase)
-                free(trainer)
-            found = json.loads((folder / "results.jsonl").read_text())
-        except RuntimeError as error:
-            if "were skipped" not in str(error):  # SkippedStepsCallback's: the run has diverged
-                raise
-        shutil.rmtree(folder, ignore_errors=True)
+        found = trained(lambda: free(pretrain(phase)), folder, study.folder / "log.txt")
         return {
-            "objective": found["held_out_loss"] if math.isfinite(found["held_out_loss"]) else None,
+            "objective": found["objective"],
             "steps": steps,
             "sequences": batch_stages(schedule, study.facts["per_device_train_batch_size"]).sequences(steps),
             "parameters": found.get("model", {}).get("parameters"),

@@ -37,6 +37,14 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     pretrain_bert.main()
 
 
+def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The comparison of optimizers in this process, as its command line would run it."""
+    from recipes import compare_optimizers
+
+    monkeypatch.setattr(sys, "argv", ["compare_optimizers", *arguments])
+    compare_optimizers.main()
+
+
 def says(line: str, message: str) -> None:
     """One line with all of `message`, the value and the remedy, in whatever order.
 

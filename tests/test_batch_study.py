@@ -20,15 +20,11 @@ from recipes.lib.optimizers import Muon, new_optimizer
 from recipes.study import batch_report
 from recipes.study.batch_study import FIRST_RATES, HALF_LIFE, beta2_of, runs_of, sequences_for, study_of
 from recipes.study.sweep import TUNING_SEED, Record, Trial, read_records, trial_of
+from tests.helpers import compare
 
 SMALL = ["--study", "--optimizers", "lamb", "muon", "--batch_sizes", "4", "16", "--size", "smoke"]
 SMALL += ["--vocab_size", "400", "--max_seq_length", "16", "--train_sequences", "64", "--micro_batch_size", "4"]
 SMALL += ["--eval_sequences", "16", "--evaluations", "2", "--seeds", "2"]
-
-
-def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare_optimizers", *arguments])
-    compare_optimizers.main()
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,11 @@ from recipes.lib.optimizers import new_optimizer, rate_factor, trust_ratios
 from recipes.study import compare_report
 from recipes.study.compare_report import Cell, fitted, rows_of, steps_to, target_rows
 from recipes.study.sweep import Record, Trial, Tuned, read_records, trial_of
-from tests.helpers import torchrun
+from tests.helpers import compare, torchrun
 
 SMALL = ["--use_cpu", "True", "--optimizers", "lamb", "adamw", "--batch_sizes", "4", "8", "--vocab_size", "400"]
 SMALL += ["--max_seq_length", "16", "--train_sequences", "64", "--micro_batch_size", "4", "--eval_sequences", "16"]
 SMALL += ["--evaluations", "2", "--seeds", "2", "--min_steps", "10"]
-
-
-def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare_optimizers", *arguments])
-    compare_optimizers.main()
 
 
 @pytest.fixture(scope="module")

@@ -244,9 +244,14 @@ def kept_apart(state: TrainerState) -> Iterator[dict[str, Any]]:
 
 def load_kept(state: TrainerState, checkpoint: str | None) -> None:
     """Put LambTrainer's entries of a checkpoint back into the state."""
-    file = Path(checkpoint or "", KEPT_FILE)
-    if checkpoint and file.is_file():
-        state.stateful_callbacks.update(json.loads(file.read_text(encoding="utf-8")))  # type: ignore[union-attr]
+    if checkpoint and (kept := read_kept(checkpoint)):
+        state.stateful_callbacks.update(kept)  # type: ignore[union-attr]
+
+
+def read_kept(checkpoint: str) -> dict[str, Any]:
+    """Return LambTrainer's entries of a checkpoint, none of another trainer's."""
+    file = Path(checkpoint, KEPT_FILE)
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _why(error: Exception, folder: str | os.PathLike[str]) -> str:

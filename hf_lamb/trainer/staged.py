@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from hf_lamb.batch_schedule import BatchStages, Stage, batch_stages
 from hf_lamb.lamb import Lamb
 from hf_lamb.scaling import norm_growth, scaled_learning_rate
 from hf_lamb.trainer.callbacks import TrainingLogCallback, add_to_logs
-from hf_lamb.trainer.checkpoints import KEPT_FILE, CheckpointError
+from hf_lamb.trainer.checkpoints import CheckpointError, read_kept
 from hf_lamb.trainer.loss import attributes
 
 if TYPE_CHECKING:
@@ -133,8 +132,7 @@ class StagedTraining(TrainingLogCallback):
         if self.resumes_from is None:
             return 0, 0, 0
         state = TrainerState.load_from_json(os.path.join(self.resumes_from, "trainer_state.json"))
-        done = state.epoch or 0.0
-        return state.global_step, int(done), round((done - int(done)) * micro_batches)
+        return state.global_step, *epoch_and_micro_batches(state, micro_batches)
 
     def _say(self, stages: BatchStages, max_steps: int, examples: int, micro_batches: int | None) -> None:
         if not self.trainer.args.should_log or stages == self._said:
@@ -188,11 +186,10 @@ class StagedTraining(TrainingLogCallback):
 
     def position(self, checkpoint: str) -> tuple[int, int]:
         """Return the epoch, and the micro-batches of it, that the checkpoint's run was trained on."""
-        done = self.trainer.state.epoch or 0.0
-        micro_batches, epoch = self._micro_batches, int(done)
         if self._stream:
             return self._position_in_stream(checkpoint)
-        return epoch, 0 if self.trainer.args.ignore_data_skip else round((done - epoch) * micro_batches)
+        epoch, micro_batches = epoch_and_micro_batches(self.trainer.state, self._micro_batches)
+        return epoch, 0 if self.trainer.args.ignore_data_skip else micro_batches
 
     def _position_in_stream(self, checkpoint: str) -> tuple[int, int]:
         state, kept, at_once = self.trainer.state, self._kept(), self.trainer.sequences_at_once()
@@ -323,12 +320,14 @@ class StagedTraining(TrainingLogCallback):
 
     def _of_peak(self, batch: int) -> float:
         """Return the rate of a batch as a fraction of the optimizer's peak rate."""
+        return self._scaled(1.0, self._rate_batch or self.stages.largest, batch)
+
+    def _scaled(self, rate: float, of_batch: int, batch: int) -> float:
+        """Return the rate of a batch, given that of another one; the same if rates do not follow the batch."""
         args: Any = self.trainer.args
         if not self.trainer.learning_rate_why:
-            return 1.0
-        return scaled_learning_rate(
-            1.0, self._rate_batch or self.stages.largest, batch, args.learning_rate_scaling
-        ).learning_rate
+            return rate
+        return scaled_learning_rate(rate, of_batch, batch, args.learning_rate_scaling).learning_rate
 
     @property
     def largest_of_peak(self) -> float:
@@ -355,26 +354,12 @@ class StagedTraining(TrainingLogCallback):
                 group["lr"] = rate
         scheduler._last_lr = rates
 
-    def rate_at(self, step: int, rate: float) -> float:
-        """Return the rate of a step before warm-up and decay.
-
-        Args:
-            step: the step, counted from 0.
-            rate: that of the largest batch.
-        """
-        args: Any = self.trainer.args
-        if not self.trainer.learning_rate_why:
-            return rate
-        stages = self.stages
-        return scaled_learning_rate(
-            rate, stages.largest, stages.at(step).batch_size, args.learning_rate_scaling
-        ).learning_rate
-
     def norm_growth(self, rate: float, max_steps: int) -> float:
         """Return `hf_lamb.scaling.norm_growth` of a run with this rate at the largest batch."""
+        stages = self.stages
         return sum(
-            norm_growth(self.rate_at(stage.first_step, rate), max_steps, stage.first_step, end)
-            for stage, end in self.stages.within(max_steps)
+            norm_growth(self._scaled(rate, stages.largest, stage.batch_size), max_steps, stage.first_step, end)
+            for stage, end in stages.within(max_steps)
         )
 
 
@@ -394,15 +379,18 @@ class Batches(Iterator[Any]):
         return bool(first)
 
 
+def epoch_and_micro_batches(state: TrainerState, micro_batches: int) -> tuple[int, int]:
+    """Return the whole epochs that are done, and the micro-batches of the next one, which has `micro_batches`."""
+    done = state.epoch or 0.0
+    return int(done), round((done - int(done)) * micro_batches)
+
+
 # -- the run that wrote a checkpoint ----------------------------------------------------------------------------------
 
 
 def refuse_without_schedule(checkpoint: str) -> None:
     """Raise CheckpointError if a checkpoint's run had a schedule: Trainer would resume elsewhere in the data."""
-    file, schedule = Path(checkpoint, KEPT_FILE), None
-    if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8")).get("batch_schedule", {})
-        schedule = kept.get("attributes", {}).get("schedule")
+    schedule = read_kept(checkpoint).get("batch_schedule", {}).get("attributes", {}).get("schedule")
     if schedule is None:
         with suppress(*UNREADABLE):
             schedule = written_arguments(checkpoint).get("batch_size_schedule")

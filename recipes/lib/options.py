@@ -11,6 +11,21 @@ from transformers.hf_argparser import string_to_bool
 from hf_lamb.scaling import did_you_mean
 
 
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """The words of the command line that give these options."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def parser_beside_pretraining(own: Any, description: str) -> HfArgumentParser:
+    """The parser of a recipe's own options, which leaves those of recipes.pretrain_bert alone."""
+    return HfArgumentParser(
+        own,
+        description=description,
+        epilog="All other options are those of recipes.pretrain_bert: see its --help.",
+        allow_abbrev=False,  # or an option of the pretraining, such as --optim, would be one of these: --optimizers
+    )
+
+
 def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """The dataclasses of the parser. Raises ValueError, with the nearest name, for an option that there is not."""
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

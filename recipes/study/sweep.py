@@ -8,9 +8,10 @@ gives each a device): each claims a trial with a file lock, which ends with the 
 import fcntl
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -209,6 +210,25 @@ def trial_of(record: Record) -> Trial:
 def objective_of(record: Record) -> float:
     """What the search minimises; inf where the run diverged."""
     return math.inf if record["objective"] is None else record["objective"]
+
+
+def trained(train: Callable[[], Any], folder: Path, log: Path) -> Record:
+    """What a run of recipes.pretrain_bert leaves in its results.jsonl, and its held-out loss as the objective.
+
+    train: runs it with `folder` as output directory, which is gone afterwards. log: the file for what it prints. A run
+    that has diverged has no objective, and no other results if it has stopped.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # what a trial that was killed has left
+    found: Record = {"held_out_loss": math.inf}
+    try:
+        with log.open("a") as file, redirect_stdout(file):
+            train()
+        found = json.loads((folder / "results.jsonl").read_text())
+    except RuntimeError as error:
+        if "were skipped" not in str(error):  # SkippedStepsCallback's: the run has diverged
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return found | {"objective": found["held_out_loss"] if math.isfinite(found["held_out_loss"]) else None}
 
 
 def shuffled(rows: int, wanted: int, seed: int) -> Tensor:
