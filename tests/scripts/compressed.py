@@ -15,6 +15,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -57,10 +58,14 @@ def main() -> None:
             path.write_text(json.dumps({"parameters": numbers, "bytes_per_step": sent, **metrics}))
         return metrics
 
-    accelerate_loop.forward_and_backward, accelerate_loop.evaluate = first_step, after_the_last
-    accelerate_loop.check_hook = lambda *_: None
-    default_hooks.bf16_compress_hook.__name__ = "bf16_compress_hook_on_gloo"
-    accelerate_loop.main()
+    replaced = {"forward_and_backward": first_step, "evaluate": after_the_last, "check_hook": lambda *_: None}
+    hook = default_hooks.bf16_compress_hook
+    hook.__name__, name = "bf16_compress_hook_on_gloo", hook.__name__
+    try:  # undone at the end: tests/test_readme.py calls this in the process of other tests
+        with mock.patch.multiple(accelerate_loop, **replaced):
+            accelerate_loop.main()
+    finally:
+        hook.__name__ = name
 
 
 if __name__ == "__main__":
