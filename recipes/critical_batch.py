@@ -271,7 +271,6 @@ def arguments_of(
         report_to="none",
         disable_tqdm=True,
         log_noise_scale=False,
-        dataloader_drop_last=True,
         seed=own.seed,
         use_cpu=own.use_cpu or not torch.accelerator.is_available(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not own.use_cpu,

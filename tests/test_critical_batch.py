@@ -12,9 +12,10 @@ from transformers import TrainerCallback
 
 from hf_lamb.scaling import scaled_learning_rate
 from recipes import critical_batch
+from recipes.lib.corpus import load_documents
 from recipes.study.critical_report import critical_batch as largest_without_loss
 from recipes.study.critical_report import sentence, smoothed
-from tests.helpers import pretrain, says
+from tests.helpers import on_processes, pretrain, says
 
 BATCHES = [8, 16, 32]
 TOKENS = 4 * 32 * 32  # four steps of the largest batch
@@ -174,6 +175,25 @@ def test_the_rate_belongs_to_the_batch_in_force(texts: Path, tmp_path: Path, mon
     branches = critical_batch.prepare(*critical_batch.parse())
     assert branches.run["base_batch_size"] == 32
     assert branches.arguments[32].learning_rate == pytest.approx(critical_batch.rate_of(branches.checkpoint))
+
+
+@pytest.mark.distributed
+def test_two_processes_find_the_same(
+    finished: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out loss too, for a number of rows that no pass makes up."""
+    arguments = options(finished, texts, tmp_path / "two")
+    arguments[arguments.index("--batches") : arguments.index("--tokens")] = ["--batches", 16, 32]
+    (tmp_path / "held_out.txt").write_text(load_documents("embedded")[50].text[:23_000])
+    arguments += ["--validation_file", tmp_path / "held_out.txt"]
+    on_processes(2, "recipes.critical_batch", *map(str, arguments))
+    arguments[arguments.index("--output_dir") + 1] = tmp_path / "one"
+    run(monkeypatch, *arguments)
+    assert 32 < len(critical_batch.prepare(*critical_batch.parse()).data.held_out) % 64
+    for two, one in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        assert two["processes"] == 2
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-5)
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
