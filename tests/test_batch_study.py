@@ -20,6 +20,7 @@ from recipes.lib.optimizers import Muon, new_optimizer
 from recipes.study import batch_report
 from recipes.study.batch_study import FIRST_RATES, HALF_LIFE, beta2_of, runs_of, sequences_for, study_of
 from recipes.study.sweep import TUNING_SEED, Record, Trial, read_records, trial_of
+from recipes.study.workers import spawn
 from tests.helpers import compare
 
 SMALL = ["--study", "--optimizers", "lamb", "muon", "--batch_sizes", "4", "16", "--size", "smoke"]
@@ -193,6 +194,14 @@ def test_losing_and_diverging_rows_stay() -> None:
     assert "Muon +1.0" in text
 
 
+def test_a_study_in_which_everything_diverges_is_reported(tmp_path: Path) -> None:
+    records = finished(WHOLE, lambda trial: None)
+    text = in_words(WHOLE, records)
+    assert text.count("| diverged |") >= len(FIRST_RATES) * len(WHOLE.settings)
+    assert "nan" not in text
+    batch_report.draw(batch_report.results_of(WHOLE, records), records, f"{tmp_path}/", 500, None)
+
+
 def test_all_runs_reach_the_target_and_the_fit_goes_through_them(records: list[Record]) -> None:
     text = in_words(WHOLE, records)
     assert "which all runs reach" in text
@@ -311,6 +320,19 @@ def test_bad_input_gets_one_line(
         compare(monkeypatch, *SMALL, "--corpus", str(texts), "--output_dir", str(study), *arguments)
     (line,) = str(exit_.value).splitlines()
     assert message in line
+
+
+def test_a_worker_ends_with_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """What went wrong, such as a full disk, and not where in the code."""
+    with pytest.raises(OSError, match="exit code 1: run the same command again"):
+        spawn(refuse, "no space left on device", 2)
+    said = capfd.readouterr().err
+    assert "no space left on device" in said
+    assert "Traceback" not in said
+
+
+def refuse(reason: str, is_first: bool) -> None:
+    raise OSError(reason)
 
 
 def test_workers_are_not_started_by_processes_that_share_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:

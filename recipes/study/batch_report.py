@@ -94,10 +94,14 @@ def regret(runs: Sequence[Record], tuned_runs: Sequence[Record]) -> Spread:
 
 
 def target_in(results: Results, margin: float | None) -> float:
-    """The loss that steps are counted to: a margin above the smallest batch's best one, or what all runs reach."""
+    """The loss that steps are counted to: a margin above the smallest batch's best one, or what all runs reach.
+
+    nan where every run diverged.
+    """
     if margin is not None:
         return target_of(results.whole, margin)
-    return max(loss for cell in results.whole for run in cell.runs if math.isfinite(loss := objective_of(run)))
+    losses = [objective_of(run) for cell in results.whole for run in cell.runs]
+    return max(filter(math.isfinite, losses), default=math.nan)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -307,8 +311,8 @@ def sections(
         found["tuned"] += conclusions(results, min_steps)
     if rows := carried_rows(results, records):
         found["carried"] = [markdown_table(CARRIED_HEADER, rows)]
-    if any(cell.batch_size == search.settings[0] for cell in results.whole):
-        target = target_in(results, target_margin)
+    has_first = any(cell.batch_size == search.settings[0] for cell in results.whole)
+    if has_first and math.isfinite(target := target_in(results, target_margin)):
         found["targets"] = [markdown_table(TARGET_HEADER, target_rows(results.whole, target))]
         found["targets"] += notes_on_target(results.whole, target, target_margin)
     return found

@@ -1,6 +1,7 @@
 """A study run by several processes: those that accelerate or torchrun has started, or some that this one starts."""
 
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def complete(
 def spawn(work: Callable[[Any, bool], None], arguments: Any, processes: int) -> None:
     """Run `work(arguments, is_first)` in processes of one thread each, which end with this one.
 
-    Raises OSError where one of them was killed.
+    Raises OSError where one of them was killed, or ended with a mistake that it has printed.
     """
     try:
         torch.multiprocessing.spawn(_work, (work, arguments), nprocs=processes)  # type: ignore[no-untyped-call]
@@ -51,4 +52,7 @@ def _work(number: int, work: Callable[[Any, bool], None], arguments: Any) -> Non
     # What torch sends when the first process has died, and what a shell ignores for jobs in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    work(arguments, number == 0)
+    try:
+        work(arguments, number == 0)
+    except (ValueError, OSError) as error:
+        sys.exit(" ".join(str(error).split()))
