@@ -12,7 +12,7 @@ from recipes.lib.report import series
 Log = list[dict[str, Any]]
 
 # A rise of the loss counts if it is larger than both: usual changes from line to line, and a part of the loss.
-USUAL_CHANGES, PART_OF_LOSS = 8, 0.05
+USUAL_CHANGES, PART_OF_LOSS = 6, 0.05
 LINES_BEFORE = 5  # whose median a jump is measured from
 FEW_LINES = 8  # of the training loss are too few to see a jump
 FEW_STEPS = 500  # are too few for a model to learn more than frequencies

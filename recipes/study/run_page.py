@@ -67,13 +67,18 @@ def read_state(file: Path) -> TrainerState:
     """A Trainer's state, with what LambTrainer keeps beside it. Raises ValueError where it cannot be read."""
     beside = file.with_name("lamb_state.json")
     try:
-        state = TrainerState.load_from_json(str(file))
-        state.stateful_callbacks |= json.loads(beside.read_text()) if beside.is_file() else {}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file.parent} holds a JSON file that cannot be read ({error}): give an earlier checkpoint"
-        ) from None
+        state = TrainerState(**read_json(file))
+    except TypeError:
+        raise ValueError(f"{file} is no state of a Trainer: give the output directory of a run") from None
+    state.stateful_callbacks |= read_json(beside) if beside.is_file() else {}
     return state
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): give an earlier checkpoint") from None
 
 
 def run_of(folder: Path, state: TrainerState, record: dict[str, Any] | None) -> Run:
@@ -89,7 +94,7 @@ def run_of(folder: Path, state: TrainerState, record: dict[str, Any] | None) -> 
         options=record.get("options") or options_of(folder),
         batch=record.get("global_batch_size", kept.get("global_batch", {}).get("attributes", {}).get("sequences")),
         unigram_loss=record.get("unigram_loss", data.get("unigram_loss")),
-        vocabulary=json.loads(configs[0].read_text()).get("vocab_size") if configs else None,
+        vocabulary=read_json(configs[0]).get("vocab_size") if configs else None,
     )
 
 
@@ -174,5 +179,5 @@ def noise_scale_of(run: Run) -> str:
         ended = run.last("lamb/noise_scale") is not None
         return "Noise scale: the last line has none, because noise hides the gradient." if ended else NO_NOISE_SCALE
     if batch is None:
-        return f"Noise scale: {number(noise_scale)} sequences. {ESTIMATE}"
+        return f"Noise scale: {number(noise_scale)} sequences; the checkpoint does not say the batch. {ESTIMATE}"
     return f"Noise scale: {noise_scale_in_words(noise_scale, batch)}. {ESTIMATE}"
