@@ -120,6 +120,9 @@ def test_the_recipe_leaves_a_page(finished: Path) -> None:
     assert "Step 8 of 8: the training is complete." in page
     assert page.count('<img src="data:image/png;base64,') == len(list(finished.glob("*.png")))
     assert "8 steps are few" in page
+    assert (
+        "No training loss has been logged: give a lower logging_steps." in page
+    )  # Trainer's lines are 10 steps apart
     assert all(words in page for words in ("Command: python -m ", "<td>guessing by frequency</td>", "viewport"))
     assert not re.findall(r"https?://|<script|<link|url\(", page)
 

@@ -56,6 +56,7 @@ def findings(run: Run) -> list[str]:
         *too_high(run, explained=bool(of_rate)),
         *at_bounds(run.trust_ratios, run.options),
         *far_from_noise_scale(run),
+        *(["No training loss has been logged: give a lower logging_steps."] if run.last("loss") is None else []),
     ]
 
 

@@ -130,9 +130,9 @@ def plain_log(axis: Any) -> None:
 
 
 def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
-    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG; nothing for fewer than two columns.
+    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG.
 
-    Returns whether there is a picture.
+    Returns whether there is a picture: not for fewer than two columns, nor for NaNs alone.
     """
     import matplotlib
 
@@ -141,7 +141,7 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
     from matplotlib.colors import LogNorm
 
     steps, rows = history.get("steps", []), history.get("ratios", {})
-    if len(steps) < 2:
+    if len(steps) < 2 or all(math.isnan(ratio) for row in rows.values() for ratio in row):
         return False
     ratios = [[min(max(ratio, 1e-6), 1e6) for ratio in row] for row in rows.values()]
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.2 * len(ratios)), layout="constrained")

@@ -32,6 +32,7 @@ NO_NOISE_SCALE = (
     "Noise scale: not measured. LambTrainer measures it with accumulation or several processes, unless gradients are "
     "sharded (FSDP, DeepSpeed, tensor parallelism)."
 )
+NO_LONGER = "Noise scale: the last log line has none, because the estimate of the squared gradient was not positive."
 ESTIMATE = "An estimate, mostly too low: python -m recipes.critical_batch CHECKPOINT measures it."
 
 
@@ -177,7 +178,7 @@ def noise_scale_of(run: Run) -> str:
     noise_scale, batch = run.noise_scale, run.last_batch
     if noise_scale is None:
         ended = run.last("lamb/noise_scale") is not None
-        return "Noise scale: the last line has none, because noise hides the gradient." if ended else NO_NOISE_SCALE
+        return NO_LONGER if ended else NO_NOISE_SCALE
     if batch is None:
         return f"Noise scale: {number(noise_scale)} sequences; the checkpoint does not say the batch. {ESTIMATE}"
     return f"Noise scale: {noise_scale_in_words(noise_scale, batch)}. {ESTIMATE}"
