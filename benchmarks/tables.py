@@ -12,8 +12,8 @@ from matplotlib.dates import ConciseDateFormatter
 from benchmarks.gpu_tables import gpu_report
 from benchmarks.records import RESULTS, ROOT, Record, newest, recorded
 from benchmarks.step_tables import step_table
-from recipes.lib.report import no_options
-from recipes.study.plots import legend_below, picture, plain_log
+from recipes.lib.report import no_options, plain_log
+from recipes.study.plots import legend_below, picture
 from recipes.study.tables import write_tables
 
 

@@ -1,6 +1,7 @@
 """What `make docs` makes besides the pages in this folder, and what it checks that MkDocs does not.
 
 * CHANGELOG.md and CONTRIBUTING.md are pages.
+* The notebook is a page (`docs/notebook.py`).
 * Each command has a page with its options (`docs/options.py`).
 * Files of the repository that a page links to (`../recipes/configs/...`) are in the site, so that the link works there
   as it does in the repository.
@@ -15,9 +16,11 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+from docs.notebook import page_of
 from docs.options import COMMANDS, options_page, uri_of
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOK = "notebooks/large_batch.ipynb"
 ROOT_PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 OUTSIDE = re.compile(r"\]\(((?:\.\./)+)([^)#]+)(#[^)]*)?\)")  # a link to a file outside docs/
 LOADED = re.compile(
@@ -37,6 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, name in ROOT_PAGES.items():
         text = re.sub(r"\]\((?!https?:|#)", "](../", (ROOT / name).read_text()).replace("](../docs/", "](")
         files.append(File.generated(config, uri, content=text))
+    files.append(File.generated(config, "large_batch.md", content=page_of(ROOT / NOTEBOOK)))
     for command in COMMANDS:
         files.append(File.generated(config, uri_of(command), content=options_page(command)))
     for page in files.documentation_pages():
@@ -53,6 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point the links to files of the repository at those in the site."""
     up = "../" * page.file.src_uri.count("/")
+    markdown = markdown.replace(f"](../{NOTEBOOK})", f"]({up}large_batch.md)")
     return OUTSIDE.sub(lambda link: f"]({up}files/{link[2]}{link[3] or ''})", markdown)
 
 

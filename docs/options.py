@@ -11,7 +11,7 @@ from unittest.mock import patch
 COMMANDS = (
     *("hf_lamb.run", "hf_lamb.plan", "hf_lamb.conformance", "hf_lamb.sharpness"),
     *("recipes.pretrain_bert", "recipes.find_rate", "recipes.grow_batch", "recipes.critical_batch"),
-    "recipes.accelerate_loop",
+    *("recipes.run_report", "recipes.accelerate_loop"),
     *("recipes.compare_optimizers", "recipes.finetune", "recipes.lstm_mnist", "recipes.sharp_minima"),
 )
 

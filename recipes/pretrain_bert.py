@@ -63,7 +63,8 @@ from recipes.lib.processes import (
     micro_batch_of,
     only_run_in,
 )
-from recipes.lib.report import append_json_line, hardware, plot_training, plot_trust_ratios, provenance
+from recipes.lib.report import append_json_line, hardware, provenance
+from recipes.study.run_page import draw, run_of, write_run_page
 
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
 # ALBERT's published LAMB settings, whose rate and length are not those of the plan paper-4k. base and large want a
@@ -276,11 +277,12 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             output = Path(args.output_dir)
             batch = args.batch_size_schedule or recipe.global_batch_size
             title = f"{recipe.model_name}, {args.optim.value}, batch {batch}"
-            plot_training(trainer.state.log_history, output / "training.png", title, data.unigram_loss)
-            drawn = plot_trust_ratios(trust_ratio_history(trainer.state), output / "trust_ratios.png", title)
+            run = run_of(output, trainer.state, record)
+            pictures = draw(output, run, title)
+            write_run_page(output, run, record, pictures)
             append_json_line(output / "results.jsonl", record)
-            pictures = ["training.png", *["trust_ratios.png"] * drawn]
-            say(summary(record, args.output_dir, pictures, len(data.tokenizer)))
+            files = [*(path.name for path in pictures), "report.html"]
+            say(summary(record, args.output_dir, files, len(data.tokenizer)))
         trainer.accelerator.wait_for_everyone()
     except (CheckpointError, OSError) as error:
         sys.exit(f"pretrain_bert: {error}")

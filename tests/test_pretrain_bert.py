@@ -26,7 +26,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 
 from recipes import pretrain_bert
 from recipes.lib import bert, pretraining, processes
-from recipes.lib.report import plot_trust_ratios
+from recipes.lib.report import plot_training, plot_trust_ratios
 from recipes.lib.tokenizer import train_tokenizer
 from tests.helpers import SMALL, pretrain, torchrun
 
@@ -476,7 +476,7 @@ def test_the_heat_map_is_named_where_there_is_one_and_ends_at_the_last_step(
     monkeypatch.setattr(Path, "replace", lambda *_: None)
     assert not plot_trust_ratios({"steps": [10], "ratios": {"a": [0.1]}}, tmp_path / "a.png", "")
     assert plot_trust_ratios({"steps": [10, 20, 30], "ratios": {"a": [0.1] * 3}}, tmp_path / "a.png", "")
-    pretrain_bert.plot_training([{"step": step, "loss": 1.0} for step in (10, 30)], tmp_path / "a.png", "")
+    plot_training([{"step": step, "loss": 1.0} for step in (10, 30)], tmp_path / "a.png", "")
     assert ends == [(10, 30), (0, 30)]
 
 

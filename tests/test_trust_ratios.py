@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,10 @@ def test_what_stays_wrong_is_said(rows: dict[str, list[float]], words: list[str]
 
 
 def test_an_empty_history_says_nothing(tmp_path: Path) -> None:
-    """Another optimizer than LAMB, or a run without a log line."""
+    """Another optimizer than LAMB, a run without a log line, or NaNs alone."""
     assert trust_ratio_warnings({}) == []
-    plot_trust_ratios({}, tmp_path / "none.png", "")
+    for history in ({}, {"steps": [1, 2], "ratios": {"a": [math.nan] * 2}}):
+        assert not plot_trust_ratios(history, tmp_path / "none.png", "")
     assert not list(tmp_path.iterdir())
 
 

@@ -34,7 +34,7 @@ REPLACED = "_replaced_checkpoints"  # complete ones that are being replaced; the
 
 # Keys of `TrainerState.stateful_callbacks` that belong to LambTrainer. Checkpoints have them in a file of their own,
 # because Trainer warns of entries that belong to no callback of the run.
-KEPT = ("noise_scale", "trust_ratios", "batch_schedule")
+KEPT = ("noise_scale", "trust_ratios", "batch_schedule", "global_batch")
 KEPT_FILE = "lamb_state.json"
 
 # Errors of file systems that do not support an operation: fsync of a folder (SMB, some FUSE and NFS mounts), rename.

@@ -280,6 +280,9 @@ class LambTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
         self.noise_measurement.keep()
+        kept: Any = self.state.stateful_callbacks
+        if kept is not None:  # for reports: Trainer's own files do not say it
+            kept["global_batch"] = {"attributes": {"sequences": self.get_total_train_batch_size(self.args)}}
         if self.staged is not None:
             self.staged.keep()
         with self.checkpoints.saving(run_dir):

@@ -262,6 +262,7 @@ def with_held_out(
         "held_out_sequences": len(blocks),
         "held_out": digest(blocks),
         "packing": arguments.packing,
+        "unigram_loss": unigrams[0],
     }
     lengths = lengths_of(train_blocks, tokenizer.pad_token_id)
     padding = unpacked = 1 - int(lengths.sum()) / (len(lengths) * arguments.max_seq_length)

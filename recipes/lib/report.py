@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import platform
 import sys
 from datetime import UTC, datetime
@@ -48,37 +49,70 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         unfinished.write_text(before + json.dumps(record) + "\n")
 
 
-def plot_training(log_history: list[dict[str, float]], path: Path, title: str, baseline: float | None = None) -> None:
-    """Loss, learning rate and trust ratios over the steps of a run, from `trainer.state.log_history`, as a PNG."""
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, VERMILLION, GRAY = "#0072B2", "#D55E00", "#555555"
+
+
+def plot_training(
+    log_history: list[dict[str, float]],
+    path: Path,
+    title: str,
+    baseline: float | None = None,
+    batch: int | None = None,
+) -> None:
+    """What a run has logged over its steps, from `trainer.state.log_history`, as a PNG.
+
+    Loss and learning rate; also trust ratios, and batch and noise scale, where they are known.
+
+    baseline: the held-out loss of guessing by frequency, of a masked LM. batch: the global batch of a run that logs
+    none, because it does not change.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
+    steps, ratios = series(log_history, "lamb/trust_ratio_median")
+    lines = [line for line in log_history if "loss" in line]
+    batches = [line.get("lamb/batch_size", batch or math.nan) for line in lines]
+    noise_scale = [line.get("lamb/noise_scale", math.nan) for line in lines]  # a line without it is a gap
+    has_batch, has_noise_scale = (not all(map(math.isnan, values)) for values in (batches, noise_scale))
+    rows = 2 + bool(steps) + (has_batch or has_noise_scale)
+    figure, axes = plt.subplots(rows, sharex=True, figsize=(8, 3 * rows), layout="constrained")
     figure.suptitle(title)
-    top.plot(*_series(log_history, "loss"), label="training", linewidth=1)
-    top.plot(*_series(log_history, "eval_loss"), label="held out", marker="o")
+    panels = iter(axes)
+
+    losses = next(panels)
+    losses.plot(*series(log_history, "loss"), label="training", color=BLUE, linewidth=1)
+    losses.plot(*series(log_history, "eval_loss"), label="held out", color=VERMILLION, marker="o")
     if baseline is not None:
-        top.axhline(baseline, label="held out, unigrams", color="gray", linestyle="--")
-    top.set_ylabel("masked-LM loss (nats)")
-    top.legend()
-    middle.plot(*_series(log_history, "learning_rate"))
-    middle.set_ylabel("learning rate")
-    steps, ratios = _series(log_history, "lamb/trust_ratio_median")
+        losses.axhline(baseline, label="held out, unigrams", color=GRAY, linestyle="--")
+    losses.set_ylabel("loss" if baseline is None else "masked-LM loss (nats)")
+    losses.legend()
+    rate = next(panels)
+    rate.plot(*series(log_history, "learning_rate"), color=BLUE)
+    rate.set_ylabel("learning rate")
     if steps:
-        low, high = (_series(log_history, f"lamb/trust_ratio_{end}")[1] for end in ("min", "max"))
-        bottom.fill_between(steps, low, high, alpha=0.25, label="smallest to largest layer")
-        bottom.plot(steps, ratios, label="median layer")
-        bottom.set_yscale("log")
-        bottom.legend()
-        bottom.set_ylabel("trust ratio ‖w‖/‖u‖")
-    else:
-        bottom.text(0.5, 0.5, "no trust ratios: not LAMB", ha="center", transform=bottom.transAxes)
-        bottom.set_yticks([])
-    bottom.set_xlabel("optimizer steps")
+        trust = next(panels)
+        low, high = (series(log_history, f"lamb/trust_ratio_{end}")[1] for end in ("min", "max"))
+        trust.fill_between(steps, low, high, alpha=0.25, color=BLUE, label="smallest to largest layer")
+        trust.plot(steps, ratios, color=BLUE, label="median layer")
+        trust.set_yscale("log")
+        trust.set_ylabel("trust ratio ‖w‖/‖u‖")
+        trust.legend()
+    if has_batch or has_noise_scale:
+        samples, at = next(panels), [line["step"] for line in lines]
+        if has_batch:
+            samples.plot(at, batches, label="global batch", color=BLUE, drawstyle="steps-pre")
+        if has_noise_scale:
+            samples.plot(at, noise_scale, label="noise scale", color=VERMILLION, linestyle="--")
+        samples.set_yscale("log")
+        plain_log(samples.yaxis)
+        samples.set_ylabel("sequences")
+        samples.legend()
+    axes[-1].set_xlabel("optimizer steps")
     if log_history:
-        bottom.set_xlim(0, max(1, *(line["step"] for line in log_history)))
+        axes[-1].set_xlim(0, max(1, *(line["step"] for line in log_history)))
     try:
         with atomic_write(path) as unfinished:
             figure.savefig(unfinished, format="png", dpi=120)
@@ -86,10 +120,19 @@ def plot_training(log_history: list[dict[str, float]], path: Path, title: str, b
         plt.close(figure)
 
 
-def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
-    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG; nothing for fewer than two columns.
+def plain_log(axis: Any) -> None:
+    """A logarithmic axis labelled with ordinary numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    Returns whether there is a picture.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
+    """A heat map, layers x steps, of `hf_lamb.trust_ratio_history`, as a PNG.
+
+    Returns whether there is a picture: not for fewer than two columns, nor for NaNs alone.
     """
     import matplotlib
 
@@ -98,9 +141,9 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
     from matplotlib.colors import LogNorm
 
     steps, rows = history.get("steps", []), history.get("ratios", {})
-    if len(steps) < 2:
+    if len(steps) < 2 or all(math.isnan(ratio) for row in rows.values() for ratio in row):
         return False
-    ratios = [[max(ratio, 1e-6) for ratio in row] for row in rows.values()]
+    ratios = [[min(max(ratio, 1e-6), 1e6) for ratio in row] for row in rows.values()]
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.2 * len(ratios)), layout="constrained")
     figure.suptitle(title)
     mesh = axes.pcolormesh(steps, range(len(ratios)), ratios, norm=LogNorm(), cmap="viridis", shading="nearest")
@@ -117,7 +160,8 @@ def plot_trust_ratios(history: dict[str, Any], path: Path, title: str) -> bool:
     return True
 
 
-def _series(log_history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+def series(log_history: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of what was logged under a key."""
     points = [(line["step"], line[key]) for line in log_history if key in line]
     return [step for step, _ in points], [value for _, value in points]
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipes.lib.optimizers import NAMES
+from recipes.lib.report import plain_log
 from recipes.study import html_report
-from recipes.study.plots import COLOURS, MARKERS, legend_below, picture, plain_log, sign, style_of, u_curves
+from recipes.study.plots import COLOURS, MARKERS, legend_below, picture, sign, style_of, u_curves
 from recipes.study.sweep import (
     Record,
     Search,

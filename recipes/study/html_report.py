@@ -69,6 +69,10 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def bullets(lines: Sequence[str]) -> str:
+    return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of text; a table too wide for the screen scrolls by itself."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)

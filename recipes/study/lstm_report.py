@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from recipes.lib.optimizers import NAMES
+from recipes.lib.report import plain_log
 from recipes.study import html_report
-from recipes.study.plots import COLOURS, legend_below, picture, plain_log, sign, u_curves
+from recipes.study.plots import COLOURS, legend_below, picture, sign, u_curves
 from recipes.study.sweep import (
     Record,
     Search,

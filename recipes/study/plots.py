@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter
 
 from recipes.lib.optimizers import NAMES
 from recipes.lib.report import atomic_write
@@ -58,13 +58,6 @@ def sign(label: str, marker: Any, **style: Any) -> Line2D:
 
 def style_of(optimizer: str) -> dict[str, Any]:
     return {"color": COLOURS[optimizer], "marker": MARKERS[optimizer], "markersize": 5}
-
-
-def plain_log(axis: Any) -> None:
-    """A logarithmic axis labelled with ordinary numbers at 1, 2 and 5 times the powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def u_curves(

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from recipes.lib.optimizers import NAMES
-from recipes.lib.report import atomic_write
-from recipes.study.plots import legend_below, picture, plain_log, style_of
+from recipes.lib.report import atomic_write, plain_log
+from recipes.study.plots import legend_below, picture, style_of
 from recipes.study.sweep import Record, Search, Study, Tuned, hardware_of, objective_of, trial_of, tuned
 from recipes.study.tables import TUNED, markdown_table, tuned_cells
 
