@@ -67,8 +67,8 @@ from recipes.lib.report import append_json_line, hardware, plot_training, plot_t
 
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
 # ALBERT's published LAMB settings, whose rate and length are not those of the plan paper-4k. base and large want a
-# corpus of their own. tiny and mini were tried on the embedded corpus; smoke has what compare_optimizers found for
-# batch 32, and micro is the model of docs/study.md with the rate of smoke by the √ rule.
+# corpus of their own. tiny and mini were tried on the embedded corpus; smoke is the model of compare_optimizers with a
+# rate between its two best at batch 32, and micro is that of docs/study.md with the rate of smoke by the √ rule.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         max_seq_length=32, global_batch_size=32, max_steps=1000, warmup_steps=100, learning_rate=2e-2, vocab_size=512
