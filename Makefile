@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
-.PHONY: help setup pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
+.PHONY: help setup first pretrain compare lstm finetune sharp-minima test coverage test-peers test-slow test-distributed \
 	test-deepspeed sharding-report kill-test bench gpu-proof lint format types docs release check clean
 
 help:  ## list the targets
@@ -19,8 +19,12 @@ $(VENV)/.installed: pyproject.toml setup.cfg $(CONSTRAINTS)
 	$(RUN) pip install --quiet --constraint $(CONSTRAINTS) --editable '.[recipes,dev]'
 	@touch $@
 
+# On one thread: a model this small gains nothing from two.
+first: setup  ## a first result: pretrain a very small BERT with LAMB on the embedded corpus (less than a minute)
+	@OMP_NUM_THREADS=1 exec $(RUN) recipes.pretrain_bert --size smoke --resume_from_checkpoint auto $(ARGS)
+
 # In the shell's place, so that a signal to make ends the training; started again, it goes on.
-pretrain: setup  ## pretrain a small BERT with LAMB on the embedded corpus (ARGS="--size mini" for more)
+pretrain: setup  ## the same with a small BERT (minutes; ARGS="--size mini" for more)
 	@OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) exec $(RUN) recipes.pretrain_bert --resume_from_checkpoint auto $(ARGS)
 
 # As many processes as cores, a thread each; on GPUs, see docs/several_gpus.md.

@@ -234,7 +234,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
         from recipes.lib.metrics import Classification
     except ImportError as error:
-        raise ValueError(f"{error}: pip install 'hf_lamb[recipes]'") from None
+        raise ValueError(f"{error}: pip install -e '.[recipes]'") from None
 
     def texts(examples: Sequence[Example]) -> list[str]:
         return [f"{example.text} {example.pair or ''}" for example in examples]

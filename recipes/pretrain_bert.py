@@ -68,10 +68,12 @@ from recipes.study.run_page import draw, run_of, write_run_page
 
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
 # ALBERT's published LAMB settings, whose rate and length are not those of the plan paper-4k. base and large want a
-# corpus of their own. tiny and mini were tried on the embedded corpus; smoke learns next to nothing, and micro is the
-# model of docs/study.md with the rate of smoke by the √ rule.
+# corpus of their own. tiny and mini were tried on the embedded corpus; smoke is the model of compare_optimizers with a
+# rate between its two best at batch 32, and micro is that of docs/study.md with the rate of smoke by the √ rule.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "smoke": dict(max_seq_length=32, global_batch_size=32, max_steps=30, warmup_steps=3, learning_rate=2e-2),
+    "smoke": dict(
+        max_seq_length=32, global_batch_size=32, max_steps=1000, warmup_steps=100, learning_rate=2e-2, vocab_size=512
+    ),
     "micro": dict(max_seq_length=32, global_batch_size=128, max_steps=2000, warmup_steps=200, learning_rate=4e-2),
     "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=2400, warmup_steps=240, learning_rate=1e-2),
     "mini": dict(max_seq_length=128, global_batch_size=256, max_steps=3000, warmup_steps=300, learning_rate=1e-2),
@@ -473,17 +475,19 @@ def parse(
     defaults["warmup_steps"] = round(share * steps) if steps > 0 else share
     devices = int(os.environ.get("WORLD_SIZE", 1))
     folder_name = Path(other).absolute().name if other else size
+    smoke = size == "smoke" and not other
+    few = 0 < steps < FEW_STEPS
     parser = parser_of()
     parser.set_defaults(
         **defaults,
         output_dir=f"runs/pretrain_bert/{Path(early.plan).stem if early.plan else folder_name}-{early.optim}",
         per_device_train_batch_size=micro_batch_of(global_batch, devices),
-        per_device_eval_batch_size=32,
-        logging_steps=10,
+        per_device_eval_batch_size=256 if smoke else 32,
+        logging_steps=50 if smoke and not few else 10,
         eval_strategy="steps",
         eval_on_start=early.model_name_or_path is not None,
-        eval_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
-        save_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
+        eval_steps=0.5 if few else 0.2 if smoke else 0.1,
+        save_steps=0.5 if few else 0.1,
         save_total_limit=2,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
         use_cpu=not torch.accelerator.is_available(),

@@ -22,7 +22,7 @@ from tests.test_sharding import CLIPPED, FLOAT32
 
 NO_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles an extension: install g++")
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(900), NO_COMPILER]
-pytest.importorskip("deepspeed", reason="pip install 'hf_lamb[deepspeed]'")
+pytest.importorskip("deepspeed", reason="pip install -e '.[deepspeed]'")
 
 FLAT = ["zero1", "zero2", "zero1_round_robin", "zero2_round_robin", "zero2_aligned", "zero2_offload"]
 ONE_BY_ONE = ["zero3", "zero3_subgroups", "zero3_offload"]

@@ -84,7 +84,7 @@ def test_the_recipe_and_the_plan_take_its_file(
     rate = yaml.safe_load(file.read_text())["base_learning_rate"]
     (phase,) = pretrain_bert.parse_phases(["--plan", str(file), "--output_dir", str(tmp_path / "run"), "--use_cpu"])
     assert (phase.recipe.size, phase.recipe.vocab_size, phase.recipe.global_batch_size) == ("smoke", 400, 32)
-    assert (phase.args.base_learning_rate, phase.args.base_batch_size, phase.args.max_steps) == (rate, BATCH, 30)
+    assert (phase.args.base_learning_rate, phase.args.base_batch_size, phase.args.max_steps) == (rate, BATCH, 1000)
 
     plan.main(["--global_batch_size", "4096", "--rate", str(file), "--output", str(tmp_path / "plan.yaml")])
     planned = plan.read_plan(tmp_path / "plan.yaml")

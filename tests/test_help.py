@@ -37,7 +37,7 @@ def help_of(name: str, *arguments: str, capsys: pytest.CaptureFixture[str], monk
 
 def test_the_programs_are_found() -> None:
     assert {"recipes.pretrain_bert", "hf_lamb.run", "hf_lamb.plan", "hf_lamb.sharpness"} <= set(programs())
-    assert {"benchmarks.tables", "recipes.readme", "tests.scripts.sharding_report"} <= set(programs())
+    assert {"benchmarks.tables", "recipes.tables_in_docs", "tests.scripts.sharding_report"} <= set(programs())
 
 
 @pytest.mark.parametrize("name", programs())

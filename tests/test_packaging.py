@@ -1,5 +1,6 @@
 """Protects what is shipped and what importing it costs."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -121,3 +122,10 @@ def test_no_exact_pins_outside_constraints() -> None:
     requirements = [project["dependencies"], *project["optional-dependencies"].values()]
     assert not [r for listed in requirements for r in listed if "==" in r.partition(";")[0]]
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+
+
+def test_no_text_installs_hf_lamb_from_pypi() -> None:
+    """It is not there: a message names a package that is, or an extra of the clone: `.[recipes]`."""
+    texts = {name: (ROOT / name).read_text() for name in TRACKED if name.endswith((".py", ".md", ".yaml", ".yml"))}
+    assert texts
+    assert [name for name, text in texts.items() if re.search(r"pip install '?hf_lamb\b", text)] == []

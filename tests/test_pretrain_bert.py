@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
 from recipes import pretrain_bert
+from recipes.compare_optimizers import CompareArguments
 from recipes.lib import bert, pretraining, processes
 from recipes.lib.report import plot_training, plot_trust_ratios
 from recipes.lib.tokenizer import train_tokenizer
@@ -355,6 +356,25 @@ def test_the_lock_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_warmup_of_a_size_is_a_share(arguments: list[str], warmup: float) -> None:
     """A given one stays."""
     assert pretrain_bert.parse(arguments)[1].warmup_steps == warmup
+
+
+def test_the_first_run_has_the_model_of_the_comparison() -> None:
+    """So that its loss stands beside that table; few evaluations and lines, for a minute on a slow core."""
+    recipe, args = pretrain_bert.parse(["--size", "smoke"])
+    other = CompareArguments()
+    for name in ("size", "corpus", "vocab_size", "max_seq_length"):
+        assert getattr(recipe, name) == getattr(other, name), name
+    assert args.max_steps * recipe.global_batch_size <= other.train_sequences
+    assert args.max_steps / args.eval_steps <= 5
+    assert args.max_steps / args.logging_steps <= 20
+    assert pretrain_bert.parse(["--size", "smoke", "--vocab_size", "400"])[0].vocab_size == 400
+    assert pretrain_bert.parse(["--model_type", "bert"])[0].vocab_size == pretrain_bert.parse([])[0].vocab_size
+
+
+def test_a_named_tokenizer_may_have_more_tokens_than_the_size_would_train(finished: Path) -> None:
+    """--vocab_size is of a tokenizer that is trained: a run with another one resumes."""
+    named = pretraining.PretrainingArguments(size=None, tokenizer_name=str(finished), vocab_size=300)
+    assert len(pretraining.tokenizer_for(named, [], str(finished / "checkpoint-8"))) == 400
 
 
 @pytest.mark.parametrize(

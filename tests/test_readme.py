@@ -22,7 +22,7 @@ import hf_lamb
 from benchmarks import scaling_model, tables
 from docs.options import COMMANDS, options_page, parser_of
 from hf_lamb import plan
-from recipes import critical_batch, find_rate, pretrain_bert, readme
+from recipes import critical_batch, find_rate, pretrain_bert, tables_in_docs
 from recipes.lib.bert import SIZES
 from recipes.study.tables import filled
 from tests.scripts import sharding_report
@@ -105,7 +105,7 @@ def test_what_a_command_line_names_exists(line: str) -> None:
         assert set(",".join(re.findall(r"\[(.*?)\]", line)).split(",")) <= {*extras, ""}
     elif "train.py" in words:  # the complete script, which its page has
         assert python_of("complete_script.md")
-    elif words[0] in ("export", "tensorboard"):
+    elif words[0] in ("curl", "export", "tensorboard"):
         pass  # no program of ours
     else:
         module = next(word for option, word in pairwise(words) if option == "-m")
@@ -223,7 +223,7 @@ def test_every_public_name_has_its_entry() -> None:
 def test_every_program_has_its_page_of_options() -> None:
     """But for those that write what is committed."""
     users = {name for name in programs() if name.startswith(("hf_lamb.", "recipes."))}
-    assert users - set(COMMANDS) == {"recipes.readme", "recipes.data.make_corpus"}
+    assert users - set(COMMANDS) == {"recipes.tables_in_docs", "recipes.data.make_corpus"}
 
 
 def test_a_page_of_options_is_that_of_the_parser() -> None:
@@ -246,17 +246,17 @@ def test_the_sharding_table_is_the_recorded_one() -> None:
     assert filled(DOCS["sharding.md"], table) == DOCS["sharding.md"]
 
 
-@pytest.mark.parametrize("page", readme.PAGES)
+@pytest.mark.parametrize("page", tables_in_docs.PAGES)
 def test_the_tables_of_results_are_the_recorded_ones(page: str) -> None:
-    """Generated: `python -m recipes.readme` writes them."""
+    """Generated: `python -m recipes.tables_in_docs` writes them."""
     text = (ROOT / page).read_text()
-    assert filled(text, readme.results_in(page)) == text
+    assert filled(text, tables_in_docs.results_in(page)) == text
 
 
 def test_the_tables_of_the_study_are_the_recorded_ones() -> None:
-    """Generated: `python -m recipes.readme` writes them, and the pictures that the page shows."""
+    """Generated: `python -m recipes.tables_in_docs` writes them, and the pictures that the page shows."""
     text = (ROOT / "docs/study.md").read_text()
-    assert filled(text, readme.studies()) == text
+    assert filled(text, tables_in_docs.studies()) == text
     assert all((ROOT / "docs" / name).exists() for name in re.findall(r"\]\((study_\S+\.png)\)", text))
 
 
@@ -273,9 +273,10 @@ def test_the_table_of_predictions_is_the_models() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "index.md"])
-def test_the_score_of_make_pretrain_is_the_recorded_one(page: str) -> None:
-    (line,) = (ROOT / "recipes/results/pretrain_bert.jsonl").read_text().splitlines()
-    run = json.loads(line)
+@pytest.mark.parametrize("size", ["smoke", "tiny"])
+def test_the_scores_of_make_first_and_make_pretrain_are_the_recorded_ones(page: str, size: str) -> None:
+    runs = map(json.loads, (ROOT / "recipes/results/pretrain_bert.jsonl").read_text().splitlines())
+    (run,) = (run for run in runs if run["size"] == size)
     loss, unigrams = run["held_out_loss"], run["unigram_loss"]
     numbers = [f"{number:.3f}" for number in (loss, unigrams, unigrams - loss)]
     numbers += [f"{run[accuracy]:.1%}" for accuracy in ("held_out_accuracy", "unigram_accuracy")]

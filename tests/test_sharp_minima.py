@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from recipes import sharp_minima
-from recipes.readme import RESULTS
 from recipes.sharp_minima import kept
 from recipes.study import sharp_minima_bert, sharp_minima_report
 from recipes.study import sharp_minima_digits as digits
 from recipes.study.sharp_minima_digits import LARGE, SMALL, Run, train_to_target
+from recipes.tables_in_docs import RESULTS
 
 RECORDS = [json.loads(line) for line in (RESULTS / "sharp_minima.jsonl").read_text().splitlines()]
 

@@ -37,7 +37,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("pip install 'hf_lamb[recipes]': the plots need matplotlib") from None
+        raise ValueError("pip install matplotlib: the plots need it") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -63,7 +63,7 @@ def digits() -> Images:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("the digits come with scikit-learn: pip install 'hf_lamb[recipes]'") from None
+        raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from None
     found = load_digits()
     return Images(torch.from_numpy(found.images / 16).float(), torch.from_numpy(found.target).long())
 

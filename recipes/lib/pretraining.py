@@ -200,7 +200,7 @@ def _tokenizer_for(
                 "go on from there, or name another --output_dir"
             )
         asked = arguments.vocab_size
-        if asked != PretrainingArguments.vocab_size and len(own) > asked:
+        if arguments.tokenizer_name is None and asked != PretrainingArguments.vocab_size and len(own) > asked:
             raise ValueError(
                 f"--vocab_size {asked}: the tokenizer of {checkpoint} has {len(own)} tokens, so leave --vocab_size "
                 "out to go on from there, or name another --output_dir"

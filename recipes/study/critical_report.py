@@ -99,5 +99,5 @@ def draw(records: list[Record], path: Path) -> None:
 
 
 def results_of(records: list[Any]) -> list[str]:
-    """Table and sentence, for `recipes.readme`."""
+    """Table and sentence, for `recipes.tables_in_docs`."""
     return [table(records), sentence(records)]

@@ -1,6 +1,6 @@
 """Writes the tables of docs/ and README, their sentences with numbers, and the pictures of docs/study.md.
 
-    python -m recipes.readme
+    python -m recipes.tables_in_docs
 
 All come from the committed records. A table stands between the markers `<!-- results: NAME -->` and
 `<!-- /results: NAME -->`, in docs/study.md `<!-- study: NAME, PART -->` and `<!-- /study: NAME, PART -->`.
