@@ -29,13 +29,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
 from hf_lamb.batch_schedule import BatchStages, batch_stages
+from hf_lamb.command_line import fail
 from hf_lamb.scaling import check_warmup, decay_factor
 from recipes.lib.bert import SIZES, new_bert
-from recipes.lib.options import parse_options
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -108,7 +108,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
     until_the_end: gets the lock of the output folder.
     """
     try:
-        (args,) = parse_options(HfArgumentParser(LoopArguments, description=__doc__.splitlines()[0]))
+        (args,) = parse_options(RecipeParser(LoopArguments, "accelerate_loop", __doc__))
         tracker = None if args.report_to == "none" else args.report_to
         if tracker and tracker not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"--report_to {tracker} is no tracker that is installed: give none, or install it")
@@ -141,7 +141,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
             data = load_data(arguments, args.seed, str(newest) if newest else None)
         until_the_end.enter_context(only_run_in([args.output_dir], accelerator.is_main_process))
     except (ValueError, OSError) as error:
-        sys.exit(f"accelerate_loop: {' '.join(str(error).split())}")
+        fail("accelerate_loop", error)
     if accelerator.is_main_process:
         print(
             f"BERT-{args.size}, global batch {args.batch_size_schedule or args.global_batch_size}, in passes of "

@@ -12,21 +12,21 @@ import json
 import math
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, HfArgumentParser, PrinterCallback
+from transformers import AutoConfig, PrinterCallback
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments, check_checkpoint, newest_complete_checkpoint
 from hf_lamb.batch_schedule import batch_stages
+from hf_lamb.command_line import fail
 from hf_lamb.scaling import scaled_learning_rate
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
 from recipes.lib.models import longest_sequence, new_model
-from recipes.lib.options import parse_options
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -136,7 +136,7 @@ def main() -> None:
             file = Path(own.output_dir, "branches.jsonl")
             records = kept(file, branches.run)
         except (ValueError, OSError) as error:
-            sys.exit(f"critical_batch: {' '.join(str(error).split())}")
+            fail("critical_batch", error)
         say = print if is_first else lambda *_: None
         for line in changes(facts_of(checkpoint), branches.data.facts):
             say(f"warning: {line}")
@@ -150,7 +150,7 @@ def main() -> None:
                 if is_first:
                     append_json_line(file, {"recipe": "critical_batch", **provenance(), **records[batch]})
         except CheckpointError as error:
-            sys.exit(f"critical_batch: {error}")
+            fail("critical_batch", error)
         except KeyboardInterrupt:
             sys.exit("\ncritical_batch: interrupted: the same command goes on with the batches that are missing")
         measured = [records[batch] for batch in branches.arguments]
@@ -163,7 +163,7 @@ def main() -> None:
 
 def parse() -> tuple[CriticalBatchArguments, str]:
     """The options and the checkpoint. Raises ValueError for numbers that cannot be."""
-    parser = HfArgumentParser(CriticalBatchArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = RecipeParser(CriticalBatchArguments, "critical_batch", __doc__)
     parser.add_argument("checkpoint", help="A checkpoint of recipes.pretrain_bert, or its output directory.")
     own, rest = parse_options(parser)
     if len(set(own.batches)) < 2 or min(own.batches) < 1 or len(set(own.batches)) < len(own.batches):

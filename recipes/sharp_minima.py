@@ -11,7 +11,6 @@ Trainer, and compares the checkpoints. The report is runs/sharp_minima/report.ht
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from hf_lamb.command_line import Parser, fail
 from hf_lamb.sharpness import plots
 from recipes.lib.processes import only_run_in
 from recipes.lib.report import atomic_write, provenance
@@ -32,9 +32,9 @@ OUTPUT = Path("runs/sharp_minima")
 
 def main() -> None:
     """Run all parts and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="records, pictures and report")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs of part 1 at a time")
+    parser = Parser("python -m recipes.sharp_minima", __doc__)
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="The folder of records, pictures and report.")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Runs of part 1 at a time.")
     options = parser.parse_args()
     try:
         plots.require_matplotlib()
@@ -42,7 +42,7 @@ def main() -> None:
         until_the_end = ExitStack()
         until_the_end.enter_context(only_run_in([str(options.output_dir)], is_main_process=True))
     except (ValueError, OSError) as error:
-        sys.exit(f"sharp_minima: {error}")
+        fail(parser.name, error)
     with until_the_end:
         everything(options)
 

@@ -156,7 +156,6 @@ def test_a_resumed_run_ends_bit_for_bit_alike(
             ["--global_batch_size", "18"],
             "18 is no multiple of 4 = 4 (--per_device_train_batch_size) x 1 processes: give",
         ),
-        (["--learning_rte", "1"], "unknown option '--learning_rte' (did you mean --learning_rate?)"),
         (["--corpus", "missing.txt"], "there is no file 'missing.txt'"),
         (["--max_seq_length", "2"], "block_size=2 has no room"),
         (["--warmup_steps", "9"], "warmup_steps 9 is more than the run's 8 steps"),
