@@ -35,6 +35,7 @@ from hf_lamb.batch_schedule import BatchStages, batch_stages
 from hf_lamb.command_line import fail
 from hf_lamb.scaling import check_warmup, decay_factor
 from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.console import command_to_fill_masks, on_a_terminal, show_library_bars, step_line, what_next
 from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
@@ -107,6 +108,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
 
     until_the_end: gets the lock of the output folder.
     """
+    show_library_bars(on_a_terminal())
     try:
         (args,) = parse_options(RecipeParser(LoopArguments, "accelerate_loop", __doc__))
         tracker = None if args.report_to == "none" else args.report_to
@@ -196,7 +198,9 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
     if newest:
         accelerator.load_state(str(newest))
         step = step_of(newest)
-    bar = tqdm(total=args.max_steps, initial=step, disable=not accelerator.is_local_main_process)
+    # None: off where stderr is no terminal; there, lines take its place
+    bar = tqdm(total=args.max_steps, initial=step, disable=None if accelerator.is_local_main_process else True)
+    say = partial(print, flush=True) if accelerator.is_main_process and bar.disable else lambda _: None
     while step < args.max_steps:
         epoch, done = stages.position(step, len(loader))
         data.train.set_epoch(epoch)  # the masks
@@ -223,11 +227,13 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
                 if ratios:  # none where all of this step's gradients are zero
                     values["trust_ratio_median"] = sorted(ratios)[len(ratios) // 2]
                 accelerator.log(values, step=step)
+                say(step_line(step, args.max_steps, values))
                 bar.set_postfix(loss=f"{loss:.3f}")
                 losses = []
             if step % args.save_steps == 0 or step == args.max_steps:
                 metrics = evaluate(accelerator, model, held_out)
                 accelerator.log(metrics, step=step)
+                say(step_line(step, args.max_steps, metrics))
                 save_checkpoint(accelerator, Path(args.output_dir), step, data)
     bar.close()
     metrics = metrics or evaluate(accelerator, model, held_out)
@@ -238,8 +244,21 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
         data.tokenizer.save_pretrained(args.output_dir)
         record = provenance() | asdict(args) | {"processes": accelerator.num_processes} | metrics
         append_json_line(Path(args.output_dir, "results.jsonl"), record | {"unigram_loss": data.unigram_loss})
-        print(json.dumps(metrics | {"unigram_loss": data.unigram_loss}))
+        print(summary(args, metrics, data))
     accelerator.wait_for_everyone()
+
+
+def summary(args: LoopArguments, metrics: dict[str, float], data: Data) -> str:
+    """What is printed after the training."""
+    commands = {"try it": command_to_fill_masks(args.output_dir, data.tokenizer.mask_token)}
+    if args.report_to == "tensorboard":
+        commands["its curves"] = f"tensorboard --logdir {args.output_dir}"
+    return f"""
+held-out masked-LM loss  {metrics["held_out_loss"]:.3f} nats   unigrams {data.unigram_loss:.3f} nats
+held-out accuracy        {metrics["held_out_accuracy"]:.1%}        unigrams {data.unigram_accuracy:.1%}
+model                    {args.output_dir} (AutoModelForMaskedLM.from_pretrained)
+results                  {args.output_dir}/results.jsonl
+{what_next(commands)}"""
 
 
 def forward_and_backward(accelerator: Accelerator, model: Any, micro_batches: list[dict[str, Any]]) -> torch.Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hf_lamb.command_line import fail
 from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.corpus import load_documents, split_documents
 from recipes.lib.masking import IGNORED, MaskedBlocks, masked, unigram_baseline
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
@@ -115,6 +116,7 @@ class Data(NamedTuple):
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
     start = time.monotonic()
+    show_library_bars(on_a_terminal())
     try:
         arguments = parse()
         check(arguments)

@@ -24,6 +24,7 @@ from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments, check_c
 from hf_lamb.batch_schedule import batch_stages
 from hf_lamb.command_line import fail
 from hf_lamb.scaling import scaled_learning_rate
+from recipes.lib.console import on_a_terminal, show_library_bars, what_next
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
 from recipes.lib.models import longest_sequence, new_model
 from recipes.lib.options import RecipeParser, parse_options
@@ -36,7 +37,7 @@ from recipes.lib.processes import (
     only_run_in,
 )
 from recipes.lib.report import append_json_line, provenance
-from recipes.study.critical_report import draw, sentence, smoothed, table
+from recipes.study.critical_report import critical_batch, draw, sentence, smoothed, table
 from recipes.study.sweep import Record
 
 STEPS = 16  # of the largest batch, in the default window
@@ -125,6 +126,7 @@ class Branches:
 def main() -> None:
     """Train the branches that are missing; leave branches.jsonl and critical_batch.png in the folder."""
     with ExitStack() as until_the_end:
+        show_library_bars(on_a_terminal())
         try:
             own, checkpoint = parse()
             args = LambTrainingArguments(output_dir=own.output_dir, use_cpu=own.use_cpu, report_to="none")
@@ -158,6 +160,9 @@ def main() -> None:
             draw(measured, Path(own.output_dir, "critical_batch.png"))
             say(f"\n{table(measured)}\n{sentence(measured)}")
             say(f"{time.perf_counter() - start:.0f} seconds; {own.output_dir}: branches.jsonl, critical_batch.png")
+            best = critical_batch({record["batch"]: record["loss"] for record in measured}, own.tolerance)
+            rate = " ".join(f"--{name} {branches.run[name]:.6g}" for name in ("base_learning_rate", "base_batch_size"))
+            say(what_next({"train at it": f"python -m recipes.pretrain_bert --global_batch_size {best} {rate}"}))
         leave(args)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from hf_lamb.command_line import fail
 from recipes import pretrain_bert
+from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.options import RecipeParser, parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
@@ -64,6 +65,7 @@ class SearchArguments:
 
 def main() -> None:
     """Run the trials that are missing; leave lamb.yaml, adamw.yaml, rates.png and trials.jsonl in the folder."""
+    show_library_bars(on_a_terminal())
     try:
         own, argv = search_parser().parse_args_into_dataclasses(return_remaining_strings=True)
         is_first = be_one_process()
@@ -121,7 +123,7 @@ def trials_of(study: Study, argv: list[str], is_first: bool) -> Callable[[Trial,
             "eval_strategy": "no",
             "eval_on_start": "False",
             "report_to": "none",
-            "disable_tqdm": str(not is_first),
+            "disable_tqdm": str(not (is_first and on_a_terminal())),
         }
         recipe, args = parse([*argv, *words_of(own)])
         phase = PhaseRun(recipe, args, longest_sequence=recipe.max_seq_length, data=data)

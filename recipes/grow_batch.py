@@ -17,6 +17,7 @@ from pathlib import Path
 from hf_lamb.batch_schedule import batch_stages
 from hf_lamb.command_line import fail
 from recipes import pretrain_bert
+from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
@@ -40,6 +41,7 @@ class GrowthArguments:
 
 def main() -> None:
     """Run the trials that are missing; print the table."""
+    show_library_bars(on_a_terminal())
     try:
         parser = parser_beside_pretraining(GrowthArguments, "grow_batch", __doc__)
         own, given = parser.parse_args_into_dataclasses(return_remaining_strings=True)

@@ -48,6 +48,7 @@ from hf_lamb.batch_schedule import batch_stages
 from hf_lamb.command_line import fail
 from hf_lamb.packed_rows import PackedRowsCollator
 from hf_lamb.plan import PLANS, Plan, read_plan
+from recipes.lib.console import command_to_fill_masks, on_a_terminal, print_steps, show_library_bars, what_next
 from recipes.lib.labelled import IGNORED
 from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.models import check_same_model, new_model
@@ -174,6 +175,7 @@ def main() -> None:
     with ExitStack() as until_the_end:
         try:
             phases = parse_phases()
+            show_library_bars(not phases[0].args.disable_tqdm)
             todo = unfinished(phases)
             goes_on_from = todo[0].checkpoint or newest_of_the_phase_before(todo[0]) if todo else None
             for phase in todo:
@@ -240,6 +242,7 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             compute_metrics=accuracy,
             callbacks=[MaskEpochCallback(), facts],
         )
+        print_steps(trainer)
         if args.gradient_checkpointing and not trainer.model.supports_gradient_checkpointing:
             raise ValueError(
                 f"--gradient_checkpointing: leave it out, transformers' {type(trainer.model).__name__} has none"
@@ -281,6 +284,7 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             append_json_line(output / "results.jsonl", record)
             pictures = ["training.png", *["trust_ratios.png"] * drawn]
             say(summary(record, args.output_dir, pictures, len(data.tokenizer)))
+            say(what_next(next_commands(record, args.output_dir, data.tokenizer)))
         trainer.accelerator.wait_for_everyone()
     except (CheckpointError, OSError) as error:
         fail("pretrain_bert", error)
@@ -483,6 +487,7 @@ def parse(
         eval_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
         save_steps=0.5 if 0 < steps < FEW_STEPS else 0.1,
         save_total_limit=2,
+        disable_tqdm=not on_a_terminal(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
         use_cpu=not torch.accelerator.is_available(),
     )
@@ -769,6 +774,17 @@ time                     {since}{steps:,} steps in {minutes:.1f} minutes{speed}
 noise scale              {noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
 results, pictures        {output_dir}: {", ".join(["results.jsonl", *pictures])}"""
+
+
+def next_commands(record: dict[str, Any], output_dir: str, tokenizer: Any) -> dict[str, str]:
+    """What one may type after the training, by what it is for; after a run that diverged, how to find a rate."""
+    if not record["held_out_loss"] < 1.1 * math.log(len(tokenizer)):
+        return {"find a rate": f"python -m recipes.find_rate --size {record['size'] or 'tiny'}"}
+    return {
+        "try it": command_to_fill_masks(output_dir, tokenizer.mask_token),
+        "fine-tune it": f"python -m recipes.finetune --model {output_dir}",
+        "train it on": f"python -m recipes.pretrain_bert --model_name_or_path {output_dir} --corpus my_texts/",
+    }
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 
 from hf_lamb.command_line import Parser, fail
 from hf_lamb.sharpness import plots
+from recipes.lib.console import command_to_open, on_a_terminal, show_library_bars, what_next
 from recipes.lib.processes import only_run_in
 from recipes.lib.report import atomic_write, provenance
 from recipes.study import sharp_minima_bert, sharp_minima_report
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="The folder of records, pictures and report.")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Runs of part 1 at a time.")
     options = parser.parse_args()
+    show_library_bars(on_a_terminal())
     try:
         plots.require_matplotlib()
         digits.load_digits()
@@ -63,7 +65,12 @@ def everything(options: argparse.Namespace) -> None:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
     written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
     tables = "\n".join(sharp_minima_report.results_of(records))
-    print(f"{tables}\n{time.perf_counter() - start:.0f} s; {written}")
+    print(f"{tables}\n{time.perf_counter() - start:.0f} s; {written}\n")
+    print(
+        what_next(
+            {"look at it": command_to_open(written), "compare yours": "hf-lamb sharpness SMALL LARGE --data FILE"}
+        )
+    )
 
 
 def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:
