@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from hf_lamb.scaling import did_you_mean
 
-__all__ = ["Parser", "fail", "one_line"]
+__all__ = ["Help", "Parser", "fail", "one_line", "stopped"]
 
 MANY = 20  # values of an option, which are not listed when one of them is near
 
@@ -116,3 +116,9 @@ def one_line(error: BaseException | str) -> str:
 def fail(name: str, error: BaseException) -> NoReturn:
     """End with one line and exit status 1: what the command line asks for cannot be done."""
     sys.exit(f"{name}: {one_line(error)}")
+
+
+def stopped(name: str, how_to_go_on: str) -> NoReturn:
+    """End after Ctrl-C, with one line and exit status 130."""
+    sys.stderr.write(f"\n{name}: interrupted: {how_to_go_on}\n")
+    sys.exit(130)

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
 from hf_lamb.batch_schedule import BatchStages, batch_stages
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from hf_lamb.scaling import check_warmup, decay_factor
 from recipes.lib.bert import SIZES, new_bert
 from recipes.lib.console import command_to_fill_masks, on_a_terminal, show_library_bars, step_line, what_next
@@ -98,7 +98,7 @@ def main() -> None:
             train(accelerator, *run)
         except KeyboardInterrupt:
             if accelerator.is_main_process:
-                sys.stderr.write("\naccelerate_loop: interrupted: the same command with --resume goes on\n")
+                stopped("accelerate_loop", "the same command with --resume goes on")
             sys.exit(130)
         accelerator.end_training()
 

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from recipes.lib.bert import SIZES, new_bert
 from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.corpus import load_documents, split_documents
@@ -137,6 +137,8 @@ def main() -> None:
                 print(write_report(study, records, min_steps, TARGET_MARGIN if margin is None else margin))
     except (ValueError, OSError) as error:
         fail("compare_optimizers", error)
+    except KeyboardInterrupt:
+        stopped("compare_optimizers", "the same command goes on, finished trials are kept")
 
 
 def parse() -> CompareArguments:

@@ -10,7 +10,6 @@ nats above that of every smaller batch. If it is stopped, the same command goes 
 import hashlib
 import json
 import math
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers import AutoConfig, PrinterCallback
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments, check_checkpoint, newest_complete_checkpoint
 from hf_lamb.batch_schedule import batch_stages
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from hf_lamb.scaling import scaled_learning_rate
 from recipes.lib.console import on_a_terminal, show_library_bars, what_next
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
@@ -154,7 +153,7 @@ def main() -> None:
         except CheckpointError as error:
             fail("critical_batch", error)
         except KeyboardInterrupt:
-            sys.exit("\ncritical_batch: interrupted: the same command goes on with the batches that are missing")
+            stopped("critical_batch", "the same command goes on with the batches that are missing")
         measured = [records[batch] for batch in branches.arguments]
         if is_first:
             draw(measured, Path(own.output_dir, "critical_batch.png"))

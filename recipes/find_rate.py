@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from recipes import pretrain_bert
 from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.options import RecipeParser, parser_beside_pretraining, words_of
@@ -80,6 +80,8 @@ def main() -> None:
             print(write_report(study, records, size | {k: v for k, v in options.items() if k not in OF_THE_SEARCH}))
     except (ValueError, OSError) as error:
         fail("find_rate", error)
+    except KeyboardInterrupt:
+        stopped("find_rate", "the same command goes on, finished trials are kept")
 
 
 def search_parser() -> RecipeParser:

@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
 from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.processes import autocast
@@ -104,6 +104,8 @@ def main() -> None:
             print(write_report(study, records))
     except (ValueError, OSError) as error:
         fail("finetune", error)
+    except KeyboardInterrupt:
+        stopped("finetune", "the same command goes on, finished trials are kept")
 
 
 def check(arguments: FinetuneArguments) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from hf_lamb.batch_schedule import batch_stages
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from recipes import pretrain_bert
 from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.options import parser_beside_pretraining, words_of
@@ -72,6 +72,8 @@ def main() -> None:
             print("\n".join(results_of(records)))
     except (ValueError, OSError) as error:
         fail("grow_batch", error)
+    except KeyboardInterrupt:
+        stopped("grow_batch", "the same command goes on, finished trials are kept")
 
 
 def option_of(word: str) -> str:

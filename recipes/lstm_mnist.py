@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_lamb.command_line import fail
+from hf_lamb.command_line import fail, stopped
 from recipes.lib.images import Images, Split, load_images
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
 from recipes.lib.options import RecipeParser, parse_options
@@ -76,6 +76,8 @@ def main() -> None:
             print(write_report(study, records))
     except (ValueError, OSError) as error:
         fail("lstm_mnist", error)
+    except KeyboardInterrupt:
+        stopped("lstm_mnist", "the same command goes on, finished trials are kept")
 
 
 def check(arguments: LstmArguments, data: Split) -> None:

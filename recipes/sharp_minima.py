@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hf_lamb.command_line import Parser, fail
+from hf_lamb.command_line import Parser, fail, stopped
 from hf_lamb.sharpness import plots
 from recipes.lib.console import command_to_open, on_a_terminal, show_library_bars, what_next
 from recipes.lib.processes import only_run_in
@@ -46,7 +46,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         fail(parser.name, error)
     with until_the_end:
-        everything(options)
+        try:
+            everything(options)
+        except KeyboardInterrupt:
+            stopped(parser.name, "the same command goes on, finished runs are kept")
 
 
 def everything(options: argparse.Namespace) -> None:
