@@ -19,8 +19,8 @@ __all__ = ["Help", "Parser", "fail", "one_line", "stopped"]
 MANY = 20  # values of an option, which are not listed when one of them is near
 
 _WRONG_TYPE = {
-    "invalid int value: (.*)": "a whole number",
-    "invalid float value: (.*)": "a number",
+    "invalid int value: '(.*)'": "a whole number",
+    "invalid float value: '(.*)'": "a number",
     r"Truthy value expected: got (\S+) but.*": "true or false",  # HfArgumentParser's
 }
 _METAVARS: dict[Any, str] = {int: "N", float: "X"}
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         """End with one line and exit status 2."""
         message = re.sub(r"^argument (-[^/: ]+)(?:/[^: ]+)*: ", r"\1: ", message)
         for pattern, words in _WRONG_TYPE.items():
-            message = re.sub(rf"^(\S+): {pattern}", rf"\1 \2: expected {words}", message)
+            message = re.sub(rf"^(\S+): {pattern}", rf"\1 '\2': expected {words}", message)
         if found := re.match(r"(\S+): invalid choice: (.*) \(choose from (.*)\)$", message):
             option, value, choices = found.groups()
             known = choices.replace("'", "").split(", ")

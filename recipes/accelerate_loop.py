@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ from recipes.lib.processes import (
 from recipes.lib.report import append_json_line, hardware, provenance
 
 DATA_FILE = "data.json"
+
+# Of each checkpoint accelerate says that it leaves out the head's weight, which BERT ties to the embedding and finds
+# there again.
+TIED = "Removed shared tensor"
+getLogger("accelerate.utils.other").addFilter(lambda record: not record.getMessage().startswith(TIED))
 
 
 @dataclass

@@ -100,7 +100,8 @@ def test_an_error_names_the_command_as_it_was_called(capsys: pytest.CaptureFixtu
 def refused(command: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
     """What a program writes that cannot read its command line: one line, and exit status 2."""
     monkeypatch.setattr(sys, "argv", [command, *arguments])
-    monkeypatch.delitem(sys.modules, command, raising=False)  # of which runpy would warn
+    for module in (command, f"{command}.__main__"):  # of which runpy would warn
+        monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(command, run_name="__main__", alter_sys=True)
     assert stopped.value.code == 2

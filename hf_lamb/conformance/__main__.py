@@ -59,7 +59,7 @@ def load(name: str) -> Any:
     finally:
         sys.path.remove("")
     if not callable(getattr(found, attribute, None)):
-        known = [known for known, value in vars(found).items() if isinstance(value, type)]
+        known = [known for known in dir(found) if known[:1].isupper()]  # classes, also those that are imported lazily
         raise ValueError(f"{name}: {module} has no class {attribute!r}{did_you_mean(attribute, known)}")
     return getattr(found, attribute)
 
