@@ -53,8 +53,7 @@ DATA_FILE = "data.json"
 
 # Of each checkpoint accelerate says that it leaves out the head's weight, which BERT ties to the embedding and finds
 # there again.
-TIED = "Removed shared tensor"
-getLogger("accelerate.utils.other").addFilter(lambda record: not record.getMessage().startswith(TIED))
+getLogger("accelerate.utils.other").addFilter(lambda record: "Removed shared tensor" not in record.getMessage())
 
 
 @dataclass

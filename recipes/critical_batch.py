@@ -160,8 +160,8 @@ def main() -> None:
             say(f"\n{table(measured)}\n{sentence(measured)}")
             say(f"{time.perf_counter() - start:.0f} seconds; {own.output_dir}: branches.jsonl, critical_batch.png")
             best = critical_batch({record["batch"]: record["loss"] for record in measured}, own.tolerance)
-            rate = " ".join(f"--{name} {branches.run[name]:.6g}" for name in ("base_learning_rate", "base_batch_size"))
-            say(what_next({"train at it": f"python -m recipes.pretrain_bert --global_batch_size {best} {rate}"}))
+            train = f"python -m recipes.pretrain_bert --plan runs/find_rate/tiny/lamb.yaml --global_batch_size {best}"
+            say(what_next({"find a rate": "python -m recipes.find_rate --size tiny", "train at it": train}))
         leave(args)
 
 

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
+from logging import getLogger
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils.other import clean_state_dict_for_safetensors
 from safetensors.torch import load_file
 
 from recipes import accelerate_loop
@@ -205,6 +208,16 @@ def test_a_run_on_another_corpus_keeps_the_tokenizer_and_says_so(
     assert "warning: other training data than the checkpoint's" in said
     assert f"resuming from {output / 'checkpoint-4'}, step 4 of 8" in said
     assert not (output / processes.LOCK).exists()
+
+
+def test_no_checkpoint_warns_of_the_tied_head(caplog: pytest.LogCaptureFixture) -> None:
+    """BERT finds its weight in the embedding; accelerate cannot know that, and says so at every checkpoint."""
+    PartialState(cpu=True)  # accelerate's loggers want it
+    weight = torch.ones(2)
+    assert list(clean_state_dict_for_safetensors({"embedding": weight, "head": weight})) == ["embedding"]
+    assert caplog.messages == []
+    getLogger("accelerate.utils.other").warning("anything else")
+    assert caplog.messages == ["anything else"]
 
 
 def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 
 from hf_lamb.command_line import Parser, fail
 from hf_lamb.sharpness import compare, labels_loss, plots
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.sharp
     """Measure, print the table, write the report."""
     parser = parser_of(prog)
     options = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         plots.require_matplotlib()
         small, large = (load_model(path).to(options.device) for path in (options.small, options.large))
