@@ -34,7 +34,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         if usage is None:
             arguments = [str(action.metavar or action.dest) for action in actions if not action.option_strings]
             usage = " ".join(["%(prog)s [options]", *arguments])
-        super().add_usage(usage, actions, *more, **named)  # type: ignore[arg-type]
+        super().add_usage(usage, actions, *more, **named)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -65,8 +65,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, doc: str, **kwargs: Any) -> None:
         description, _, epilog = doc.partition("\n")
-        kwargs = {"epilog": epilog.strip("\n"), "formatter_class": Help} | kwargs
-        super().__init__(prog=prog, description=description, **kwargs)
+        kwargs.setdefault("formatter_class", Help)
+        super().__init__(prog=prog, description=description, epilog=epilog.strip("\n"), **kwargs)
 
     @property
     def name(self) -> str:
