@@ -47,10 +47,11 @@ def options_page(command: str) -> str:
     """What a program is for, and a table for each group of its options, in the order of its help."""
     parser = parser_of(command)
     lines = [f"# {command}", "", in_a_cell(parser.description or ""), "", f"    python -m {command} --help"]
+    lines += [f"    {command.replace('hf_lamb.', 'hf-lamb ')} --help"] * command.startswith("hf_lamb.")
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help" and action.help != SUPPRESS]
         if actions:
-            title = (group.title or "options").removeprefix("RecipeArguments")
+            title = group.title or "options"
             lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
             lines += ["| option | default | what it does |", "| --- | --- | --- |", *map(row_of, actions)]
     if parser.epilog:

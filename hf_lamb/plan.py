@@ -1,11 +1,11 @@
-"""Published large-batch plans as data: their schedule, time and memory on your devices, for their batch or yours.
+r"""Published large-batch plans as data: their schedule, time and memory on your devices, for their batch or yours.
 
-    python -m hf_lamb.plan                                          # lists the plans
-    python -m hf_lamb.plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
-    python -m hf_lamb.plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
+    hf-lamb plan                                                    (or python -m hf_lamb.plan) lists the plans
+    hf-lamb plan --plan nvidia-bert-large --gpus 8 --per_device_train_batch_size 64 8 --output plan.yaml
+    hf-lamb plan --global_batch_size 8192 --gpus 8 --per_device_train_batch_size 64 \
         --seconds_per_micro_batch 0.11 --parameters 336e6
-    python -m hf_lamb.plan --plan paper-32k --batch_size_schedule '0:8192 4000:32768' --output plan.yaml
-    python -m hf_lamb.plan --global_batch_size 8192 --rate runs/find_rate/base/lamb.yaml --output plan.yaml
+    hf-lamb plan --plan paper-32k --batch_size_schedule '0:8192 4000:32768' --output plan.yaml
+    hf-lamb plan --global_batch_size 8192 --rate runs/find_rate/base/lamb.yaml --output plan.yaml
 
 `--output` writes a YAML file for `recipes.pretrain_bert --plan`. Time and memory are estimates. The time counts the
 micro-batches only: measure one (forward and backward) on one of your devices; perfect scaling is assumed. The memory
@@ -14,7 +14,6 @@ is that of weights, gradients and two moments in float32; add the activations of
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -27,6 +26,7 @@ from typing import Any
 import yaml  # transformers and accelerate bring it
 
 from hf_lamb.batch_schedule import BatchStages, Stage, batch_stages
+from hf_lamb.command_line import Parser, fail
 from hf_lamb.files import atomic_write
 from hf_lamb.scaling import did_you_mean, norm_growth, norm_growth_warning, scaled_learning_rate
 
@@ -558,12 +558,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.plan") -> None:
     """Run the command line."""
-    description, _, epilog = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        "python -m hf_lamb.plan", None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog, __doc__ or "")
     parser.add_argument("--plan", help="The plan's name; with --global_batch_size, the plan to scale (paper-32k).")
     parser.add_argument("--global_batch_size", type=int, help="Scale a plan of one phase to this batch.")
     parser.add_argument(
@@ -600,7 +597,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.output is not None:
             write_plan(plan, args.output)
     except ValueError as error:
-        sys.exit(f"plan: {error}")
+        fail(parser.name, error)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Runs an unedited script with "lamb" registered as an optimizer of transformers.
 
-    python -m hf_lamb.run script.py --optim lamb ...
-    python -m hf_lamb.run -m package.module --optim lamb ...
+    hf-lamb run script.py --optim lamb ...                        (or python -m hf_lamb.run)
+    hf-lamb run -m package.module --optim lamb ...
     accelerate launch -m hf_lamb.run script.py --optim lamb ...
     torchrun --nproc_per_node 2 -m hf_lamb.run script.py --optim lamb ...
-    python -m hf_lamb.run --trainer lamb script.py --optim lamb ...
+    hf-lamb run --trainer lamb script.py --optim lamb ...
 
 The script runs as under plain `python`: arguments, `__main__`, `sys.path`, exit codes and tracebacks are the same.
-Differences: torch is imported before the script's first line. Child processes of `multiprocessing` have "lamb" too;
-new commands (`subprocess.run([sys.executable, ...])`) do not.
+Child processes of `multiprocessing` have "lamb" too; new commands (`subprocess.run([sys.executable, ...])`) do not.
 
 With `--trainer lamb`, before the script's name, `transformers.Trainer` is `hf_lamb.LambTrainer` in all of these
 processes, so that the script's loss does not depend on how its global batch is split. One line says so.
@@ -21,28 +20,29 @@ import builtins
 import multiprocessing.spawn
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
+from hf_lamb.command_line import Parser
 from hf_lamb.registration import register
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.run") -> None:
     """Run the script or module that the command line names as if it had been run directly."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_lamb.run", description="Run a script with LAMB registered in transformers"
-    )
-    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name")
+    parser = Parser(prog, __doc__ or "", usage="%(prog)s [-m] [--trainer lamb] SCRIPT ...")
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name.")
     parser.add_argument(
-        "--trainer", type=_trainer, metavar="lamb", help="LambTrainer in place of transformers.Trainer"
+        "--trainer", type=_trainer, metavar="lamb", help="LambTrainer in place of transformers.Trainer."
     )
-    parser.add_argument("script", help="a script, a folder or zip file with a __main__.py, or a module's name")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
-    options = parser.parse_args()
+    parser.add_argument(
+        "script", metavar="SCRIPT", help="A script, a folder or zip file with a __main__.py, or a module's name."
+    )
+    parser.add_argument("args", metavar="...", nargs=argparse.REMAINDER, help="The script's own arguments.")
+    options = parser.parse_args(argv)
 
     try:
         if options.trainer and options.is_module:
@@ -53,15 +53,15 @@ def main() -> None:
         if options.trainer:
             _call_in_spawned_processes(_replace_trainer())
             if os.environ.get("RANK", "0") == "0":
-                print(f"{parser.prog}: {_WITH_TRAINER}", file=sys.stderr, flush=True)  # noqa: T201
+                print(f"{parser.name}: {_WITH_TRAINER}", file=sys.stderr, flush=True)  # noqa: T201
         sys.argv = [str(module.__file__) if options.is_module else options.script, *options.args]
         sys.modules["__main__"] = module
         exec(code, vars(module))
     except _CannotRun as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.name}: {error}\n")  # as Python does
     except SystemExit as ended:
         if ended.code == 2 and _has_lamb_in_other_letters(options.args):  # argparse has listed all optimizers
-            print(f"{parser.prog}: write --optim lamb", file=sys.stderr)  # noqa: T201
+            print(f"{parser.name}: write --optim lamb", file=sys.stderr)  # noqa: T201
         raise
     except BaseException as error:
         # The interpreter ends as usual, but the traceback shows only the script's frames.

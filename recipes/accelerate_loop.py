@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from hf_lamb import Lamb, lamb_param_groups, tied_heads_in_one_group
 from hf_lamb.batch_schedule import BatchStages, batch_stages
+from hf_lamb.command_line import fail, stopped
 from hf_lamb.scaling import check_warmup, decay_factor
 from recipes.lib.bert import SIZES, new_bert
-from recipes.lib.options import parse_options
+from recipes.lib.console import command_to_fill_masks, on_a_terminal, show_library_bars, step_line, what_next
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -48,6 +50,10 @@ from recipes.lib.processes import (
 from recipes.lib.report import append_json_line, hardware, provenance
 
 DATA_FILE = "data.json"
+
+# Of each checkpoint accelerate says that it leaves out the head's weight, which BERT ties to the embedding and finds
+# there again.
+getLogger("accelerate.utils.other").addFilter(lambda record: "Removed shared tensor" not in record.getMessage())
 
 
 @dataclass
@@ -97,7 +103,7 @@ def main() -> None:
             train(accelerator, *run)
         except KeyboardInterrupt:
             if accelerator.is_main_process:
-                sys.stderr.write("\naccelerate_loop: interrupted: the same command with --resume goes on\n")
+                stopped("accelerate_loop", "the same command with --resume goes on")
             sys.exit(130)
         accelerator.end_training()
 
@@ -107,8 +113,9 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
 
     until_the_end: gets the lock of the output folder.
     """
+    show_library_bars(on_a_terminal())
     try:
-        (args,) = parse_options(HfArgumentParser(LoopArguments, description=__doc__.splitlines()[0]))
+        (args,) = parse_options(RecipeParser(LoopArguments, "accelerate_loop", __doc__))
         tracker = None if args.report_to == "none" else args.report_to
         if tracker and tracker not in [str(name) for name in get_available_trackers()]:
             raise ValueError(f"--report_to {tracker} is no tracker that is installed: give none, or install it")
@@ -141,7 +148,7 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
             data = load_data(arguments, args.seed, str(newest) if newest else None)
         until_the_end.enter_context(only_run_in([args.output_dir], accelerator.is_main_process))
     except (ValueError, OSError) as error:
-        sys.exit(f"accelerate_loop: {' '.join(str(error).split())}")
+        fail("accelerate_loop", error)
     if accelerator.is_main_process:
         print(
             f"BERT-{args.size}, global batch {args.batch_size_schedule or args.global_batch_size}, in passes of "
@@ -196,7 +203,9 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
     if newest:
         accelerator.load_state(str(newest))
         step = step_of(newest)
-    bar = tqdm(total=args.max_steps, initial=step, disable=not accelerator.is_local_main_process)
+    # None: off where stderr is no terminal; there, lines take its place
+    bar = tqdm(total=args.max_steps, initial=step, disable=None if accelerator.is_local_main_process else True)
+    say = partial(print, flush=True) if accelerator.is_main_process and bar.disable else lambda _: None
     while step < args.max_steps:
         epoch, done = stages.position(step, len(loader))
         data.train.set_epoch(epoch)  # the masks
@@ -223,11 +232,13 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
                 if ratios:  # none where all of this step's gradients are zero
                     values["trust_ratio_median"] = sorted(ratios)[len(ratios) // 2]
                 accelerator.log(values, step=step)
+                say(step_line(step, args.max_steps, values))
                 bar.set_postfix(loss=f"{loss:.3f}")
                 losses = []
             if step % args.save_steps == 0 or step == args.max_steps:
                 metrics = evaluate(accelerator, model, held_out)
                 accelerator.log(metrics, step=step)
+                say(step_line(step, args.max_steps, metrics))
                 save_checkpoint(accelerator, Path(args.output_dir), step, data)
     bar.close()
     metrics = metrics or evaluate(accelerator, model, held_out)
@@ -238,8 +249,21 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
         data.tokenizer.save_pretrained(args.output_dir)
         record = provenance() | asdict(args) | {"processes": accelerator.num_processes} | metrics
         append_json_line(Path(args.output_dir, "results.jsonl"), record | {"unigram_loss": data.unigram_loss})
-        print(json.dumps(metrics | {"unigram_loss": data.unigram_loss}))
+        print(summary(args, metrics, data))
     accelerator.wait_for_everyone()
+
+
+def summary(args: LoopArguments, metrics: dict[str, float], data: Data) -> str:
+    """What is printed after the training."""
+    commands = {"try it": command_to_fill_masks(args.output_dir, data.tokenizer.mask_token)}
+    if args.report_to == "tensorboard":
+        commands["its curves"] = f"tensorboard --logdir {args.output_dir}"
+    return f"""
+held-out masked-LM loss  {metrics["held_out_loss"]:.3f} nats   unigrams {data.unigram_loss:.3f} nats
+held-out accuracy        {metrics["held_out_accuracy"]:.1%}        unigrams {data.unigram_accuracy:.1%}
+model                    {args.output_dir} (AutoModelForMaskedLM.from_pretrained)
+results                  {args.output_dir}/results.jsonl
+{what_next(commands)}"""
 
 
 def forward_and_backward(accelerator: Accelerator, model: Any, micro_batches: list[dict[str, Any]]) -> torch.Tensor:

@@ -15,7 +15,6 @@ whenever the recipe runs, also while it is incomplete (`--report_only True`). `-
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -27,13 +26,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import HfArgumentParser
 
+from hf_lamb.command_line import fail, stopped
 from recipes.lib.bert import SIZES, new_bert
+from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.corpus import load_documents, split_documents
 from recipes.lib.masking import IGNORED, MaskedBlocks, masked, unigram_baseline
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
-from recipes.lib.options import parse_options
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.processes import autocast
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
 from recipes.study import batch_report, batch_study
@@ -116,6 +116,7 @@ class Data(NamedTuple):
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
     start = time.monotonic()
+    show_library_bars(on_a_terminal())
     try:
         arguments = parse()
         check(arguments)
@@ -135,12 +136,14 @@ def main() -> None:
             else:
                 print(write_report(study, records, min_steps, TARGET_MARGIN if margin is None else margin))
     except (ValueError, OSError) as error:
-        sys.exit(f"compare_optimizers: {' '.join(str(error).split())}")
+        fail("compare_optimizers", error)
+    except KeyboardInterrupt:
+        stopped("compare_optimizers", "the same command goes on, finished trials are kept")
 
 
 def parse() -> CompareArguments:
     """The options, with the defaults of the study that is asked for. Raises ValueError for a mistake in them."""
-    parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
+    parser = RecipeParser(CompareArguments, "compare_optimizers", __doc__)
     (arguments,) = parse_options(parser)
     if arguments.study is not None:
         parser.set_defaults(**batch_study.STUDIES[arguments.study])

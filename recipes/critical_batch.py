@@ -10,23 +10,23 @@ nats above that of every smaller batch. If it is stopped, the same command goes 
 import hashlib
 import json
 import math
-import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, HfArgumentParser, PrinterCallback
+from transformers import AutoConfig, PrinterCallback
 
 from hf_lamb import CheckpointError, LambTrainer, LambTrainingArguments, check_checkpoint, newest_complete_checkpoint
 from hf_lamb.batch_schedule import batch_stages
+from hf_lamb.command_line import fail, stopped
 from hf_lamb.scaling import scaled_learning_rate
+from recipes.lib.console import on_a_terminal, show_library_bars, what_next
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
 from recipes.lib.models import longest_sequence, new_model
-from recipes.lib.options import parse_options
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -36,7 +36,7 @@ from recipes.lib.processes import (
     only_run_in,
 )
 from recipes.lib.report import append_json_line, provenance
-from recipes.study.critical_report import draw, sentence, smoothed, table
+from recipes.study.critical_report import critical_batch, draw, sentence, smoothed, table
 from recipes.study.sweep import Record
 
 STEPS = 16  # of the largest batch, in the default window
@@ -125,6 +125,7 @@ class Branches:
 def main() -> None:
     """Train the branches that are missing; leave branches.jsonl and critical_batch.png in the folder."""
     with ExitStack() as until_the_end:
+        show_library_bars(on_a_terminal())
         try:
             own, checkpoint = parse()
             args = LambTrainingArguments(output_dir=own.output_dir, use_cpu=own.use_cpu, report_to="none")
@@ -136,7 +137,7 @@ def main() -> None:
             file = Path(own.output_dir, "branches.jsonl")
             records = kept(file, branches.run)
         except (ValueError, OSError) as error:
-            sys.exit(f"critical_batch: {' '.join(str(error).split())}")
+            fail("critical_batch", error)
         say = print if is_first else lambda *_: None
         for line in changes(facts_of(checkpoint), branches.data.facts):
             say(f"warning: {line}")
@@ -150,20 +151,23 @@ def main() -> None:
                 if is_first:
                     append_json_line(file, {"recipe": "critical_batch", **provenance(), **records[batch]})
         except CheckpointError as error:
-            sys.exit(f"critical_batch: {error}")
+            fail("critical_batch", error)
         except KeyboardInterrupt:
-            sys.exit("\ncritical_batch: interrupted: the same command goes on with the batches that are missing")
+            stopped("critical_batch", "the same command goes on with the batches that are missing")
         measured = [records[batch] for batch in branches.arguments]
         if is_first:
             draw(measured, Path(own.output_dir, "critical_batch.png"))
             say(f"\n{table(measured)}\n{sentence(measured)}")
             say(f"{time.perf_counter() - start:.0f} seconds; {own.output_dir}: branches.jsonl, critical_batch.png")
+            best = critical_batch({record["batch"]: record["loss"] for record in measured}, own.tolerance)
+            train = f"python -m recipes.pretrain_bert --plan runs/find_rate/tiny/lamb.yaml --global_batch_size {best}"
+            say(what_next({"find a rate": "python -m recipes.find_rate --size tiny", "train at it": train}))
         leave(args)
 
 
 def parse() -> tuple[CriticalBatchArguments, str]:
     """The options and the checkpoint. Raises ValueError for numbers that cannot be."""
-    parser = HfArgumentParser(CriticalBatchArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = RecipeParser(CriticalBatchArguments, "critical_batch", __doc__)
     parser.add_argument("checkpoint", help="A checkpoint of recipes.pretrain_bert, or its output directory.")
     own, rest = parse_options(parser)
     if len(set(own.batches)) < 2 or min(own.batches) < 1 or len(set(own.batches)) < len(own.batches):

@@ -12,21 +12,24 @@ trials are kept. Each trial runs on one device.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
-from recipes.lib.options import parser_beside_pretraining, words_of
+from hf_lamb.command_line import fail, stopped
+from recipes import pretrain_bert
+from recipes.lib.console import on_a_terminal, show_library_bars
+from recipes.lib.options import RecipeParser, parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
-from recipes.pretrain_bert import DEFAULTS, PhaseRun, check_global_batch, parse, parser_of, pretrain
+from recipes.pretrain_bert import DEFAULTS, PhaseRun, check_global_batch, parser_of, pretrain
 from recipes.study.rate_report import OPTIM, search_at, write_report
 from recipes.study.sweep import Record, Study, Trial, trained
+
+parse = partial(pretrain_bert.parse, name="find_rate")  # so that errors begin with this recipe's name
 
 # By default a quarter of the recipe's batch and half of its steps, but not more than these.
 LARGEST_BATCH, MOST_STEPS = 256, 2000
@@ -62,6 +65,7 @@ class SearchArguments:
 
 def main() -> None:
     """Run the trials that are missing; leave lamb.yaml, adamw.yaml, rates.png and trials.jsonl in the folder."""
+    show_library_bars(on_a_terminal())
     try:
         own, argv = search_parser().parse_args_into_dataclasses(return_remaining_strings=True)
         is_first = be_one_process()
@@ -75,12 +79,14 @@ def main() -> None:
             size = {} if recipe.size is None else {"size": recipe.size}
             print(write_report(study, records, size | {k: v for k, v in options.items() if k not in OF_THE_SEARCH}))
     except (ValueError, OSError) as error:
-        sys.exit(f"find_rate: {' '.join(str(error).split())}")
+        fail("find_rate", error)
+    except KeyboardInterrupt:
+        stopped("find_rate", "the same command goes on, finished trials are kept")
 
 
-def search_parser() -> HfArgumentParser:
+def search_parser() -> RecipeParser:
     """The parser of the search's own options."""
-    return parser_beside_pretraining(SearchArguments, __doc__.splitlines()[0])
+    return parser_beside_pretraining(SearchArguments, "find_rate", __doc__)
 
 
 def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str], dict[str, Any], dict[str, float]]:
@@ -88,7 +94,7 @@ def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str]
 
     Raises ValueError for options that the search decides itself, and for what `parse` refuses.
     """
-    parser = parser_of(add_help=False)
+    parser = parser_of(add_help=False, name="find_rate")
     given, unchanged = (vars(parser.parse_known_args(words)[0]) for words in (argv, []))
     given = {name: value for name, value in given.items() if value != unchanged[name]}
     if taken := [name for name in DECIDED if name in given]:
@@ -119,7 +125,7 @@ def trials_of(study: Study, argv: list[str], is_first: bool) -> Callable[[Trial,
             "eval_strategy": "no",
             "eval_on_start": "False",
             "report_to": "none",
-            "disable_tqdm": str(not is_first),
+            "disable_tqdm": str(not (is_first and on_a_terminal())),
         }
         recipe, args = parse([*argv, *words_of(own)])
         phase = PhaseRun(recipe, args, longest_sequence=recipe.max_seq_length, data=data)

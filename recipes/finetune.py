@@ -10,7 +10,6 @@ scored beside two baselines. A study that was stopped goes on.
 
 import hashlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,10 +21,11 @@ import torch
 import transformers
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_lamb.command_line import fail, stopped
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
-from recipes.lib.options import parse_options
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.processes import autocast
 from recipes.lib.tasks import PARTS, Example, Task, load_task
 from recipes.study.finetune_report import FIRST_RATES, STARTS, search_of, write_report
@@ -79,7 +79,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()  # it warns that the classifier is new, as it should be
     transformers.utils.logging.disable_progress_bar()
     try:
-        parser = HfArgumentParser(FinetuneArguments, description=__doc__.splitlines()[0])
+        parser = RecipeParser(FinetuneArguments, "finetune", __doc__)
         (arguments,) = parse_options(parser)
         check(arguments)
         task = load_task(arguments.task, arguments.text_column, arguments.label_column)
@@ -103,7 +103,9 @@ def main() -> None:
         if records is not None:
             print(write_report(study, records))
     except (ValueError, OSError) as error:
-        sys.exit(f"finetune: {' '.join(str(error).split())}")
+        fail("finetune", error)
+    except KeyboardInterrupt:
+        stopped("finetune", "the same command goes on, finished trials are kept")
 
 
 def check(arguments: FinetuneArguments) -> None:

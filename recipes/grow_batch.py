@@ -9,18 +9,23 @@ factor of two apart, between two worse ones; three fresh seeds judge it. If it i
 finished trials are kept.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from hf_lamb.batch_schedule import batch_stages
+from hf_lamb.command_line import fail, stopped
+from recipes import pretrain_bert
+from recipes.lib.console import on_a_terminal, show_library_bars
 from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
-from recipes.pretrain_bert import PhaseRun, check_global_batch, parse, pretrain
+from recipes.pretrain_bert import PhaseRun, check_global_batch, pretrain
 from recipes.study.growth_report import NAMES, results_of, search_of
 from recipes.study.sweep import Record, Study, Trial, trained
+
+parse = partial(pretrain_bert.parse, name="grow_batch")  # so that errors begin with this recipe's name
 
 SHORT = {"vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
 MODELS = {"size", "model_type", "model_name_or_path", "config_name"}
@@ -36,8 +41,9 @@ class GrowthArguments:
 
 def main() -> None:
     """Run the trials that are missing; print the table."""
+    show_library_bars(on_a_terminal())
     try:
-        parser = parser_beside_pretraining(GrowthArguments, __doc__.splitlines()[0])
+        parser = parser_beside_pretraining(GrowthArguments, "grow_batch", __doc__)
         own, given = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         if decided := [word for word in given if option_of(word) in DECIDED]:
             raise ValueError(f"{decided[0]}: leave it out, it is what this recipe varies")
@@ -65,7 +71,9 @@ def main() -> None:
         if is_first:
             print("\n".join(results_of(records)))
     except (ValueError, OSError) as error:
-        sys.exit(f"grow_batch: {' '.join(str(error).split())}")
+        fail("grow_batch", error)
+    except KeyboardInterrupt:
+        stopped("grow_batch", "the same command goes on, finished trials are kept")
 
 
 def option_of(word: str) -> str:

@@ -9,7 +9,6 @@ stopped goes on. --data_dir takes a folder with the four files of MNIST, or of a
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,11 +17,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
+from hf_lamb.command_line import fail, stopped
 from recipes.lib.images import Images, Split, load_images
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
-from recipes.lib.options import parse_options
+from recipes.lib.options import RecipeParser, parse_options
 from recipes.study.lstm_report import FIRST_RATES, search_of, write_report
 from recipes.study.sweep import Record, Study, Trial, check_over_batch_sizes, shuffled
 from recipes.study.workers import complete
@@ -55,7 +54,7 @@ class LstmArguments:
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
     try:
-        parser = HfArgumentParser(LstmArguments, description=__doc__.splitlines()[0])
+        parser = RecipeParser(LstmArguments, "lstm_mnist", __doc__)
         (arguments,) = parse_options(parser)
         data = load_images(arguments.data_dir)
         if arguments.batch_sizes is None:
@@ -76,7 +75,9 @@ def main() -> None:
         if records is not None:
             print(write_report(study, records))
     except (ValueError, OSError) as error:
-        sys.exit(f"lstm_mnist: {' '.join(str(error).split())}")
+        fail("lstm_mnist", error)
+    except KeyboardInterrupt:
+        stopped("lstm_mnist", "the same command goes on, finished trials are kept")
 
 
 def check(arguments: LstmArguments, data: Split) -> None:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from transformers import (
     EvalPrediction,
-    HfArgumentParser,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -46,12 +45,21 @@ from hf_lamb import (
     trust_ratio_warnings,
 )
 from hf_lamb.batch_schedule import batch_stages
+from hf_lamb.command_line import fail
 from hf_lamb.packed_rows import PackedRowsCollator
 from hf_lamb.plan import PLANS, Plan, read_plan
+from recipes.lib.console import (
+    command_to_fill_masks,
+    command_to_open,
+    on_a_terminal,
+    print_steps,
+    show_library_bars,
+    what_next,
+)
 from recipes.lib.labelled import IGNORED
 from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.models import check_same_model, new_model
-from recipes.lib.options import checked_options, parse_options
+from recipes.lib.options import RecipeParser, checked_options, parse_options
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -177,6 +185,7 @@ def main() -> None:
     with ExitStack() as until_the_end:
         try:
             phases = parse_phases()
+            show_library_bars(not phases[0].args.disable_tqdm)
             todo = unfinished(phases)
             goes_on_from = todo[0].checkpoint or newest_of_the_phase_before(todo[0]) if todo else None
             for phase in todo:
@@ -186,7 +195,7 @@ def main() -> None:
             folders = [phase.args.output_dir for phase in todo]
             until_the_end.enter_context(only_run_in(folders, phases[0].args.process_index == 0))
         except (ValueError, OSError) as error:
-            sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
+            fail("pretrain_bert", error)
         except KeyboardInterrupt:
             interrupted(phases)
         if not todo and phases[0].args.should_log:
@@ -243,6 +252,7 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             compute_metrics=accuracy,
             callbacks=[MaskEpochCallback(), facts],
         )
+        print_steps(trainer)
         if args.gradient_checkpointing and not trainer.model.supports_gradient_checkpointing:
             raise ValueError(
                 f"--gradient_checkpointing: leave it out, transformers' {type(trainer.model).__name__} has none"
@@ -257,7 +267,7 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
         if recipe.plan is not None:
             trainer.plan = f"{Path(recipe.plan).name}, phase {phase.number} of {phase.of}"
     except (ValueError, OSError) as error:
-        sys.exit(f"pretrain_bert: {' '.join(str(error).split())}")
+        fail("pretrain_bert", error)
     say = print if trainer.is_world_process_zero() else lambda *_: None
     trainer.scale_learning_rate()
     say(describe(phase, trainer, data, begun_with))
@@ -285,9 +295,10 @@ def pretrain(phase: PhaseRun) -> LambTrainer:
             append_json_line(output / "results.jsonl", record)
             files = [*(path.name for path in pictures), "report.html"]
             say(summary(record, args.output_dir, files, len(data.tokenizer)))
+            say(what_next(next_commands(record, args.output_dir, data.tokenizer)))
         trainer.accelerator.wait_for_everyone()
     except (CheckpointError, OSError) as error:
-        sys.exit(f"pretrain_bert: {error}")
+        fail("pretrain_bert", error)
     return trainer
 
 
@@ -443,15 +454,15 @@ def last_checkpoint(phase: PhaseRun) -> str:
 
 
 def parse(
-    argv: list[str] | None = None, planned: dict[str, Any] | None = None
+    argv: list[str] | None = None, planned: dict[str, Any] | None = None, name: str = "pretrain_bert"
 ) -> tuple[RecipeArguments, LambTrainingArguments]:
     """The command line, with defaults that a plan gives, or that follow the size, the optimizer and this machine.
 
-    planned: the options of a plan, as `checked_options` returns them.
+    planned: the options of a plan, as `checked_options` returns them. name: of the recipe that was called.
 
     Raises ValueError for a global batch that the processes and micro-batches cannot make up.
     """
-    early_parser = parser_of(add_help=False)
+    early_parser = parser_of(add_help=False, name=name)
     early_parser.set_defaults(**planned or {})
     early, _ = early_parser.parse_known_args(argv)
     other = early.model_name_or_path or early.model_type or early.config_name
@@ -477,7 +488,7 @@ def parse(
     folder_name = Path(other).absolute().name if other else size
     smoke = size == "smoke" and not other
     few = 0 < steps < FEW_STEPS
-    parser = parser_of()
+    parser = parser_of(name=name)
     parser.set_defaults(
         **defaults,
         output_dir=f"runs/pretrain_bert/{Path(early.plan).stem if early.plan else folder_name}-{early.optim}",
@@ -489,6 +500,7 @@ def parse(
         eval_steps=0.5 if few else 0.2 if smoke else 0.1,
         save_steps=0.5 if few else 0.1,
         save_total_limit=2,
+        disable_tqdm=not on_a_terminal(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not early.fp16,
         use_cpu=not torch.accelerator.is_available(),
     )
@@ -519,24 +531,23 @@ def set_accumulation(recipe: RecipeArguments, args: LambTrainingArguments, devic
     args.gradient_accumulation_steps = accumulation
 
 
-def parser_of(add_help: bool = True) -> HfArgumentParser:
-    """The parser, whose help has the recipe's options first.
+def parser_of(add_help: bool = True, name: str = "pretrain_bert") -> RecipeParser:
+    """The parser, whose help has the recipe's options first, then those of LambTrainingArguments alone.
 
     Without `add_help`, for a first look at the command line: numbers that other defaults follow from are None unless
     they are given.
     """
-    parser = HfArgumentParser(
-        (RecipeArguments, LambTrainingArguments),
-        description=__doc__.splitlines()[0],
-        usage="python -m recipes.pretrain_bert [options]",
-        add_help=add_help,
-    )
+    parser = RecipeParser((RecipeArguments, LambTrainingArguments), name, __doc__, add_help=add_help)
     if not add_help:
         names = ("global_batch_size", "max_steps", "per_device_train_batch_size")
         parser.set_defaults(**dict.fromkeys(names))
-    *others, own = parser._action_groups
-    parser._action_groups = [own, *others]
-    parser._optionals.title = "options of transformers.TrainingArguments and hf_lamb.LambTrainingArguments"
+    positional, inherited, own = parser._action_groups
+    lambs = parser.add_argument_group("options of hf_lamb.LambTrainingArguments")
+    theirs = {field.name for field in fields(TrainingArguments)} | {"help"}
+    lambs._group_actions = [action for action in inherited._group_actions if action.dest not in theirs]
+    inherited._group_actions = [action for action in inherited._group_actions if action.dest in theirs]
+    inherited.title = "options of transformers.TrainingArguments"
+    parser._action_groups = [own, lambs, inherited, positional]
     parser._option_string_actions["--resume_from_checkpoint"].help = (
         "A checkpoint's folder; 'latest': the newest complete one in --output_dir; 'auto': the same, and a new run "
         "where there is none, for runs that something restarts."
@@ -776,6 +787,20 @@ time                     {since}{steps:,} steps in {minutes:.1f} minutes{speed}
 noise scale              {noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
 results, pictures        {output_dir}: {", ".join(["results.jsonl", *pictures])}"""
+
+
+def next_commands(record: dict[str, Any], output_dir: str, tokenizer: Any) -> dict[str, str]:
+    """What one may type after the training, by what it is for; after a run that diverged, how to find a rate."""
+    report = {"see the curves": command_to_open(Path(output_dir, "report.html"))}
+    if not record["held_out_loss"] < 1.1 * math.log(len(tokenizer)):
+        return report | {"find a rate": f"python -m recipes.find_rate --size {record['size'] or 'tiny'}"}
+    if record["size"] == "smoke":
+        return report | {"train a larger one": "make pretrain"}
+    return report | {
+        "try it": command_to_fill_masks(output_dir, tokenizer.mask_token),
+        "fine-tune it": f"python -m recipes.finetune --model {output_dir}",
+        "train it on": f"python -m recipes.pretrain_bert --model_name_or_path {output_dir} --corpus my_texts/",
+    }
 
 
 if __name__ == "__main__":

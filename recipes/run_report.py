@@ -7,19 +7,16 @@ with a checkpoint in it; or a checkpoint. The page says what went wrong, and sho
 several phases has a page for each.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hf_lamb.command_line import Parser, fail
 from recipes.study.run_page import draw, read_run, run_of, write_run_page
 
 
 def main() -> None:
     """Write the pages; print the findings and where the pages are."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.run_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m recipes.run_report", __doc__)
     parser.add_argument("folder", type=Path, help="The output directory of a run, or a checkpoint.")
     folder = parser.parse_args().folder
     try:
@@ -27,7 +24,7 @@ def main() -> None:
             for line in [*report(part), f"report: {part / 'report.html'}"]:
                 print(line)
     except (ValueError, OSError) as error:
-        sys.exit(f"run_report: {' '.join(str(error).split())}")
+        fail(parser.name, error)
 
 
 def report(folder: Path) -> list[str]:

@@ -11,7 +11,6 @@ Trainer, and compares the checkpoints. The report is runs/sharp_minima/report.ht
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +20,9 @@ from typing import Any
 
 import torch
 
+from hf_lamb.command_line import Parser, fail, stopped
 from hf_lamb.sharpness import plots
+from recipes.lib.console import command_to_open, on_a_terminal, show_library_bars, what_next
 from recipes.lib.processes import only_run_in
 from recipes.lib.report import atomic_write, provenance
 from recipes.study import sharp_minima_bert, sharp_minima_report
@@ -32,19 +33,23 @@ OUTPUT = Path("runs/sharp_minima")
 
 def main() -> None:
     """Run all parts and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="records, pictures and report")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs of part 1 at a time")
+    parser = Parser("python -m recipes.sharp_minima", __doc__)
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="The folder of records, pictures and report.")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Runs of part 1 at a time.")
     options = parser.parse_args()
+    show_library_bars(on_a_terminal())
     try:
         plots.require_matplotlib()
         digits.load_digits()
         until_the_end = ExitStack()
         until_the_end.enter_context(only_run_in([str(options.output_dir)], is_main_process=True))
     except (ValueError, OSError) as error:
-        sys.exit(f"sharp_minima: {error}")
+        fail(parser.name, error)
     with until_the_end:
-        everything(options)
+        try:
+            everything(options)
+        except KeyboardInterrupt:
+            stopped(parser.name, "the same command goes on, finished runs are kept")
 
 
 def everything(options: argparse.Namespace) -> None:
@@ -63,7 +68,12 @@ def everything(options: argparse.Namespace) -> None:
         unfinished.write_text("".join(json.dumps(facts | record) + "\n" for record in records))
     written = sharp_minima_report.write(options.output_dir, runs, records, paths, negated["path"], bert["table"])
     tables = "\n".join(sharp_minima_report.results_of(records))
-    print(f"{tables}\n{time.perf_counter() - start:.0f} s; {written}")
+    print(f"{tables}\n{time.perf_counter() - start:.0f} s; {written}\n")
+    print(
+        what_next(
+            {"look at it": command_to_open(written), "compare yours": "hf-lamb sharpness SMALL LARGE --data FILE"}
+        )
+    )
 
 
 def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:

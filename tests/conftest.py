@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_lamb import registration
+from hf_lamb import optim_args, registration
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -31,6 +31,7 @@ def _fresh() -> None:
     """Every test has the same random numbers, and hears what is said once."""
     torch.manual_seed(0)
     registration.warn_once.cache_clear()
+    optim_args.warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
+from logging import getLogger
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils.other import clean_state_dict_for_safetensors
 from safetensors.torch import load_file
 
 from recipes import accelerate_loop
@@ -156,7 +159,6 @@ def test_a_resumed_run_ends_bit_for_bit_alike(
             ["--global_batch_size", "18"],
             "18 is no multiple of 4 = 4 (--per_device_train_batch_size) x 1 processes: give",
         ),
-        (["--learning_rte", "1"], "unknown option '--learning_rte' (did you mean --learning_rate?)"),
         (["--corpus", "missing.txt"], "there is no file 'missing.txt'"),
         (["--max_seq_length", "2"], "block_size=2 has no room"),
         (["--warmup_steps", "9"], "warmup_steps 9 is more than the run's 8 steps"),
@@ -206,6 +208,16 @@ def test_a_run_on_another_corpus_keeps_the_tokenizer_and_says_so(
     assert "warning: other training data than the checkpoint's" in said
     assert f"resuming from {output / 'checkpoint-4'}, step 4 of 8" in said
     assert not (output / processes.LOCK).exists()
+
+
+def test_no_checkpoint_warns_of_the_tied_head(caplog: pytest.LogCaptureFixture) -> None:
+    """BERT finds its weight in the embedding; accelerate cannot know that, and says so at every checkpoint."""
+    PartialState(cpu=True)  # accelerate's loggers want it
+    weight = torch.ones(2)
+    assert list(clean_state_dict_for_safetensors({"embedding": weight, "head": weight})) == ["embedding"]
+    assert caplog.messages == []
+    getLogger("accelerate.utils.other").warning("anything else")
+    assert caplog.messages == ["anything else"]
 
 
 def test_a_tenth_of_the_steps_is_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

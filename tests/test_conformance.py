@@ -231,7 +231,7 @@ def test_the_assertion_says_what_is_wrong() -> None:
 def test_bad_input_ends_in_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as refused:
         main(arguments)
-    says(str(refused.value.code), f"^conformance: {message}")
+    says(str(refused.value.code), f"^hf_lamb.conformance: {message}")
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

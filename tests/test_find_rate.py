@@ -173,7 +173,6 @@ REFUSED = [
     (["--plan", "x.yaml"], "--plan x.yaml: leave it out, give its --size"),
     (["--num_train_epochs", "2"], "--num_train_epochs 2.0: leave it out, --max_steps"),
     (["--resume_from_checkpoint", "auto"], "--resume_from_checkpoint auto: leave it out, the same command"),
-    (["--max_stepss", "2"], r"unknown option '--max_stepss' .did you mean --max_steps"),
     (["--global_batch_size", "100000000"], "--global_batch_size 100000000 is more than the corpus.*lower it"),
     (["--max_steps", "0"], "--max_steps 0: expected at least 1"),
 ]
@@ -205,4 +204,4 @@ def test_the_plan_refuses_a_file_without_a_rate(text: str | None, message: str, 
         file.write_text(text)
     with pytest.raises(SystemExit) as refused:
         plan.main(["--plan", "paper-32k", "--rate", str(file)])
-    says(str(refused.value.code), f"^plan: .*{message}")
+    says(str(refused.value.code), f"^hf_lamb.plan: .*{message}")

@@ -28,7 +28,8 @@ def programs() -> list[str]:
 
 def help_of(name: str, *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--help"])
-    monkeypatch.delitem(sys.modules, name, raising=False)  # of which runpy would warn
+    for module in (name, f"{name}.__main__"):  # of which runpy would warn
+        monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     assert stopped.value.code == 0
@@ -60,7 +61,9 @@ def test_the_pretraining_shows_the_defaults_that_hold(
         *("max_seq_length", "global_batch_size", "max_steps", "warmup_steps", "learning_rate", "output_dir"),
         *("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "save_total_limit", "use_cpu"),
     ):
-        shown = re.split(rf" --{option} \[?{option.upper()}", text)[1].partition("(default: ")[2].partition(")")[0]
+        shown = (
+            re.split(rf" --{option} (?:N|X|\[?{option.upper()})", text)[1].partition("(default: ")[2].partition(")")[0]
+        )
         assert shown == str(getattr(recipe if hasattr(recipe, option) else args, option)), option
     assert text.index("--size ") < text.index("--carry_over ") < text.index("--output_dir ")
     explained = text.split(" --resume_from_checkpoint ")[1][:400]

@@ -45,6 +45,7 @@ def test_the_wheel_holds_hf_lamb_and_nothing_else(dist: Path) -> None:
         name for name in TRACKED if name.startswith("hf_lamb/")
     }
     assert metadata + "licenses/LICENSE" in names
+    assert b"hf-lamb = hf_lamb.__main__:main" in zipfile.ZipFile(wheel).read(metadata + "entry_points.txt")
 
 
 def test_the_sdists_tests_run_with_the_wheel(dist: Path) -> None:
@@ -87,6 +88,14 @@ def loaded_by(statement: str) -> set[str]:
     script = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
+
+
+def test_importing_hf_lamb_alone_loads_nothing_else() -> None:
+    """`hf-lamb --help` does not wait for torch."""
+    assert {name for name in loaded_by("import hf_lamb") if name not in sys.stdlib_module_names} <= {
+        "hf_lamb",
+        *loaded_by("pass"),
+    }
 
 
 def test_importing_hf_lamb_loads_torch_and_little_else() -> None:

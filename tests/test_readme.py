@@ -34,7 +34,7 @@ DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.m
 PAGES = {"README.md": README, **DOCS}
 SHELL = list(
     dict.fromkeys(
-        line.strip()
+        re.sub(r"^hf-lamb (?=\w)", "python -m hf_lamb.", line.strip())
         for page in PAGES.values()
         for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
         for line in block.splitlines()

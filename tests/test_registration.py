@@ -25,7 +25,8 @@ from transformers.training_args import OptimizerNames
 
 import hf_lamb
 from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, lamb_param_groups, registration
-from hf_lamb.registration import parse_optim_args, register
+from hf_lamb.optim_args import parse_optim_args
+from hf_lamb.registration import register
 from tests.helpers import one_line, says
 
 
@@ -90,7 +91,7 @@ from transformers.training_args import OptimizerNames
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
 assert OptimizerNames("lamb") is OptimizerNames.LAMB
-assert _OPTIMIZER_HANDLERS[OptimizerNames.LAMB].__module__ == "hf_lamb.registration"
+assert _OPTIMIZER_HANDLERS[OptimizerNames.LAMB].__module__ == "hf_lamb.optim_args"
 assert [m.value for m in OptimizerNames].count("lamb") == 1
 left = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_lamb")]
 assert not left, f"{{left}} stays in sys.meta_path"
@@ -205,7 +206,7 @@ def test_a_transformers_that_cannot_be_served_is_left_alone_with_one_warning(
     if modules["trainer_optimizer"]:
         table = importlib.import_module("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS
         handler = table.get("lamb")
-        assert handler == "theirs" or handler.__module__ == registration.__name__
+        assert handler == "theirs" or handler.__module__ == "hf_lamb.optim_args"
     register()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -677,7 +678,7 @@ def test_eps_is_lambs_unless_somebody_chose_one(
     for _ in range(2):
         _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     assert kwargs.get("eps") == eps
-    lines = [record.getMessage() for record in caplog.records if record.name == "hf_lamb.registration"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_lamb.optim_args"]
     assert len(lines) == (said is not None), "said once, or not at all"
     assert all(said in line for line in lines)
 
@@ -702,7 +703,7 @@ def test_a_learning_rate_made_for_adamw_is_remarked_on(
 ) -> None:
     args = arguments(tmp_path, learning_rate=learning_rate, adam_epsilon=1e-6)
     Trainer.get_optimizer_cls_and_kwargs(args, model)
-    lines = [record.getMessage() for record in caplog.records if record.name == "hf_lamb.registration"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_lamb.optim_args"]
     assert len(lines) == warned
     assert all("learning_rate is 5e-05: use about 1e-3" in line for line in lines)
 
@@ -712,7 +713,7 @@ def test_only_the_process_that_logs_speaks(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "should_log", False)
     Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path), model)
-    assert not [record for record in caplog.records if record.name == "hf_lamb.registration"]
+    assert not [record for record in caplog.records if record.name == "hf_lamb.optim_args"]
 
 
 # ---- Training under the stock Trainer -------------------------------------------------------------------------------

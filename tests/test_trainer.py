@@ -23,7 +23,7 @@ from transformers import (
     Trainer,
 )
 
-from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback, registration
+from hf_lamb import Lamb, LambTrainer, LambTrainingArguments, TrustRatioCallback, optim_args
 from tests.helpers import on_processes
 from tests.scripts import loss_runs, split_batch
 
@@ -666,5 +666,5 @@ def test_which_heads_inflate_their_loss_is_read_from_their_source() -> None:
         return model
 
     inflating = (BertForMaskedLM, BertForSequenceClassification, DistilBertForMaskedLM)
-    assert [registration.inflates_loss(unmade(cls)) for cls in inflating] == [True] * 3
-    assert [registration.inflates_loss(unmade(c)) for c in (ModernBertForMaskedLM, GPT2LMHeadModel)] == [False] * 2
+    assert [optim_args.inflates_loss(unmade(cls)) for cls in inflating] == [True] * 3
+    assert [optim_args.inflates_loss(unmade(c)) for c in (ModernBertForMaskedLM, GPT2LMHeadModel)] == [False] * 2

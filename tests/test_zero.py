@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_lamb import Lamb, ShardingError
-from hf_lamb.registration import options_of
+from hf_lamb.optim_args import options_of
 from hf_lamb.sharding import deepspeed as zero
 from hf_lamb.sharding.layout import Layout, Segment
 from tests.helpers import one_line

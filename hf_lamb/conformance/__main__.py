@@ -1,40 +1,33 @@
 """Says which LAMB an optimizer is, where it departs first, and what it does in odd cases.
 
-    python -m hf_lamb.conformance hf_lamb:Lamb --options "max_trust_ratio=10"
-    python -m hf_lamb.conformance timm.optim:Lamb
-    python -m hf_lamb.conformance apex.optimizers:FusedLAMB --options "use_nvlamb=True" --device cuda
+    hf-lamb conformance hf_lamb:Lamb --options "max_trust_ratio=10"       (or python -m hf_lamb.conformance)
+    hf-lamb conformance timm.optim:Lamb
+    hf-lamb conformance apex.optimizers:FusedLAMB --options "use_nvlamb=True" --device cuda
 
 It needs no data and no GPU. docs/conformance.md has the results for the LAMBs that we know of.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_lamb.command_line import Parser, fail
 from hf_lamb.conformance import VARIANTS, examine
 from hf_lamb.scaling import did_you_mean
 
 _NAMES = {"true": True, "false": False, "none": None}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.conformance") -> None:
     """Run the command line."""
-    description, _, epilog = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        "python -m hf_lamb.conformance",
-        None,
-        description,
-        f"{epilog}\nVariants: {', '.join(VARIANTS)}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("optimizer", help="MODULE:NAME of an optimizer class, or of a function that returns one.")
+    parser = Parser(prog, f"{(__doc__ or '').rstrip()}\nVariants: {', '.join(VARIANTS)}.")
+    parser.add_argument("optimizer", metavar="MODULE:NAME", help="An optimizer class, or a function that makes one.")
     parser.add_argument("--options", default="", help='Its options, such as "lr=0.01, betas=(0.9, 0.99)".')
-    parser.add_argument("--device", default="cpu", help="Where it runs (cpu).")
+    parser.add_argument("--device", default="cpu", help="Where it runs.")
     args = parser.parse_args(argv)
     try:
         make, options = load(args.optimizer), parse_options(args.options)
@@ -43,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except ValueError as error:
             raise ValueError(f"{args.optimizer} {args.options!r} cannot be examined: {error}") from None
     except ValueError as error:
-        sys.exit(f"conformance: {' '.join(str(error).split())}")
+        fail(parser.name, error)
     sys.stdout.write(report.table() + "\n")
 
 
@@ -66,7 +59,7 @@ def load(name: str) -> Any:
     finally:
         sys.path.remove("")
     if not callable(getattr(found, attribute, None)):
-        known = [known for known, value in vars(found).items() if isinstance(value, type)]
+        known = [known for known in dir(found) if known[:1].isupper()]  # classes, also those that are imported lazily
         raise ValueError(f"{name}: {module} has no class {attribute!r}{did_you_mean(attribute, known)}")
     return getattr(found, attribute)
 

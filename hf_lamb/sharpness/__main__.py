@@ -1,21 +1,32 @@
-"""python -m hf_lamb.sharpness SMALL LARGE --data FILE: compares the sharpness of two checkpoints."""
+"""Compares the sharpness of the minima of two checkpoints; docs/sharpness.md explains each measure.
+
+    hf-lamb sharpness SMALL LARGE --data train.txt --held_out held_out.txt     (or python -m hf_lamb.sharpness)
+
+It prints a table, and leaves report.json, report.txt and pictures in the folder of the report.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 
+from hf_lamb.command_line import Parser, fail
 from hf_lamb.sharpness import compare, labels_loss, plots
 from hf_lamb.sharpness.checkpoints import check_one_tokenizer, load_batches, load_model
 from hf_lamb.sharpness.compare import recorded_history
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.sharpness") -> None:
     """Measure, print the table, write the report."""
-    options = parse(argv)
+    parser = parser_of(prog)
+    options = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         plots.require_matplotlib()
         small, large = (load_model(path).to(options.device) for path in (options.small, options.large))
@@ -45,37 +56,33 @@ def main(argv: list[str] | None = None) -> None:
         comparison.large.history = recorded_history(Path(options.large))
         written = comparison.save(options.output_dir)
     except (ValueError, OSError) as error:
-        sys.exit(f"hf_lamb.sharpness: {' '.join(str(error).split())}")
+        fail(parser.name, error)
     sys.stdout.write(comparison.table() + "\n\n" + "\n".join(map(str, written)) + "\n")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_lamb.sharpness",
-        description="Compare the sharpness of two checkpoints; docs/sharpness.md explains each measure.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parser_of(prog: str) -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog, __doc__ or "")
     add = parser.add_argument
-    add("small", help="folder of the checkpoint trained with the small batch")
-    add("large", help="folder of the checkpoint trained with the large batch")
-    add("--data", required=True, help="training data: .txt, .jsonl (text, label), or .pt (a list of batches)")
-    add("--held_out", help="held-out data in the same form")
-    add("--rows", type=positive, default=512, help="rows to measure on, taken evenly from the file")
-    add("--batch_size", type=positive, default=64, help="rows at a time; changes only memory and rounding")
-    add("--max_length", type=positive, default=128, help="tokens in a row")
-    add("--epsilon", type=float, default=1e-3, help="of Keskar's box")
-    add("--rho", type=float, default=1e-2, help="largest relative change of a weight")
-    add("--steps", type=positive, default=20, help="steps of the ascent")
-    add("--subspace", type=positive, help="also Keskar's sharpness in this many random directions")
-    add("--curvature", action="store_true", help="also the largest eigenvalue and traces of the Hessian")
-    add("--no_layers", dest="layers", action="store_false", help="leave out the sharpness of each layer")
-    add("--small_name", default="small batch", help="name of the first checkpoint in the report")
-    add("--large_name", default="large batch", help="name of the second checkpoint in the report")
-    add("--seed", type=int, default=0)
-    add("--device", default=str(torch.accelerator.current_accelerator() or "cpu"), help="where to compute")
-    add("--output_dir", default="sharpness_report", help="where to write report.json, report.txt and pictures")
-    return parser.parse_args(argv)
+    add("small", help="Folder of the checkpoint trained with the small batch.")
+    add("large", help="Folder of the checkpoint trained with the large batch.")
+    add("--data", required=True, help="Training data: .txt, .jsonl (text, label), or .pt (a list of batches).")
+    add("--held_out", help="Held-out data in the same form.")
+    add("--rows", type=positive, default=512, help="Rows to measure on, taken evenly from the file.")
+    add("--batch_size", type=positive, default=64, help="Rows at a time; changes only memory and rounding.")
+    add("--max_length", type=positive, default=128, help="Tokens in a row.")
+    add("--epsilon", type=float, default=1e-3, help="Of Keskar's box.")
+    add("--rho", type=float, default=1e-2, help="Largest relative change of a weight.")
+    add("--steps", type=positive, default=20, help="Steps of the ascent.")
+    add("--subspace", type=positive, help="Also Keskar's sharpness in this many random directions.")
+    add("--curvature", action="store_true", help="Also the largest eigenvalue and traces of the Hessian.")
+    add("--no_layers", dest="layers", action="store_false", help="Leave out the sharpness of each layer.")
+    add("--small_name", default="small batch", help="Name of the first checkpoint in the report.")
+    add("--large_name", default="large batch", help="Name of the second checkpoint in the report.")
+    add("--seed", type=int, default=0, help="Of the batches, the ascent and the directions.")
+    add("--device", default=str(torch.accelerator.current_accelerator() or "cpu"), help="Where to compute.")
+    add("--output_dir", default="sharpness_report", help="Where to write report.json, report.txt and pictures.")
+    return parser
 
 
 def positive(text: str) -> int:

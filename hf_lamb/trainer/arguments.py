@@ -11,7 +11,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_lamb.batch_schedule import batch_stages
-from hf_lamb.registration import options_of
+from hf_lamb.optim_args import options_of
 from hf_lamb.scaling import check_warmup, scaled_learning_rate
 
 __all__ = ["LambTrainingArguments"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_lamb.registration import inflates_loss
+from hf_lamb.optim_args import inflates_loss
 from hf_lamb.trainer.trials import COUNTS, counted_labels, logits_of, perturbed, take_rows, tensor_items, unchanged
 
 if TYPE_CHECKING:

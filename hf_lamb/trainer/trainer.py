@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_lamb.registration import loss_is_weighted
+from hf_lamb.optim_args import loss_is_weighted
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 from hf_lamb.trainer.arguments import LambTrainingArguments, default_of
 from hf_lamb.trainer.callbacks import SkippedStepsCallback, TrustRatioCallback

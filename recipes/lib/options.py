@@ -8,6 +8,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from hf_lamb.command_line import Help, Parser
 from hf_lamb.scaling import did_you_mean
 
 
@@ -16,27 +17,35 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def parser_beside_pretraining(own: Any, description: str) -> HfArgumentParser:
+class RecipeParser(HfArgumentParser, Parser):  # type: ignore[misc]
+    """The parser of a recipe's dataclasses.
+
+    recipe: the recipe's name. doc: its docstring. **kwargs: those of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, dataclass_types: Any, recipe: str, doc: str, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, prog=f"python -m recipes.{recipe}", doc=doc, formatter_class=Help, **kwargs)
+
+
+def parser_beside_pretraining(own: Any, recipe: str, doc: str) -> RecipeParser:
     """The parser of a recipe's own options, which leaves those of recipes.pretrain_bert alone."""
-    return HfArgumentParser(
+    return RecipeParser(
         own,
-        description=description,
-        epilog="All other options are those of recipes.pretrain_bert: see its --help.",
+        recipe,
+        f"{doc.rstrip()}\nAll other options are those of recipes.pretrain_bert: see its --help.",
         allow_abbrev=False,  # or an option of the pretraining, such as --optim, would be one of these: --optimizers
     )
 
 
-def parse_options(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """The dataclasses of the parser. Raises ValueError, with the nearest name, for an option that there is not."""
+def parse_options(parser: RecipeParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """The dataclasses of the parser, which ends the program where the command line cannot be read."""
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        word = unknown[0].partition("=")[0]
-        known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise ValueError(f"unknown option {word!r}{did_you_mean(word, known)}: --help lists all")
+        parser.refuse(unknown)
     return tuple(parsed)
 
 
-def checked_options(parser: HfArgumentParser, options: Mapping[str, Any], excluded: Collection[str]) -> dict[str, Any]:
+def checked_options(parser: RecipeParser, options: Mapping[str, Any], excluded: Collection[str]) -> dict[str, Any]:
     """The options of a plan in the types that the parser gives them.
 
     Raises ValueError for an option that there is not, or is excluded, and for a value that it does not take.

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from recipes.lib.console import command_to_open, what_next
 from recipes.lib.report import atomic_write
 from recipes.study.tables import markdown_table
 
@@ -58,7 +59,8 @@ def write_study(
 
 def where_it_is(folder: Path) -> list[str]:
     """The last lines for the terminal."""
-    return ["", f"pictures and page: {folder}/*.png, {folder}/report.html"]
+    page = folder / "report.html"
+    return ["", f"pictures and page: {folder}/*.png, {page}", what_next({"look at it": command_to_open(page)})]
 
 
 def heading(text: str) -> str:

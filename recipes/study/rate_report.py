@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from recipes.lib.console import what_next
 from recipes.lib.optimizers import NAMES
 from recipes.lib.report import atomic_write, plain_log
 from recipes.study.plots import legend_below, picture, style_of
@@ -43,7 +44,14 @@ def write_report(study: Study, records: Sequence[Record], model: Mapping[str, An
     header = [*TUNED, "loss", "at half the rate", "at twice the rate"]
     lines = [markdown_table(header, rows), cost(records)]
     lines += [in_words(o, found, batch_size, study.folder) for o, found in best.items()]
-    lines.append(f"curve: {study.folder / 'rates.png'}")
+    lines += [f"curve: {study.folder / 'rates.png'}", ""]
+    found = [o for o in best if math.isfinite(best[o].objective)]
+    commands = {
+        f"train with {NAMES[o]}": f"python -m recipes.pretrain_bert --plan {study.folder / o}.yaml" for o in found
+    }
+    if "lamb" in found:
+        commands["a large batch"] = f"hf-lamb plan --global_batch_size 4096 --rate {study.folder / 'lamb'}.yaml"
+    lines += [what_next(commands)] if commands else []
     return "\n".join(lines)
 
 

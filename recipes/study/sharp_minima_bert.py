@@ -9,6 +9,7 @@ import torch
 from hf_lamb import LambTrainer, LambTrainingArguments
 from hf_lamb.sharpness import SharpnessCallback, compare, fixed_batches, labels_loss
 from recipes.lib.bert import new_bert
+from recipes.lib.console import on_a_terminal, print_steps
 from recipes.lib.corpus import load_documents, split_documents
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks
@@ -73,6 +74,7 @@ def pretrain(setting: Setting, folder: Path, tokenizer: Any, train: MaskedBlocks
         logging_steps=setting.steps // 10,
         save_strategy="no",
         report_to=[],
+        disable_tqdm=not on_a_terminal(),
         use_cpu=not torch.accelerator.is_available(),
     )
     trainer = LambTrainer(
@@ -82,6 +84,7 @@ def pretrain(setting: Setting, folder: Path, tokenizer: Any, train: MaskedBlocks
         processing_class=tokenizer,
         callbacks=[MaskEpochCallback(), SharpnessCallback(measured_on, setting.steps // 10, steps=5)],
     )
+    print_steps(trainer)
     trainer.train()
     trainer.save_state()
     trainer.save_model()

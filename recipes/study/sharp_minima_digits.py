@@ -109,7 +109,7 @@ def run_all(runs: list[Run], keep: Callable[..., Any], processes: int, title: st
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         done = pool.imap_unordered(partial(_run_kept, keep), runs)
-        found = dict(tqdm(done, total=len(runs), desc=title, unit="run"))
+        found = dict(tqdm(done, total=len(runs), desc=title, unit="run", disable=None))
         pool.close()
         pool.join()  # left to itself, `with` kills the processes, and what they had opened with them
     return {run: found[run] for run in runs}

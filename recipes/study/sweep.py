@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -207,6 +208,10 @@ def trial_of(record: Record) -> Trial:
     return Trial(*(record[name] for name in Trial._fields))
 
 
+def in_words(trial: Trial) -> str:
+    return f"{trial.optimizer} {trial.setting} {trial.learning_rate:.2g} seed {trial.seed}"
+
+
 def objective_of(record: Record) -> float:
     """What the search minimises; inf where the run diverged."""
     return math.inf if record["objective"] is None else record["objective"]
@@ -360,7 +365,8 @@ class Study:
         """
         (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
         records, longest = self.records(), 0.0
-        with tqdm(unit="trial", initial=len(records), disable=not show_progress, smoothing=0) as bar:
+        disable = None if show_progress else True  # None: off where stderr is no terminal; lines take its place
+        with tqdm(unit="trial", initial=len(records), disable=disable, smoothing=0) as bar:
             while (trials := self.search.next_trials(records)) and time_left(longest):
                 bar.total, bar.n = self.search.expected(records), len(records)
                 bar.refresh()
@@ -369,16 +375,28 @@ class Study:
                     longest = max(longest, time.monotonic() - start)
                 else:
                     time.sleep(0.2)  # other processes are running all that can be run now
-                records = self.records()
+                before, records = len(records), self.records()
+                if show_progress and bar.disable and len(records) > before:
+                    self._say_the_last(records)
             bar.total, bar.n = self.search.expected(records), len(records)
         return records
+
+    def _say_the_last(self, records: Sequence[Record]) -> None:
+        """A line of the log: which trial has ended, with which outcome."""
+        count, trial, outcome = len(records), trial_of(records[-1]), objective_of(records[-1])
+        words = f"{outcome:.4g}" if math.isfinite(outcome) else "diverged"
+        print(
+            f"trial {count} of {self.search.expected(records)}: {in_words(trial)}: {words}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _run_one(self, trials: list[Trial], train: Callable[..., Record], bar: Any) -> bool:
         """Run the first trial that nobody else is running; whether there was one."""
         for trial in trials:
             with self._claim(trial) as mine:
                 if mine:
-                    name = f"{trial.optimizer} {trial.setting} {trial.learning_rate:.2g} seed {trial.seed}"
+                    name = in_words(trial)
                     result = train(trial, lambda text, name=name: bar.set_postfix_str(f"{name}: {text}"))
                     record = {"study": self.facts, **provenance(), **trial._asdict(), **result}
                     with _locked(self.folder / ".claims" / "writing"):
