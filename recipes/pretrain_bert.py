@@ -791,13 +791,13 @@ results, pictures        {output_dir}: {", ".join(["results.jsonl", *pictures])}
 
 def next_commands(record: dict[str, Any], output_dir: str, tokenizer: Any) -> dict[str, str]:
     """What one may type after the training, by what it is for; after a run that diverged, how to find a rate."""
-    report = {"see the curves": command_to_open(Path(output_dir, "report.html"))}
+    commands = {"see the curves": command_to_open(Path(output_dir, "report.html"))}
     if not record["held_out_loss"] < 1.1 * math.log(len(tokenizer)):
-        return report | {"find a rate": f"python -m recipes.find_rate --size {record['size'] or 'tiny'}"}
+        return commands | {"find a rate": f"python -m recipes.find_rate --size {record['size'] or 'tiny'}"}
+    commands["try it"] = command_to_fill_masks(output_dir, tokenizer.mask_token)
     if record["size"] == "smoke":
-        return report | {"train a larger one": "make pretrain"}
-    return report | {
-        "try it": command_to_fill_masks(output_dir, tokenizer.mask_token),
+        return commands | {"train a larger one": "make pretrain"}
+    return commands | {
         "fine-tune it": f"python -m recipes.finetune --model {output_dir}",
         "train it on": f"python -m recipes.pretrain_bert --model_name_or_path {output_dir} --corpus my_texts/",
     }

@@ -202,16 +202,23 @@ def test_a_run_in_a_log_has_no_bars_and_its_steps(
     assert "\r" not in said.out
     steps = [line for line in said.out.splitlines() if "loss " in line and "nats" not in line]
     assert [line.partition(":")[0] for line in steps] == ["step 4 of 8"] * 2 + ["step 8 of 8"] * 2
-    *_, first, second, third = said.out.splitlines()
-    assert first.startswith("next: try it ")
-    assert "fill-mask" in first
-    for line in (second, third):
-        words = shlex.split(line[line.index("python -m") :])
-        known = parser_of(words[2])._option_string_actions
-        assert {word for word in words[3:] if word.startswith("--")} <= set(known)
-    code = shlex.split(first[first.index("python -c") :])[2]
+    *_, curves, guess, larger = said.out.splitlines()
+    assert curves.startswith("next: see the curves ")
+    assert (output / "report.html").as_uri() in curves
+    assert larger.split()[-2:] == ["make", "pretrain"]
+    code = shlex.split(guess[guess.index("python -c") :])[2]
     exec(code)
     assert "token_str" in capsys.readouterr().out
+
+
+def test_the_next_commands_exist() -> None:
+    """Programs and options, after a run of any size but the smallest."""
+    tokenizer = type("Tokenizer", (), {"mask_token": "[MASK]", "__len__": lambda self: 1000})()
+    commands = pretrain_bert.next_commands({"held_out_loss": 5.0, "size": "tiny"}, "out", tokenizer)
+    ours = [words for words in map(shlex.split, commands.values()) if words[2].startswith("recipes.")]
+    assert [words[2] for words in ours] == ["recipes.finetune", "recipes.pretrain_bert"]
+    for _, _, module, *words in ours:
+        assert {word for word in words if word.startswith("--")} <= set(parser_of(module)._option_string_actions)
 
 
 def test_a_study_in_a_log_says_a_line_for_each_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,6 +241,5 @@ def test_the_next_commands_stand_below_each_other() -> None:
 def test_a_run_that_diverged_is_followed_by_a_search_for_a_rate() -> None:
     record: dict[str, Any] = {"held_out_loss": float("nan"), "size": "mini"}
     tokenizer = type("Tokenizer", (), {"mask_token": "[MASK]", "__len__": lambda self: 1000})()
-    assert pretrain_bert.next_commands(record, "out", tokenizer) == {
-        "find a rate": "python -m recipes.find_rate --size mini"
-    }
+    _, rate = pretrain_bert.next_commands(record, "out", tokenizer).values()
+    assert rate == "python -m recipes.find_rate --size mini"

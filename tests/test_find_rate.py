@@ -108,7 +108,7 @@ def test_it_goes_on_where_it_was_stopped(
 
     with monkeypatch.context() as first:
         first.setattr(find_rate, "pretrain", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             search(first, *options)
     search(monkeypatch, *options)
     trials = [(phase.args.optim.value, phase.args.learning_rate) for phase in trained]

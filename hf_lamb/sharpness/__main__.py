@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.sharp
     parser = parser_of(prog)
     options = parser.parse_args(argv)
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         plots.require_matplotlib()
         small, large = (load_model(path).to(options.device) for path in (options.small, options.large))

@@ -295,7 +295,7 @@ def ascend(problem: Objective, region: Region, steps: int, description: str) -> 
 @contextmanager
 def progress(total: int, description: str) -> Iterator[Callable[[], object]]:
     """Show a progress bar on a terminal, on the first process only; yield the function that advances it by one."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     with tqdm(total=total, desc=description, leave=False, disable=None if first else True) as bar:

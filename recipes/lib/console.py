@@ -24,7 +24,8 @@ def on_a_terminal() -> bool:
 
 def show_library_bars(shown: bool) -> None:
     """Turn the bars of transformers, datasets and huggingface_hub on or off."""
-    (transformers.logging.enable_progress_bar if shown else transformers.logging.disable_progress_bar)()
+    bars: Any = transformers.logging
+    (bars.enable_progress_bar if shown else bars.disable_progress_bar)()
     bars = huggingface_hub.utils
     (bars.enable_progress_bars if shown else bars.disable_progress_bars)()
     with suppress(ImportError):

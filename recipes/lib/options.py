@@ -17,7 +17,7 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-class RecipeParser(HfArgumentParser, Parser):  # type: ignore[misc]
+class RecipeParser(HfArgumentParser, Parser):
     """The parser of a recipe's dataclasses.
 
     recipe: the recipe's name. doc: its docstring. **kwargs: those of `argparse.ArgumentParser`.
