@@ -5,7 +5,6 @@ import sys
 import warnings
 from argparse import SUPPRESS, Action, ArgumentParser
 from enum import Enum
-from textwrap import dedent
 from unittest.mock import patch
 
 COMMANDS = (
@@ -54,9 +53,9 @@ def options_page(command: str) -> str:
             title = group.title or "options"
             lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
             lines += ["| option | default | what it does |", "| --- | --- | --- |", *map(row_of, actions)]
-    if parser.epilog:
-        several = "\n" in parser.epilog.strip()
-        lines += ["", *(["```text", dedent(parser.epilog).strip(), "```"] if several else [in_a_cell(parser.epilog)])]
+    if parser.epilog:  # the docstring's examples are indented, as Markdown's are
+        words = parser.epilog.strip("\n").splitlines()
+        lines += ["", *(line.rstrip() if line.startswith("    ") else in_a_cell(line) for line in words)]
     return "\n".join([*lines, ""])
 
 
