@@ -164,7 +164,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_kills_of_two_processes(kills: int, tmp_path: Path) -> None:
     """SIGKILL at random moments: every trial recorded once, and none begun again after it was recorded."""
     rng = random.Random(kills)
-    command = [sys.executable, "-m", "tests.scripts.tiny_study", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.scripts.tiny_study", str(tmp_path), str(0.05 * kills)]
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command)
@@ -175,7 +175,7 @@ def test_kills_of_two_processes(kills: int, tmp_path: Path) -> None:
         for _ in range(kills):
             seen = len(begun.read_text().splitlines()) if begun.exists() else 0
             wait_for(lambda seen=seen: begun.exists() and len(begun.read_text().splitlines()) > seen + 2)
-            time.sleep(rng.random() / 50)
+            time.sleep(rng.random() / 10)
             victim = workers.pop(rng.randrange(2))
             os.kill(victim.pid, signal.SIGKILL)
             assert victim.wait(timeout=60) in (-signal.SIGKILL, 0)

@@ -400,6 +400,8 @@ class Study:
                     result = train(trial, lambda text, name=name: bar.set_postfix_str(f"{name}: {text}"))
                     record = {"study": self.facts, **provenance(), **trial._asdict(), **result}
                     with _locked(self.folder / ".claims" / "writing"):
+                        for unfinished in self.folder.glob(f".{self.path.name}.*"):  # of a process killed as it wrote
+                            unfinished.unlink()
                         append_json_line(self.path, record)
                     return True
         return False

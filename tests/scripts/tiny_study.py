@@ -1,7 +1,8 @@
-"""Works on a study whose trials take milliseconds, for tests that kill it.
+"""Works on a study of 38 trials that do nothing, for tests that kill it.
 
-    python -m tests.scripts.tiny_study FOLDER
+    python -m tests.scripts.tiny_study FOLDER SECONDS
 
+Every trial takes so many seconds: on a busy machine a study of milliseconds is over before it is killed.
 Notes the beginning of every trial in FOLDER/begun, by the process that runs it.
 """
 
@@ -28,15 +29,15 @@ def loss(trial: Trial) -> float:
     return math.log2(trial.learning_rate / BEST[trial.optimizer, trial.setting]) ** 2 + trial.seed / 100
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seconds: float) -> None:
     def train(trial: Trial, say: Callable[[str], None]) -> Record:
         with (folder / "begun").open("a") as file:
             file.write(f"{os.getpid()} {trial}\n")
-        time.sleep(0.01)
+        time.sleep(seconds)
         return {"objective": loss(trial)}
 
     Study(folder, SEARCH, {"kind": "tiny"}).run(train, show_progress=False)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), float(sys.argv[2]))
