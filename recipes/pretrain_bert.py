@@ -90,9 +90,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
     "large": PLANS["paper-32k"].phases[0].options,
 }
-# A LAMB step is lr times the weights' norm, so at BERT's initial standard deviation of 0.02 to 0.05 AdamW's
-# corresponding rate is that much smaller.
-RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.05, "adamw_torch": 0.05, "sgd": 10.0}
+# AdamW's best rate is a fifth of LAMB's in docs/results.md and docs/find_rate.md, at every batch size.
+RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.2, "adamw_torch": 0.2, "sgd": 10.0}
 
 FEW_STEPS = 100  # evaluated and saved twice, not ten times
 
@@ -468,7 +467,7 @@ def parse(
     other = early.model_name_or_path or early.model_type or early.config_name
     size = early.size or "tiny"
     defaults = {"size": None if other else size, **DEFAULTS[size]}
-    defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.05)
+    defaults["learning_rate"] *= RATE_BESIDE_LAMB.get(early.optim, 0.2)
     if early.base_learning_rate is not None:
         del defaults["learning_rate"]
     share = defaults["warmup_steps"] / defaults["max_steps"]
