@@ -242,9 +242,8 @@ def draw(results: Results, records: Sequence[Record], start: str, min_steps: int
     unigram_loss = records[0]["unigram_loss"]
     steps = {record["setting"]: record["steps"] for record in records}
     titles = {b: f"batch {b:,}, {steps[b]:,} steps" for b in results.search.settings if b in steps}
-    ceiling = min(unigram_loss, min(map(objective_of, records)) + 1)
     carried, quantity = "rate carried by the √ rule", "held-out masked-LM loss (nats)"
-    u_curves(Path(start + SEARCH_PICTURE), results.search, records, titles, quantity, ceiling, carried)
+    u_curves(Path(start + SEARCH_PICTURE), results.search, records, titles, quantity, unigram_loss, carried)
     if PANELS in pictures_of(results):
         draw_panels(results, Path(start + PANELS), min_steps, target_margin)
 
