@@ -100,8 +100,9 @@ def test_layers_of_fused_parameters_equal_the_unfused_and_unsharded_run(
     result = request.getfixturevalue(f"on_{processes}")[json.dumps({"mode": mode, **FLOAT32})]
     assert "error" not in result, result["error"]
     assert result["weights"] <= 1e-6
-    assert result["ratios"] <= 3e-6  # the gradients of four processes are rounded elsewhere: 1.2e-6 on some CPUs
-    assert result["norms"] <= 1e-6
+    # The gradients of four processes are rounded elsewhere: on some CPUs fp32 gives 1.2e-6.
+    assert result["ratios"] <= 3e-6
+    assert result["norms"] <= 3e-6
     assert result["same_weights"], "the processes ended with different weights"
     assert result["same_layers"], "the processes report different layer_stats"
 
