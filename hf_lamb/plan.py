@@ -26,7 +26,7 @@ from typing import Any
 import yaml  # transformers and accelerate bring it
 
 from hf_lamb.batch_schedule import BatchStages, Stage, batch_stages
-from hf_lamb.command_line import Parser, fail
+from hf_lamb.command_line import Parser, fail, one_line
 from hf_lamb.files import atomic_write
 from hf_lamb.scaling import did_you_mean, norm_growth, norm_growth_warning, scaled_learning_rate
 
@@ -134,7 +134,7 @@ def read_plan(path: str | Path) -> Plan:
             f"the plan {path} cannot be read ({error.strerror}): `python -m hf_lamb.plan --output` writes one"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the plan {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the plan {path} is no YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"the plan {path} holds no options: give lines like `max_steps: 1000`")
     phases = content.pop("phases", [{}])

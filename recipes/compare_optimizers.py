@@ -27,9 +27,8 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from hf_lamb.command_line import fail, stopped
 from recipes.lib.bert import SIZES, new_bert
-from recipes.lib.console import on_a_terminal, show_library_bars
+from recipes.lib.console import on_a_terminal, show_library_bars, study_command
 from recipes.lib.corpus import load_documents, split_documents
 from recipes.lib.masking import IGNORED, MaskedBlocks, masked, unigram_baseline
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
@@ -117,7 +116,7 @@ def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
     start = time.monotonic()
     show_library_bars(on_a_terminal())
-    try:
+    with study_command("compare_optimizers"):
         arguments = parse()
         check(arguments)
         if arguments.train_sequences == 0:
@@ -135,10 +134,6 @@ def main() -> None:
                 print(batch_report.write_report(study, records, min_steps, margin))
             else:
                 print(write_report(study, records, min_steps, TARGET_MARGIN if margin is None else margin))
-    except (ValueError, OSError) as error:
-        fail("compare_optimizers", error)
-    except KeyboardInterrupt:
-        stopped("compare_optimizers", "the same command goes on, finished trials are kept")
 
 
 def parse() -> CompareArguments:

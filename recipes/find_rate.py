@@ -19,9 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_lamb.command_line import fail, stopped
 from recipes import pretrain_bert
-from recipes.lib.console import on_a_terminal, show_library_bars
+from recipes.lib.console import on_a_terminal, show_library_bars, study_command
 from recipes.lib.options import RecipeParser, parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
@@ -66,7 +65,7 @@ class SearchArguments:
 def main() -> None:
     """Run the trials that are missing; leave lamb.yaml, adamw.yaml, rates.png and trials.jsonl in the folder."""
     show_library_bars(on_a_terminal())
-    try:
+    with study_command("find_rate"):
         own, argv = search_parser().parse_args_into_dataclasses(return_remaining_strings=True)
         is_first = be_one_process()
         argv, options, first_rates = options_of_trials(argv, own.optimizers)
@@ -78,10 +77,6 @@ def main() -> None:
         if is_first:
             size = {} if recipe.size is None else {"size": recipe.size}
             print(write_report(study, records, size | {k: v for k, v in options.items() if k not in OF_THE_SEARCH}))
-    except (ValueError, OSError) as error:
-        fail("find_rate", error)
-    except KeyboardInterrupt:
-        stopped("find_rate", "the same command goes on, finished trials are kept")
 
 
 def search_parser() -> RecipeParser:

@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lamb.command_line import fail, stopped
+from recipes.lib.console import study_command
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
 from recipes.lib.options import RecipeParser, parse_options
 from recipes.lib.processes import autocast
@@ -78,7 +78,7 @@ def main() -> None:
     """Run what is missing, then leave table, picture and page in the output directory."""
     transformers.utils.logging.set_verbosity_error()  # it warns that the classifier is new, as it should be
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with study_command("finetune"):
         parser = RecipeParser(FinetuneArguments, "finetune", __doc__)
         (arguments,) = parse_options(parser)
         check(arguments)
@@ -102,10 +102,6 @@ def main() -> None:
         records = complete(study, prepare, arguments.use_cpu, arguments.report_only)
         if records is not None:
             print(write_report(study, records))
-    except (ValueError, OSError) as error:
-        fail("finetune", error)
-    except KeyboardInterrupt:
-        stopped("finetune", "the same command goes on, finished trials are kept")
 
 
 def check(arguments: FinetuneArguments) -> None:

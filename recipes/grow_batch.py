@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from hf_lamb.batch_schedule import batch_stages
-from hf_lamb.command_line import fail, stopped
 from recipes import pretrain_bert
-from recipes.lib.console import on_a_terminal, show_library_bars
+from recipes.lib.console import on_a_terminal, show_library_bars, study_command
 from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
@@ -42,7 +41,7 @@ class GrowthArguments:
 def main() -> None:
     """Run the trials that are missing; print the table."""
     show_library_bars(on_a_terminal())
-    try:
+    with study_command("grow_batch"):
         parser = parser_beside_pretraining(GrowthArguments, "grow_batch", __doc__)
         own, given = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         if decided := [word for word in given if option_of(word) in DECIDED]:
@@ -70,10 +69,6 @@ def main() -> None:
         records = study.run(train, show_progress=is_first)
         if is_first:
             print("\n".join(results_of(records)))
-    except (ValueError, OSError) as error:
-        fail("grow_batch", error)
-    except KeyboardInterrupt:
-        stopped("grow_batch", "the same command goes on, finished trials are kept")
 
 
 def option_of(word: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_lamb.command_line import fail, stopped
+from recipes.lib.console import study_command
 from recipes.lib.images import Images, Split, load_images
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate
 from recipes.lib.options import RecipeParser, parse_options
@@ -53,7 +53,7 @@ class LstmArguments:
 
 def main() -> None:
     """Run what is missing, then leave table, pictures and page in the output directory."""
-    try:
+    with study_command("lstm_mnist"):
         parser = RecipeParser(LstmArguments, "lstm_mnist", __doc__)
         (arguments,) = parse_options(parser)
         data = load_images(arguments.data_dir)
@@ -74,10 +74,6 @@ def main() -> None:
         records = complete(study, prepare, arguments.use_cpu, arguments.report_only)
         if records is not None:
             print(write_report(study, records))
-    except (ValueError, OSError) as error:
-        fail("lstm_mnist", error)
-    except KeyboardInterrupt:
-        stopped("lstm_mnist", "the same command goes on, finished trials are kept")
 
 
 def check(arguments: LstmArguments, data: Split) -> None:

@@ -56,6 +56,7 @@ from recipes.lib.console import (
     show_library_bars,
     what_next,
 )
+from recipes.lib.findings import blind_loss, has_diverged
 from recipes.lib.labelled import IGNORED
 from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.models import check_same_model, new_model
@@ -766,8 +767,8 @@ def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabu
     verdict = f"{abs(unigram_loss - loss):.3f} nats {'better' if loss < unigram_loss else 'WORSE'}"
     if loss >= unigram_loss and steps < FEW_STEPS:
         verdict = f"{steps} steps only show that it runs"
-    blind = math.log(vocabulary)
-    if not loss < 1.1 * blind:  # NaN too
+    if has_diverged(loss, vocabulary):
+        blind = blind_loss(vocabulary)
         verdict = f"DIVERGED, guessing blindly gives {blind:.3f}: lower the rate of {record['learning_rate']:g}"
     minutes = record["seconds"] / 60
     noise_scale, batch = record["noise_scale"], record["global_batch_size"]
@@ -791,7 +792,7 @@ results, pictures        {output_dir}: {", ".join(["results.jsonl", *pictures])}
 def next_commands(record: dict[str, Any], output_dir: str, tokenizer: Any) -> dict[str, str]:
     """What one may type after the training, by what it is for; after a run that diverged, how to find a rate."""
     commands = {"see the curves": command_to_open(Path(output_dir, "report.html"))}
-    if not record["held_out_loss"] < 1.1 * math.log(len(tokenizer)):
+    if has_diverged(record["held_out_loss"], len(tokenizer)):
         return commands | {"find a rate": f"python -m recipes.find_rate --size {record['size'] or 'tiny'}"}
     commands["try it"] = command_to_fill_masks(output_dir, tokenizer.mask_token)
     if record["size"] == "smoke":

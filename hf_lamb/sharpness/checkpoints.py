@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from hf_lamb.command_line import one_line
 from hf_lamb.sharpness.objective import fixed_batches
 
 __all__ = ["check_one_tokenizer", "has_tokenizer", "load_batches", "load_model", "one_tokenizer"]
@@ -32,7 +33,7 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
             raise ValueError(f"its architecture is {architecture}, which transformers does not have")
         model, loading = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # several libraries read these files and raise different errors
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"{os.fspath(path)} cannot be loaded ({reason}): give a folder that save_pretrained or Trainer wrote"
         ) from None
@@ -126,7 +127,7 @@ def _tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
             raise ValueError("no file of one")
         return AutoTokenizer.from_pretrained(checkpoint)
     except Exception as error:  # as above
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"{checkpoint} has no tokenizer ({reason}): save it there too, or give --data as .pt batches"
         ) from None
@@ -136,9 +137,7 @@ def _saved_batches(path: Path) -> list[Any]:
     try:
         batches = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"cannot read {path} ({' '.join(str(error).split())[:200]}): write it with torch.save"
-        ) from None
+        raise ValueError(f"cannot read {path} ({one_line(error)[:200]}): write it with torch.save") from None
     if not isinstance(batches, list) or not batches:
         raise ValueError(f"{path} holds a {type(batches).__name__}: expected a list of batches that is not empty")
     return batches

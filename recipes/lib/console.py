@@ -2,8 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import transformers
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
+
+from hf_lamb.command_line import fail, stopped
 
 # What Trainer logs and nobody acts on while a run goes on; results.jsonl has the time.
 NOT_PRINTED = ("_runtime", "_per_second", "train_loss", "total_flos")
@@ -32,6 +34,17 @@ def show_library_bars(shown: bool) -> None:
         import datasets
 
         (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+
+
+@contextmanager
+def study_command(name: str) -> Iterator[None]:
+    """End a study's command with one line after a mistake or Ctrl-C. name: of the recipe."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(name, error)
+    except KeyboardInterrupt:
+        stopped(name, "the same command goes on, finished trials are kept")
 
 
 def step_line(step: int, of: int, values: Mapping[str, Any]) -> str:

@@ -131,13 +131,23 @@ def rises(log: Log) -> Iterator[str]:
         )
 
 
+def blind_loss(vocabulary: int | None) -> float:
+    """The loss of a masked LM that takes all tokens for equally likely; inf where their number is not known."""
+    return math.inf if vocabulary is None else math.log(vocabulary)
+
+
+def has_diverged(loss: float, vocabulary: int | None) -> bool:
+    """Whether a held-out loss is clearly above that of guessing blindly; NaN is, too."""
+    return not loss < 1.1 * blind_loss(vocabulary)
+
+
 def too_high(run: Run, explained: bool) -> Iterator[str]:
     """The held-out loss of a masked LM is no better than guessing. explained: whether something else says why."""
     losses = series(run.log, "eval_loss")[1]
     if run.unigram_loss is None or not losses:
         return
-    blind = math.inf if run.vocabulary is None else math.log(run.vocabulary)
-    if not losses[-1] < 1.1 * blind:  # NaN too
+    if has_diverged(losses[-1], run.vocabulary):
+        blind = blind_loss(run.vocabulary)
         yield (
             f"The held-out loss is {losses[-1]:.4g} nats, and guessing blindly gives {blind:.4g}: the run has "
             "diverged. Lower the learning rate."

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hf_lamb.command_line import one_line
 from hf_lamb.scaling import did_you_mean
 from recipes.lib.bert import SIZES, new_bert
 from recipes.lib.labelled import compute_logits_at_labels
@@ -256,4 +257,4 @@ def _named(arguments: ModelArguments) -> tuple[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from hf_lamb.command_line import one_line
 from recipes.lib.processes import make_output_dir
 from recipes.study.sweep import Record, Study
 
@@ -55,4 +56,4 @@ def _work(number: int, work: Callable[[Any, bool], None], arguments: Any) -> Non
     try:
         work(arguments, number == 0)
     except (ValueError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))
+        sys.exit(one_line(error))
