@@ -16,7 +16,15 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer
 
 import recipes.lib.tokenizer
-from recipes.lib.corpus import EMBEDDED, EMBEDDED_SHA256, Document, hub_documents, load_documents, split_documents
+from recipes.lib.corpus import (
+    EMBEDDED,
+    EMBEDDED_SHA256,
+    Document,
+    content_of,
+    hub_documents,
+    load_documents,
+    split_documents,
+)
 from recipes.lib.tokenizer import load_or_train_tokenizer, tokenize_into_blocks, train_tokenizer
 from tests.helpers import one_line
 
@@ -89,6 +97,24 @@ class TestFiles:
         assert [document.name for document in by_folder[1:3]] == ["a", "c"]
         assert load_documents(str(tmp_path / "*")) == by_folder
         assert load_documents([str(path) for path in sorted(tmp_path.iterdir())]) == by_folder
+
+    def test_a_corpus_holds_out_the_same_documents_wherever_it_lies(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Names decide what is held out: with the folder in them, a run resumed after a move trained on held-out text."""
+        for place in ("here", "there/deep"):
+            for number in range(40):
+                path = tmp_path / place / f"{number % 3}" / f"{number}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"text {number}")
+            (tmp_path / place / "lines.jsonl").write_text("".join(f'{{"text": "line {n}"}}\n' for n in range(40)))
+        monkeypatch.chdir(tmp_path)
+        here = load_documents(str(tmp_path / "here"))
+        assert (len(here), here[0].name, here[-1].name) == (80, "0/0.txt", "lines.jsonl:40")
+        for corpus in ("there/deep", "./there/deep/", "there/../here", "there/deep/**/*.*", "."):
+            same = corpus != "."
+            assert (load_documents(corpus)[:80] == here) == same, corpus
+            assert (content_of([corpus]) == content_of(["here"])) == same, corpus
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

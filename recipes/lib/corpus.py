@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain, pairwise, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ def read_documents(corpus: str | Sequence[str]) -> Iterator[Document]:
     found = False
     for item in [corpus] if isinstance(corpus, str) else corpus:
         files = _files(item)
-        for document in hub_documents(item) if files is None else chain.from_iterable(map(_file_documents, files)):
+        for document in hub_documents(item) if files is None else chain.from_iterable(starmap(_file_documents, files)):
             found = True
             yield document
     if not found:
@@ -63,10 +63,10 @@ def content_of(corpus: Sequence[str]) -> str:
         files = _files(item)
         if files is None:
             content.append((item, _load_hub_dataset(item)._fingerprint))
-        for path in files or ():
+        for name, path in files or ():
             try:
                 with open(path, "rb") as file:
-                    content.append((str(path), hashlib.file_digest(file, "sha256").hexdigest()))
+                    content.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
             except OSError as error:
                 raise _unreadable(path, error) from None
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -139,8 +139,12 @@ def held_out_numbers(names: Sequence[str], held_out_fraction: float = 0.05, seed
     return {min(range(start, end), key=lot) for start, end in pairwise(bounds)}
 
 
-def _files(item: str) -> list[Path] | None:
-    """The files of one item of a corpus; None for a hub dataset."""
+def _files(item: str) -> list[tuple[str, Path]] | None:
+    """Name and path of the files of one item of a corpus; None for a hub dataset.
+
+    A name is the path below the folder that the item names, or that its pattern searches: a corpus that is moved or
+    copied holds out the same documents.
+    """
     if item == "embedded":
         found = hashlib.sha256(EMBEDDED.read_bytes()).hexdigest() if EMBEDDED.is_file() else "no file"
         if found != EMBEDDED_SHA256:
@@ -148,14 +152,15 @@ def _files(item: str) -> list[Path] | None:
                 f"{EMBEDDED} should have sha256 {EMBEDDED_SHA256}, found {found}: "
                 "restore it with `git checkout` or recipes/data/make_corpus.py"
             )
-        return [EMBEDDED]
+        return [(EMBEDDED.name, EMBEDDED)]
     elif item and Path(item).is_dir():
         files = _files_in(item)
         if not files:
             raise ValueError(f"the folder {item!r} holds no {', '.join(SUFFIXES)} file: name another")
-        return files
+        return [(path.relative_to(item).as_posix(), path) for path in files]
     elif files := sorted(map(Path, glob.glob(item, recursive=True))) or ([Path(item)] * Path(item).is_file()):
-        return files
+        folder = next(parent for parent in Path(item).parents if parent.is_dir())
+        return [(path.relative_to(folder).as_posix(), path) for path in files]
     elif Path(item).is_absolute() or item.startswith(".") or item.endswith(SUFFIXES) or glob.has_magic(item):
         raise ValueError(f"there is no file {item!r}: check the path, or use 'embedded'")
     return None
@@ -176,8 +181,8 @@ def _files_in(folder: str) -> list[Path]:
     return sorted(path for path in found if path.name.endswith(SUFFIXES))
 
 
-def _file_documents(path: Path) -> Iterator[Document]:
-    """The documents of one local file, which is read as UTF-8."""
+def _file_documents(file_name: str, path: Path) -> Iterator[Document]:
+    """The documents of one local file, which is read as UTF-8; those without a header go by the file's name."""
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"cannot read {str(path)!r}: give {', '.join(SUFFIXES)} files")
     try:
@@ -189,10 +194,10 @@ def _file_documents(path: Path) -> Iterator[Document]:
         raise _unreadable(path, error) from None
 
     if path.suffix == ".jsonl":
-        texts = [(f"{path}:{n}", _json_text(path, n, line)) for n, line in enumerate(text.split("\n"), 1) if line]
+        texts = [(f"{file_name}:{n}", _json_text(path, n, line)) for n, line in enumerate(text.split("\n"), 1) if line]
     else:
         before_any_header, *rest = HEADER.split(text)
-        texts = [(str(path), before_any_header), *zip(rest[::2], rest[1::2], strict=True)]
+        texts = [(file_name, before_any_header), *zip(rest[::2], rest[1::2], strict=True)]
     yield from (Document(name, text.strip()) for name, text in texts if text.strip())
 
 
