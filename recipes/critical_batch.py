@@ -10,6 +10,7 @@ nats above that of every smaller batch. If it is stopped, the same command goes 
 import hashlib
 import json
 import math
+import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -160,8 +161,7 @@ def main() -> None:
             say(f"\n{table(measured)}\n{sentence(measured)}")
             say(f"{time.perf_counter() - start:.0f} seconds; {own.output_dir}: branches.jsonl, critical_batch.png")
             best = critical_batch({record["batch"]: record["loss"] for record in measured}, own.tolerance)
-            train = f"python -m recipes.pretrain_bert --plan runs/find_rate/tiny/lamb.yaml --global_batch_size {best}"
-            say(what_next({"find a rate": "python -m recipes.find_rate --size tiny", "train at it": train}))
+            say(what_next({"train on at this batch": command_to_train_on(branches, best)}))
         leave(args)
 
 
@@ -313,6 +313,21 @@ def facts_of(checkpoint: str) -> dict[str, Any] | None:
     """What the run noted of its data, if it did."""
     kept = json.loads(Path(checkpoint, "trainer_state.json").read_text()).get("stateful_callbacks", {})
     return kept.get("RunFacts", {}).get("args", {}).get("data")
+
+
+def command_to_train_on(branches: Branches, batch: int) -> str:
+    """The command that trains the checkpoint on, on the same data, at this batch and the rate of its branch."""
+    run, model = branches.run, branches.model
+    options = {
+        "model_name_or_path": branches.checkpoint,
+        "carry_over": "moments",
+        "corpus": " ".join(map(shlex.quote, model.corpus)),
+        "max_seq_length": run["max_seq_length"],
+        "global_batch_size": batch,
+        "base_learning_rate": f"{run['base_learning_rate']:g}",
+        "base_batch_size": run["base_batch_size"],
+    }
+    return "python -m recipes.pretrain_bert " + " ".join(f"--{name} {value}" for name, value in options.items())
 
 
 def noise_scale_of(checkpoint: str) -> float | None:

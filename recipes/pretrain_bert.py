@@ -772,9 +772,9 @@ def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabu
         verdict = f"DIVERGED, guessing blindly gives {blind:.3f}: lower the rate of {record['learning_rate']:g}"
     minutes = record["seconds"] / 60
     noise_scale, batch = record["noise_scale"], record["global_batch_size"]
-    noise = "not measured: it takes accumulation or several processes, and some steps"
+    noise = ""  # it takes accumulation or several processes, and some steps
     if noise_scale is not None:
-        noise = noise_scale_in_words(noise_scale, batch)
+        noise = f"\nnoise scale              {noise_scale_in_words(noise_scale, batch)}"
         noise += "\n" + 25 * " " + "an estimate, mostly too low: python -m recipes.critical_batch measures it"
     speed = f", {record['tokens_per_second']:,} tokens/s" if record["timed_steps"] else ""
     since = "" if record["timed_steps"] == steps else f"the last {record['timed_steps']:,} of "
@@ -783,8 +783,7 @@ def summary(record: dict[str, Any], output_dir: str, pictures: list[str], vocabu
     return f"""
 held-out masked-LM loss  {loss:.3f} nats   unigrams {unigram_loss:.3f} nats: {verdict}{before}
 held-out accuracy        {record["held_out_accuracy"]:.1%}        unigrams {record["unigram_accuracy"]:.1%}
-time                     {since}{steps:,} steps in {minutes:.1f} minutes{speed}
-noise scale              {noise}
+time                     {since}{steps:,} steps in {minutes:.1f} minutes{speed}{noise}
 model                    {output_dir} (AutoModelForMaskedLM.from_pretrained)
 results, pictures        {output_dir}: {", ".join(["results.jsonl", *pictures])}"""
 

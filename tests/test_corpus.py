@@ -101,7 +101,7 @@ class TestFiles:
     def test_a_corpus_holds_out_the_same_documents_wherever_it_lies(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Names decide what is held out: with the folder in them, a run resumed after a move trained on held-out text."""
+        """Or a run that is resumed after a move trains on what was held out before."""
         for place in ("here", "there/deep"):
             for number in range(40):
                 path = tmp_path / place / f"{number % 3}" / f"{number}.txt"

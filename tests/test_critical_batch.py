@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,22 @@ def test_the_rate_belongs_to_the_batch_in_force(texts: Path, tmp_path: Path, mon
     branches = critical_batch.prepare(*critical_batch.parse())
     assert branches.run["base_batch_size"] == 32
     assert branches.arguments[32].learning_rate == pytest.approx(critical_batch.rate_of(branches.checkpoint))
+
+
+def test_the_next_command_trains_the_checkpoint_on_at_the_batch_that_was_found(
+    finished: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the rate of its branch, on its data; it named a recipe and a plan of another model."""
+    run(monkeypatch, *options(finished, texts, tmp_path / "branches"))
+    command = capsys.readouterr().out.split("next:")[1].split("python -m recipes.pretrain_bert")[1]
+    own = ["--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path / "on")]
+    pretrain(monkeypatch, *shlex.split(command), *own)
+    record = json.loads((tmp_path / "on/results.jsonl").read_text())
+    batch = record["global_batch_size"]
+    branch = next(line for line in lines(tmp_path / "branches") if line["batch"] == batch)
+    assert record["learning_rate"] == pytest.approx(branch["learning_rate"], rel=1e-5)
+    assert record["carried_over_from"] == str(finished / "checkpoint-4")
+    assert critical_batch.facts_of(str(tmp_path / "on/checkpoint-1"))["train"] == branch["run"]["data"]
 
 
 @pytest.mark.distributed

@@ -70,7 +70,9 @@ def test_a_corpus_is_read_and_tokenized_once(texts: Path, cache: Path, monkeypat
     """Neither in the next phase or process, nor in the next run, until the text or the tokenizer is another one."""
     loaded(texts)
     read, tokenized = [], []
-    monkeypatch.setattr(corpus, "_file_documents", lambda name, path, f=corpus._file_documents: read.append(path) or f(name, path))
+    monkeypatch.setattr(
+        corpus, "_file_documents", lambda *args, f=corpus._file_documents: read.append(args) or f(*args)
+    )
     monkeypatch.setattr(
         stored, "tokenize_each", lambda *args, f=stored.tokenize_each: tokenized.append(args) or f(*args)
     )
