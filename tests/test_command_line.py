@@ -160,6 +160,20 @@ def test_help_has_one_spelling_and_no_default_that_says_nothing(capsys: pytest.C
 # ---- What a run prints ----------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_leaves_no_bar_between_the_lines_of_the_log() -> None:
+    """On a terminal, where the other libraries' bars are shown."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    try:
+        console.show_library_bars(True)
+        assert not transformers.logging.is_progress_bar_enabled()
+        assert datasets.are_progress_bars_disabled() is huggingface_hub.utils.are_progress_bars_disabled() is False
+    finally:
+        console.show_library_bars(False)
+
+
 def test_lines_of_the_log_begin_with_their_step(capsys: pytest.CaptureFixture[str]) -> None:
     """The evaluation that follows the last step is not said again, nor what nobody acts on."""
     lines, state = console.StepLines(), SimpleNamespace(global_step=10, max_steps=2400, is_world_process_zero=True)

@@ -25,10 +25,12 @@ def on_a_terminal() -> bool:
 
 
 def show_library_bars(shown: bool) -> None:
-    """Turn the bars of transformers, datasets and huggingface_hub on or off."""
-    bars: Any = transformers.logging
-    (bars.enable_progress_bar if shown else bars.disable_progress_bar)()
-    bars = huggingface_hub.utils
+    """Turn the bars of datasets and huggingface_hub on or off.
+
+    Those of transformers are always off: each checkpoint that is written would leave one between the lines of the log.
+    """
+    transformers.logging.disable_progress_bar()  # first: it turns those of huggingface_hub off, too
+    bars: Any = huggingface_hub.utils
     (bars.enable_progress_bars if shown else bars.disable_progress_bars)()
     with suppress(ImportError):
         import datasets
