@@ -68,9 +68,12 @@ class CriticalBatchArguments:
     )
     validation_file: list[str] | None = field(default=None, metadata={"help": "As recipes.pretrain_bert's."})
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens in a sequence; default: as many as the model has positions."}
+        default=None,
+        metadata={"help": "Tokens in a sequence; default: the run's, else as many as the model has positions."},
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
+    mlm_probability: float | None = field(
+        default=None, metadata={"help": "Share of the tokens that is masked; default: that of the checkpoint's run."}
+    )
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Sequences at a time on each process; default: at most 32, as many as fit."}
     )
@@ -140,7 +143,8 @@ def main() -> None:
         except (ValueError, OSError) as error:
             fail("critical_batch", error)
         say = print if is_first else lambda *_: None
-        for line in changes(facts_of(checkpoint), branches.data.facts):
+        before = facts_of(checkpoint)
+        for line in changes(before and before | {"seed": own.seed}, branches.data.facts):  # branches have their own
             say(f"warning: {line}")
         start = time.perf_counter()
         try:
@@ -201,7 +205,9 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
             f"the learning rate of {checkpoint} is {rate:g}, at the end of its run: give an earlier checkpoint, or "
             "--learning_rate, such as the peak of the run"
         )
-    length = own.max_seq_length or longest_sequence(AutoConfig.from_pretrained(checkpoint))
+    known = facts_of(checkpoint) or {}
+    length = own.max_seq_length or known.get("max_seq_length")
+    length = length or longest_sequence(AutoConfig.from_pretrained(checkpoint))
     if length is None:
         raise ValueError(f"the model of {checkpoint} does not say how long its sequences are: give --max_seq_length")
     sequences = STEPS * max(own.batches) if own.tokens is None else own.tokens // length
@@ -214,10 +220,10 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
         )
     model = PretrainingArguments(
         model_name_or_path=checkpoint,
-        corpus=own.corpus or (facts_of(checkpoint) or {}).get("corpus", ["embedded"]),
+        corpus=own.corpus or known.get("corpus", ["embedded"]),
         validation_file=own.validation_file,
         max_seq_length=length,
-        mlm_probability=own.mlm_probability,
+        mlm_probability=own.mlm_probability or known.get("mlm_probability", 0.15),
     )
     data = load_data(model, own.seed, checkpoint)
     check_one_epoch(own, data, sequences, length)
@@ -230,7 +236,7 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
         "base_batch_size": base,
         "sequences": sequences,
         "max_seq_length": length,
-        "mlm_probability": own.mlm_probability,
+        "mlm_probability": model.mlm_probability,
         "seed": own.seed,
         "tolerance": own.tolerance,
         "noise_scale": noise_scale_of(checkpoint),
@@ -319,14 +325,17 @@ def command_to_train_on(branches: Branches, batch: int) -> str:
     """The command that trains the checkpoint on, on the same data, at this batch and the rate of its branch."""
     run, model = branches.run, branches.model
     options = {
-        "model_name_or_path": branches.checkpoint,
+        "model_name_or_path": shlex.quote(branches.checkpoint),
         "carry_over": "moments",
         "corpus": " ".join(map(shlex.quote, model.corpus)),
         "max_seq_length": run["max_seq_length"],
+        "mlm_probability": run["mlm_probability"],
         "global_batch_size": batch,
         "base_learning_rate": f"{run['base_learning_rate']:g}",
         "base_batch_size": run["base_batch_size"],
     }
+    if model.validation_file:
+        options["validation_file"] = " ".join(map(shlex.quote, model.validation_file))
     return "python -m recipes.pretrain_bert " + " ".join(f"--{name} {value}" for name, value in options.items())
 
 

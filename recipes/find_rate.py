@@ -24,9 +24,9 @@ from recipes.lib.console import on_a_terminal, show_library_bars, study_command
 from recipes.lib.options import RecipeParser, parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
-from recipes.pretrain_bert import DEFAULTS, PhaseRun, check_global_batch, parser_of, pretrain
+from recipes.pretrain_bert import DEFAULTS, PhaseRun, check_global_batch, given_options, pretrain
 from recipes.study.rate_report import OPTIM, search_at, write_report
-from recipes.study.sweep import Record, Study, Trial, trained
+from recipes.study.sweep import NO_PART, Record, Study, Trial, trained
 
 parse = partial(pretrain_bert.parse, name="find_rate")  # so that errors begin with this recipe's name
 
@@ -44,8 +44,6 @@ DECIDED = {
     "resume_from_checkpoint": "the same command goes on with the same search",
     "num_train_epochs": "--max_steps is the length of a trial",
 }
-# Options that do not change the outcome of a trial.
-NO_PART = {"use_cpu", "disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to"}
 # What belongs to the search, and not to the run that uses its rate.
 OF_THE_SEARCH = {"global_batch_size", "max_steps", "warmup_steps", "per_device_train_batch_size"}
 
@@ -89,15 +87,13 @@ def options_of_trials(argv: list[str], optimizers: list[str]) -> tuple[list[str]
 
     Raises ValueError for options that the search decides itself, and for what `parse` refuses.
     """
-    parser = parser_of(add_help=False, name="find_rate")
-    given, unchanged = (vars(parser.parse_known_args(words)[0]) for words in (argv, []))
-    given = {name: value for name, value in given.items() if value != unchanged[name]}
+    given = given_options(argv, "find_rate")
     if taken := [name for name in DECIDED if name in given]:
         raise ValueError(f"--{taken[0]} {given[taken[0]]}: leave it out, {DECIDED[taken[0]]}")
     recipe, args = parse(argv)
     usual = DEFAULTS[recipe.size or "tiny"]["global_batch_size"]
     short = {"global_batch_size": min(usual // 4, LARGEST_BATCH), "max_steps": min(args.max_steps // 2, MOST_STEPS)}
-    options = short | {name: value for name, value in sorted(given.items()) if name not in NO_PART}
+    options = short | {name: value for name, value in given.items() if name not in NO_PART}
     argv = [*words_of(short), *argv]
     scale = math.sqrt(options["global_batch_size"] / usual)
     rates = {o: parse([*argv, "--optim", OPTIM[o]])[1].learning_rate * scale for o in optimizers}

@@ -20,15 +20,22 @@ from recipes.lib.console import on_a_terminal, show_library_bars, study_command
 from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
-from recipes.pretrain_bert import PhaseRun, check_global_batch, pretrain
+from recipes.pretrain_bert import PhaseRun, check_global_batch, given_options, pretrain
 from recipes.study.growth_report import NAMES, results_of, search_of
-from recipes.study.sweep import Record, Study, Trial, trained
+from recipes.study.sweep import NO_PART, Record, Study, Trial, trained
 
 parse = partial(pretrain_bert.parse, name="grow_batch")  # so that errors begin with this recipe's name
 
 SHORT = {"vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_steps": 400}
 MODELS = {"size", "model_type", "model_name_or_path", "config_name"}
-DECIDED = {"batch_size_schedule", "learning_rate", "base_learning_rate", "base_batch_size", "plan", "seed"}
+# What the study varies, or has one of, and the remedy for who gives it.
+DECIDED = {
+    **dict.fromkeys(("batch_size_schedule", "learning_rate", "base_learning_rate", "base_batch_size", "seed")),
+    "optim": "it compares batches of LAMB",
+    "plan": "give its --size, --max_seq_length and --corpus",
+    "num_train_epochs": "--max_steps is the length of a trial",
+    "resume_from_checkpoint": "the same command goes on with the same study",
+}
 
 
 @dataclass
@@ -44,10 +51,12 @@ def main() -> None:
     with study_command("grow_batch"):
         parser = parser_beside_pretraining(GrowthArguments, "grow_batch", __doc__)
         own, given = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-        if decided := [word for word in given if option_of(word) in DECIDED]:
-            raise ValueError(f"{decided[0]}: leave it out, it is what this recipe varies")
+        options = given_options(given, "grow_batch")
+        if decided := [name for name in DECIDED if name in options]:
+            remedy = DECIDED[decided[0]] or "it is what this recipe varies"
+            raise ValueError(f"--{decided[0]} {options[decided[0]]}: leave it out, {remedy}")
         is_first = be_one_process()
-        model = {} if MODELS & {*map(option_of, given)} else {"size": "smoke"}
+        model = {} if MODELS & options.keys() else {"size": "smoke"}
         argv = [*words_of(model | SHORT), *given]
         recipe, args = parse(argv)
         if args.max_steps < 10:
@@ -63,6 +72,7 @@ def main() -> None:
             "max_steps": args.max_steps,
             "per_device_train_batch_size": batch // 4,
         }
+        facts = {name: value for name, value in options.items() if name not in NO_PART | MODELS} | facts
         study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
         train = trials_of(study, argv)
         make_output_dir(own.output_dir)

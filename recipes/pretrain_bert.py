@@ -472,6 +472,13 @@ def parse(
     if early.base_learning_rate is not None:
         del defaults["learning_rate"]
     share = defaults["warmup_steps"] / defaults["max_steps"]
+    if early.num_train_epochs is not None:
+        if early.max_steps is not None and early.max_steps > 0:
+            raise ValueError(
+                f"--num_train_epochs {early.num_train_epochs:g}: --max_steps {early.max_steps} would decide: leave "
+                "one out, or give --max_steps -1 beside a plan that has max_steps"
+            )
+        defaults["max_steps"] = -1
     global_batch, steps = (
         getattr(early, name) or defaults[name] for name in ("global_batch_size", "max_steps")
     )  # None: not given
@@ -539,7 +546,7 @@ def parser_of(add_help: bool = True, name: str = "pretrain_bert") -> RecipeParse
     """
     parser = RecipeParser((RecipeArguments, LambTrainingArguments), name, __doc__, add_help=add_help)
     if not add_help:
-        names = ("global_batch_size", "max_steps", "per_device_train_batch_size")
+        names = ("global_batch_size", "max_steps", "num_train_epochs", "per_device_train_batch_size")
         parser.set_defaults(**dict.fromkeys(names))
     positional, inherited, own = parser._action_groups
     lambs = parser.add_argument_group("options of hf_lamb.LambTrainingArguments")
@@ -553,6 +560,13 @@ def parser_of(add_help: bool = True, name: str = "pretrain_bert") -> RecipeParse
         "where there is none, for runs that something restarts."
     )
     return parser
+
+
+def given_options(argv: list[str], name: str) -> dict[str, Any]:
+    """What a command line gives that differs from the defaults, by the options' names. name: of the recipe."""
+    parser = parser_of(add_help=False, name=name)
+    given, unchanged = (vars(parser.parse_known_args(words)[0]) for words in (argv, []))
+    return {name: value for name, value in sorted(given.items()) if value != unchanged[name]}
 
 
 def check_numbers(recipe: RecipeArguments, args: LambTrainingArguments) -> None:

@@ -96,6 +96,20 @@ def test_a_resumed_run_ends_bit_for_bit_alike(step: int, whole: Path, tmp_path: 
     assert_same_end(tmp_path, whole)
 
 
+def test_a_run_resumed_with_another_batch_says_that_it_goes_on_elsewhere_in_the_data(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainer says nothing: its check compares the micro-batch alone, and the accumulation decides as much."""
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    for accumulation, said in ((None, False), (1, True)):
+        options = {} if accumulation is None else {"gradient_accumulation_steps": accumulation}
+        caplog.clear()
+        trainer(tmp_path, save_strategy="no", max_steps=5, **options).train(resume_from_checkpoint=True)
+        lines = [record.getMessage() for record in caplog.records if "global batch of" in record.getMessage()]
+        assert len(lines) == said
+    assert "give batch_size_schedule='0:" in lines[0]
+
+
 @pytest.mark.parametrize(("cls", "steps"), [(LambTrainer, STEPS), (Trainer, STEPS + 1)])
 def test_a_run_resumed_at_its_end_takes_no_step_more(
     cls: type[Trainer], steps: int, whole: Path, tmp_path: Path

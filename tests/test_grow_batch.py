@@ -1,8 +1,10 @@
 """Protects recipes.grow_batch: three kinds of runs, tuned equally, and what its table says of them."""
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,12 +90,33 @@ def test_the_table_says_what_is_lowest_and_what_is_a_tie() -> None:
     ]
 
 
+def test_trials_with_other_options_are_of_another_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In either direction; options that change no result are none of it."""
+    own = ["grow_batch", "--use_cpu", "True", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(grow_batch, "trials_of", lambda *_: None)
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(grow_batch.Study, "run", lambda study, *_, **__: seen.append(study.facts) or [])
+    monkeypatch.setattr(grow_batch, "results_of", lambda _: [])
+    for given in ([], ["--weight_decay", "0.1"], ["--logging_steps", "5"]):
+        monkeypatch.setattr(sys, "argv", [*own, *given])
+        grow_batch.main()
+    assert seen[0] == seen[2] != seen[1]
+    for first, given in ((seen[1], []), (seen[0], ["--weight_decay", "0.1"])):
+        line = record("constant", 0.02, 0, 4.0) | {"study": first}
+        (tmp_path / "trials.jsonl").write_text(json.dumps(line) + "\n")
+        monkeypatch.setattr(sys, "argv", [*own, *given])
+        with one_line(SystemExit, "holds trials with weight_decay .*, not .*: give --output_dir for another study"):
+            grow_batch.main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--learning_rate", "1"], "grow_batch: --learning_rate: leave it out, it is what this recipe varies"),
-        (["--batch_size_schedule=0:8"], "--batch_size_schedule=0:8: leave it out"),
-        (["--base-learning-rate", "1"], "--base-learning-rate: leave it out"),
+        (["--batch_size_schedule=0:8"], "--batch_size_schedule 0:8: leave it out"),
+        (["--base-learning-rate", "1"], "--base_learning_rate 1.0: leave it out"),
+        (["--optim", "adamw_torch"], "--optim adamw_torch: leave it out, it compares batches of LAMB"),
+        (["--num_train_epochs", "2"], "--num_train_epochs 2.0: leave it out, --max_steps is the length of a trial"),
         (["--model_type", "no_type"], "--model_type no_type"),
         (["--global_batch_size", "10"], "--global_batch_size 10: give a multiple of 4"),
         (["--max_steps", "5"], "--max_steps 5: give at least 10"),

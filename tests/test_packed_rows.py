@@ -535,9 +535,10 @@ def sentences(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Two epochs of several steps, the last of which is shorter, and two workers; checkpoints in the middle of both.
-PACKED = [*SMALL[:-6], "--vocab_size", "400", "--packing", "True", "--global_batch_size", "64", "--max_steps", "-1"]
-PACKED += ["--num_train_epochs", "2", "--save_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no"]
+PACKED = [*SMALL[:-6], "--vocab_size", "400", "--packing", "True", "--global_batch_size", "64"]
+PACKED += ["--save_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no"]
 PACKED += ["--dataloader_num_workers", "2", "--per_device_train_batch_size", "16", "--logging_steps", "1"]
+STREAMED, PACKED = [*PACKED, "--max_steps", "10"], [*PACKED, "--num_train_epochs", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -609,6 +610,18 @@ def test_a_run_that_is_packed_no_longer_says_so(whole: Path) -> None:
     assert pretraining.changes(packed, packed) == pretraining.changes(earlier, separate) == []
 
 
+def test_a_run_that_resumes_with_other_masks_or_another_order_says_so(whole: Path) -> None:
+    """A checkpoint of an earlier version does not know."""
+    now = json.loads(Path(newest_complete_checkpoint(whole), "trainer_state.json").read_text())
+    now = now["stateful_callbacks"]["RunFacts"]["args"]["data"]
+    assert pretraining.changes(now | {"seed": 9, "mlm_probability": 0.3}, now) == [
+        f"other order and masks than the checkpoint's: its run had --seed 9, not {now['seed']}",
+        "other masks and held-out masks than the checkpoint's: its run had --mlm_probability 0.3, not 0.15",
+    ]
+    earlier = {name: value for name, value in now.items() if name not in ("seed", "mlm_probability")}
+    assert pretraining.changes(earlier, now) == []
+
+
 def test_phases_with_and_without(
     sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -637,7 +650,7 @@ def test_a_packed_stream_resumes_to_the_same_bits(
     shutil.copy(sentences, folder)
     monkeypatch.setattr(pretraining, "STREAM_HELD_OUT", 30)
     monkeypatch.setattr(pretraining, "STREAM_SAMPLE", 100)
-    arguments = [*PACKED, "--streaming", "--corpus", str(folder), "--max_steps", "10", "--save_steps", "8"]
+    arguments = [*STREAMED, "--streaming", "--corpus", str(folder), "--save_steps", "8"]
     pretrain(monkeypatch, *arguments, "--output_dir", str(tmp_path / "whole"))
     said = capsys.readouterr().out
     assert re.search(r"a stream of 32 tokens .*\npacking the \d+ sequences of the sample: \d\.\d% of the tokens", said)

@@ -29,7 +29,7 @@ from recipes.compare_optimizers import CompareArguments
 from recipes.lib import bert, pretraining, processes
 from recipes.lib.report import plot_training, plot_trust_ratios
 from recipes.lib.tokenizer import train_tokenizer
-from tests.helpers import SMALL, pretrain, torchrun
+from tests.helpers import SMALL, one_line, pretrain, torchrun
 
 ROOT = Path(__file__).parent.parent
 
@@ -351,11 +351,29 @@ def test_the_lock_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--size", "large", "--max_steps", "1000"], 200),
         (["--size", "tiny", "--max_steps", "40", "--warmup_steps", "30"], 30),
         (["--size", "tiny", "--max_steps", "-1", "--num_train_epochs", "1"], 0.1),
+        (["--size", "tiny", "--num_train_epochs", "1"], 0.1),
     ],
 )
 def test_the_warmup_of_a_size_is_a_share(arguments: list[str], warmup: float) -> None:
     """A given one stays."""
     assert pretrain_bert.parse(arguments)[1].warmup_steps == warmup
+
+
+def test_epochs_decide_where_they_are_given() -> None:
+    """Trainer would go by the steps of the size, without a word."""
+    args = pretrain_bert.parse(["--num_train_epochs", "3"])[1]
+    assert (args.max_steps, args.num_train_epochs) == (-1, 3)
+    assert pretrain_bert.parse([])[1].max_steps == 2400
+    assert pretrain_bert.parse(["--num_train_epochs", "3"], {"max_steps": -1})[1].max_steps == -1
+    for argv, planned in ((["--max_steps", "5"], {}), ([], {"max_steps": 5})):
+        with one_line(ValueError, "--num_train_epochs 3: --max_steps 5 would decide: leave one out"):
+            pretrain_bert.parse(["--num_train_epochs", "3", *argv], planned)
+
+
+def test_an_option_is_not_guessed_from_its_beginning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain_bert.parse(["--max_step", "5"])
+    assert "unknown option '--max_step' (did you mean --max_steps?)" in capsys.readouterr().err
 
 
 def test_the_first_run_has_the_model_of_the_comparison() -> None:

@@ -33,6 +33,7 @@ from hf_lamb.trainer.checkpoints import (
     has_lamb_options,
     kept_apart,
     load_kept,
+    read_kept,
     refusing_another_model,
     refusing_another_optimizer,
     tidy,
@@ -242,7 +243,21 @@ class LambTrainer(Trainer):
         checkpoint = args[3]
         load_kept(self.state, checkpoint)
         self.noise_measurement.restore()
-        return self.staged.begin(checkpoint) if self.staged else epochs_and_steps
+        if self.staged is not None:
+            return self.staged.begin(checkpoint)
+        if checkpoint is not None:
+            self._warn_of_another_batch(str(checkpoint))
+        return epochs_and_steps
+
+    def _warn_of_another_batch(self, checkpoint: str) -> None:
+        now = self.get_total_train_batch_size(self.args)
+        before = read_kept(checkpoint).get("global_batch", {}).get("attributes", {}).get("sequences", now)
+        if before != now:
+            logger.warning(
+                f"{checkpoint} was trained with a global batch of {before:,} sequences, and this run has {now:,}: "
+                "Trainer counts what was seen in batches of the new size, so it goes on at another place in the data; "
+                f"for a batch that changes give batch_size_schedule='0:{now}'"
+            )
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
         """Return Trainer's numbers of steps and epochs; with `batch_size_schedule` those of its batches.

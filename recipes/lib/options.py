@@ -24,7 +24,15 @@ class RecipeParser(HfArgumentParser, Parser):
     """
 
     def __init__(self, dataclass_types: Any, recipe: str, doc: str, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, prog=f"python -m recipes.{recipe}", doc=doc, formatter_class=Help, **kwargs)
+        # No abbreviations: --optim would be --optimizers where a recipe passes options on, and a typing error nothing.
+        super().__init__(
+            dataclass_types,
+            prog=f"python -m recipes.{recipe}",
+            doc=doc,
+            formatter_class=Help,
+            allow_abbrev=False,
+            **kwargs,
+        )
 
 
 def parser_beside_pretraining(own: Any, recipe: str, doc: str) -> RecipeParser:
@@ -33,7 +41,6 @@ def parser_beside_pretraining(own: Any, recipe: str, doc: str) -> RecipeParser:
         own,
         recipe,
         f"{doc.rstrip()}\nAll other options are those of recipes.pretrain_bert: see its --help.",
-        allow_abbrev=False,  # or an option of the pretraining, such as --optim, would be one of these: --optimizers
     )
 
 

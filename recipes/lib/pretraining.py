@@ -262,6 +262,9 @@ def with_held_out(
         "held_out_sequences": len(blocks),
         "held_out": digest(blocks),
         "packing": arguments.packing,
+        "max_seq_length": arguments.max_seq_length,
+        "mlm_probability": arguments.mlm_probability,
+        "seed": train.seed,
         "unigram_loss": unigrams[0],
     }
     lengths = lengths_of(train_blocks, tokenizer.pad_token_id)
@@ -301,4 +304,9 @@ def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
             )
     if before.get("packing", False) != now["packing"]:
         lines.append(f"the checkpoint's run had other training rows: it had --packing {not now['packing']}")
+    for name, decided in {"seed": "order and masks", "mlm_probability": "masks and held-out masks"}.items():
+        if before.get(name, now.get(name)) != now.get(name):
+            lines.append(
+                f"other {decided} than the checkpoint's: its run had --{name} {before[name]}, not {now[name]}"
+            )
     return lines

@@ -25,6 +25,8 @@ from tqdm import tqdm
 from recipes.lib.report import append_json_line, provenance
 
 Record = dict[str, Any]  # a line of trials.jsonl
+# Options of recipes.pretrain_bert that do not change the outcome of a trial.
+NO_PART = {"use_cpu", "disable_tqdm", "dataloader_num_workers", "logging_steps", "report_to"}
 TUNING_SEED = 0  # of the trials that choose a rate; those that judge it have other seeds
 
 
@@ -336,10 +338,11 @@ class Study:
     def __post_init__(self) -> None:
         facts = json.loads(json.dumps(self.facts))
         for record in self.records():
-            if differing := [key for key in facts if record["study"].get(key) != facts[key]]:
+            theirs = record["study"]
+            if differing := [key for key in facts | theirs if theirs.get(key) != facts.get(key)]:
                 key = differing[0]
                 raise ValueError(
-                    f"{self.path} holds trials with {key} {record['study'].get(key)!r}, not {facts[key]!r}: give "
+                    f"{self.path} holds trials with {key} {theirs.get(key)!r}, not {facts.get(key)!r}: give "
                     "--output_dir for another study, or the same options to go on with this one"
                 )
 
