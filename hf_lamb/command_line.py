@@ -66,6 +66,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, doc: str, **kwargs: Any) -> None:
         description, _, epilog = doc.partition("\n")
         kwargs.setdefault("formatter_class", Help)
+        # --optim would mean --optimizers where a command passes options on, and a typing error would pass unseen.
+        kwargs.setdefault("allow_abbrev", False)
         super().__init__(prog=prog, description=description, epilog=epilog.strip("\n"), **kwargs)
 
     @property

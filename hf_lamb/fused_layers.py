@@ -53,12 +53,17 @@ _MULTIHEAD = {"in_proj_weight": _equal(3), "in_proj_bias": _equal(3)}
 
 # What `split` must not name, because the rows are in another order.
 _INTERLEAVED = {
-    ("bloom", "BloomAttention"): "query_key_value",
-    ("codegen", "CodeGenAttention"): "qkv_proj",
-    ("deberta", "DisentangledSelfAttention"): "in_proj",
-    ("gpt_neox", "GPTNeoXAttention"): "query_key_value",
-    ("gpt_neox_japanese", "GPTNeoXJapaneseAttention"): "query_key_value",
-    ("persimmon", "PersimmonAttention"): "query_key_value",
+    ("bloom", "BloomAttention"): ("query_key_value",),
+    ("codegen", "CodeGenAttention"): ("qkv_proj",),
+    ("deberta", "DisentangledSelfAttention"): ("in_proj",),
+    ("falcon", "FalconAttention"): ("query_key_value",),
+    ("falcon", "FalconFlashAttention2"): ("query_key_value",),
+    ("gpt_bigcode", "GPTBigCodeAttention"): ("c_attn",),
+    ("gpt_neox", "GPTNeoXAttention"): ("query_key_value",),
+    ("gpt_neox_japanese", "GPTNeoXJapaneseAttention"): ("query_key_value",),
+    ("minimax", "MiniMaxLightningAttention"): ("qkv_proj",),
+    ("persimmon", "PersimmonAttention"): ("query_key_value",),
+    ("qwen3_next", "Qwen3NextGatedDeltaNet"): ("in_proj_qkvz", "in_proj_ba"),
 }
 
 
@@ -158,7 +163,9 @@ def why_not(owner: nn.Module, owner_name: str, parent: nn.Module | None) -> str 
     kind = own_class(owner)
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return "transformers' Conv1D stores its layers as columns, not as rows"
-    if _INTERLEAVED.get(_key(parent) or ("", "")) == owner_name:
+    # With one key and value for all heads, Falcon and GPTBigCode have three blocks.
+    is_one_group = getattr(parent, "multi_query", False) and not getattr(parent, "new_decoder_architecture", False)
+    if owner_name in _INTERLEAVED.get(_key(parent) or ("", ""), ()) and not is_one_group:
         return f"{own_class(parent).__name__} stores the rows of one attention head after those of another"
     return None
 

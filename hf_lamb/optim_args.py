@@ -108,6 +108,9 @@ def _typed(key: str, value: str) -> float | bool | None:
 # not warn about that.
 loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=False)
 
+# True while LambTrainer creates its optimizer; other trainers do not know what LambTrainingArguments add.
+is_lamb_trainer: ContextVar[bool] = ContextVar("is_lamb_trainer", default=False)
+
 
 def _model_warnings(model: nn.Module, args: TrainingArguments) -> list[str]:
     """Return warnings, one line each, about this model and these arguments under LAMB."""
@@ -127,7 +130,20 @@ def _model_warnings(model: nn.Module, args: TrainingArguments) -> list[str]:
             f"num_items_in_batch, so Trainer multiplies its loss and gradient by {splits} (accumulation x processes; "
             "https://github.com/huggingface/transformers/issues/47688)"
         )
+    zero = [name for name, param in model.named_parameters() if _is_zero_matrix(param)]
+    if zero:
+        doubts.append(
+            f"train LoRA with AdamW, or give lamb_param_groups(..., exclude_from_layer_adaptation=[...]): {len(zero)} "
+            f"matrices start at 0, such as {zero[0]}, and a trust ratio lets them grow only by about the part "
+            "learning_rate of their norm in a step"
+        )
     return doubts
+
+
+def _is_zero_matrix(param: nn.Parameter) -> bool:
+    """Return whether a trainable matrix is 0, where this process has all of it and its values."""
+    here = type(param.data) is torch.Tensor and not param.is_meta
+    return here and param.requires_grad and sum(size > 1 for size in param.shape) > 1 and not param.any()
 
 
 def inflates_loss(model: nn.Module) -> bool:
@@ -190,9 +206,24 @@ def _refuse_cpu_adam(deepspeed_plugin: Any) -> None:
         )
 
 
+def _refuse_ignored(args: TrainingArguments) -> None:
+    """Raise ValueError for options of LambTrainingArguments that this trainer would ignore."""
+    for name in ("base_learning_rate", "batch_size_schedule", "decay_power"):
+        if getattr(args, name, None) is not None and not is_lamb_trainer.get():
+            raise ValueError(
+                f"{name} {getattr(args, name)!r}: use hf_lamb.LambTrainer in place of this trainer, which would "
+                f"ignore it, or leave {name} out"
+            )
+
+
 def new_lamb(ctx: OptimizerContext) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Trainer's handler: return the class and the options of the optimizer, and log warnings."""
+    """Trainer's handler: return the class and the options of the optimizer, and log warnings.
+
+    Raises:
+        ValueError: as `options_of`; or the arguments give a rate, decay or batch that the trainer does not know.
+    """
     args = ctx.args
+    _refuse_ignored(args)
     kwargs = options_of(args)
     choices = {name: bool(kwargs.pop(name)) for name in _OF_GROUPS if name in kwargs}
     choices["fixed_norm"] = bool(kwargs.get("fixed_norm", False))

@@ -244,6 +244,11 @@ class PackedRowsCollator:
         pad = getattr(model.config, "pad_token_id", None)
         self._fill = {"input_ids": 0 if pad is None else pad, "labels": IGNORED}  # anything else with 0
 
+    @property
+    def tokenizer(self) -> Any:
+        """That of `documents_collator`, which Trainer saves with the model; None if it has none."""
+        return getattr(self.documents_collator, "tokenizer", None)
+
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the batch.
 
@@ -309,6 +314,9 @@ def take_packed_rows(model: nn.Module) -> None:
     Raises:
         ValueError: the model is of a type that is not in MODEL_TYPES, or its attention takes no such mask.
     """
+    own: Any = getattr(model, "get_base_model", None)
+    if callable(own):  # PEFT's wrapper, which calls the model inside, and not always that model's base_model
+        model = own()
     config: Any = getattr(model, "config", None)
     check_model_type(
         getattr(config, "model_type", type(model).__name__), getattr(config, "_attn_implementation", None)

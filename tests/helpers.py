@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from hf_lamb import Lamb
 
 # Every backend, as the options of `Lamb` that choose it.
 BACKENDS = pytest.mark.parametrize(
@@ -141,3 +144,33 @@ def measure(processes: int, script: str, cases: list[Case], folder: Path) -> dic
     given.write_text(json.dumps(cases))
     on_processes(processes, f"tests.scripts.{script}", str(given), str(results), timeout=800)
     return dict(zip(map(json.dumps, cases), json.loads(results.read_text()), strict=True))
+
+
+# What torch may make where nothing else is asked for.
+DEFAULTS = ("float64", "bfloat16", "meta")
+
+
+@contextmanager
+def torch_makes(default: str) -> Iterator[None]:
+    """Another default dtype of torch, or device."""
+    torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(getattr(torch, default))
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def steps_of_lamb(**options: Any) -> list[torch.Tensor]:
+    """Parameters, moments and trust ratios after three clipped steps on the CPU in float32."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    params = [torch.randn(shape, requires_grad=True, **kind) for shape in ((300, 40), (400,), (30, 40))]
+    lamb = Lamb(params, lr=0.01, max_grad_norm=1.0, **options)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(param.shape, **kind)
+        lamb.step()
+    ratios = [float(stats.trust_ratio) for stats in lamb.layer_stats().values()]
+    moments = [lamb.state[param][name] for param in params for name in ("exp_avg", "exp_avg_sq", "step")]
+    return [*(p.detach() for p in params), *moments, torch.tensor(ratios, dtype=torch.float64, device="cpu")]

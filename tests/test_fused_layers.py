@@ -416,6 +416,13 @@ REFUSED = {
     "bloom": ("BloomForCausalLM", {"n_head": 4, "n_layer": 1}, "query_key_value", "BloomAttention stores"),
     "persimmon": ("PersimmonForCausalLM", {}, "query_key_value", "PersimmonAttention stores"),
     "deberta": ("DebertaForMaskedLM", {}, "in_proj", "DisentangledSelfAttention stores"),
+    "falcon": ("FalconForCausalLM", {"multi_query": False}, "query_key_value", "FalconAttention stores"),
+    "gpt_bigcode": (
+        "GPTBigCodeForCausalLM",
+        {"multi_query": False, "n_embd": 48, "n_head": 4, "n_layer": 1},
+        "c_attn",
+        "GPTBigCodeAttention stores",
+    ),
 }
 
 
@@ -425,6 +432,21 @@ def test_refuses_what_is_not_blocks_of_rows(model_type: str) -> None:
     model = build(model_type, class_name, options)
     with one_line(ValueError, f"split: remove '{pattern}', which matches .*{message}"):
         lamb_param_groups(model, split={pattern: 3})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name", "pattern"),
+    [("falcon", "FalconForCausalLM", "query_key_value"), ("gpt_bigcode", "GPTBigCodeForCausalLM", "c_attn")],
+)
+def test_takes_the_blocks_of_heads_that_share_key_and_value(model_type: str, class_name: str, pattern: str) -> None:
+    """Their rows are all queries, one key, one value."""
+    model = build(model_type, class_name, {"multi_query": True, "n_embd": 48, "n_head": 4, "n_layer": 1})
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith(f"{pattern}.weight"))
+    head = (len(weight) - weight.shape[1]) // 2
+    rows = [weight.shape[1], head, head]
+    groups = lamb_param_groups(model, split={rf"{pattern}\.weight": rows})
+    sizes = tuple(count * weight.shape[1] for count in rows)
+    assert (name, sizes) in [entry for group in groups for entry in group.get("split", ())]
 
 
 GROUPS: dict[str, tuple[Any, str]] = {

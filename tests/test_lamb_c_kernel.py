@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from benchmarks.bench_step import scratch_bytes
 from hf_lamb import Lamb
 from hf_lamb.backends import compiled, compiler
+from tests.helpers import DEFAULTS, steps_of_lamb, torch_makes
 from tests.reference import ReferenceLamb
 from tests.test_lamb_fused_cpu import FUSED_BY_OPTIONS, OPTIONS, SHAPES, step_beside, stepped
 from tests.test_lamb_reference import TOLERANCE, heterogeneous, worst_difference
@@ -398,3 +399,13 @@ def test_sanitizers_find_no_fault(broken: bool, tmp_path: Path) -> None:
     assert (run.returncode == 0) == (not broken), run.stderr[-3000:]
     if broken:
         assert "AddressSanitizer" in run.stderr
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "eager"])
+def test_what_torch_makes_by_default_changes_nothing(default: str, options: dict[str, Any]) -> None:
+    """It was the dtype of memory which lamb.c reads and writes as float32: other norms, or an end by the allocator."""
+    expected = steps_of_lamb(**options)
+    with torch_makes(default):
+        found = steps_of_lamb(**options)
+    assert all(map(torch.equal, found, expected))

@@ -15,6 +15,7 @@ import torch
 from hf_lamb import Lamb, backends
 from hf_lamb.backends import Backend, Backends, Bucket
 from hf_lamb.norms import Sum
+from tests.helpers import DEFAULTS, steps_of_lamb, torch_makes
 from tests.reference import ReferenceLamb
 from tests.test_fused_layers import check_the_reference
 from tests.test_lamb_reference import (
@@ -387,6 +388,16 @@ def test_where_triton_does_not_run_it_is_foreach_with_the_reason(
     with pytest.warns(UserWarning, match="no fused kernels on cuda, but foreach: Failed to find C compiler"):
         assert fused(torch.device("cuda")) == ()
     assert fused(torch.device("cuda")) == ()  # says so once
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_what_torch_makes_by_default_changes_nothing(default: str, kernels: ModuleType) -> None:
+    """`torch.set_default_device("cuda")` is common, and memory to copy from cannot be pinned there."""
+    expected = steps_of_lamb(fused=True)
+    with torch_makes(default):
+        kernels.check(torch.device("cpu"))
+        found = steps_of_lamb(fused=True)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_kernels_that_compute_something_else_are_not_used(

@@ -1,5 +1,6 @@
 """Protects packed rows: documents that share a row have the logits, gradients, labels and masks of separate ones."""
 
+import copy
 import itertools
 import json
 import re
@@ -366,6 +367,26 @@ def test_it_packs_what_another_collator_masks() -> None:
     assert model(**batch).loss.isfinite()
     plain = collator(docs[:2])  # an evaluation's
     assert plain["attention_mask"].shape == plain["input_ids"].shape
+
+
+def test_trainer_finds_the_tokenizer_to_save() -> None:
+    """In its collator, where a script gives it in no other place."""
+    tokenizer = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+    model = new_model("bert")
+    assert PackedRowsCollator(model, ROW, DataCollatorForLanguageModeling(tokenizer)).tokenizer is tokenizer
+    assert PackedRowsCollator(model, ROW).tokenizer is None
+
+
+@pytest.mark.parametrize("task", [None, "TOKEN_CLS"])
+def test_adapters_of_peft_are_prepared_too(task: str | None) -> None:
+    """Its wrapper calls the model inside in one way or another, which depends on the task."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type=task, target_modules=["query"])
+    torch.manual_seed(0)
+    plain = new_model("bert")
+    with_adapters = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    expected = plain.eval()(**packed_batch(plain)).logits
+    assert torch.equal(with_adapters(**packed_batch(with_adapters)).logits, expected)
 
 
 @pytest.mark.parametrize(

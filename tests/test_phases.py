@@ -31,7 +31,8 @@ def trainer(path: Path, **options: Any) -> LambTrainer:
     defaults = {"max_steps": 4, "save_steps": 4, "logging_steps": 1, "report_to": [], "use_cpu": True}
     args = LambTrainingArguments(output_dir=str(path), disable_tqdm=True, **defaults | options)
     model = split_batch.trained_model("mlm", path.parent / "start")
-    return LambTrainer(model=model, args=args, train_dataset=split_batch.FixedRows("mlm", 64, seed=0))
+    data = split_batch.FixedRows("mlm", 64, seed=0)
+    return LambTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,18 @@ def test_what_the_next_phase_takes_over(carry_over: str, first: LambTrainer, tmp
         assert torch.equal(before["exp_avg"], after["exp_avg"])
         assert torch.equal(before["exp_avg_sq"], after["exp_avg_sq"])
         assert float(after["step"]) == (4 if carry_over == "optimizer" else 0)
+
+
+def test_the_phase_before_may_have_another_kind_of_schedule(tmp_path: Path) -> None:
+    """Its schedule is not used, so that its state need not fit."""
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
+    before = trainer(tmp_path / "before", **options)
+    before.train()
+    second = trainer(tmp_path / "out", learning_rate=2e-3)
+    second.start_from(checkpoint_of(before))
+    second.train()
+    rates = [line["learning_rate"] for line in second.state.log_history if "loss" in line]
+    assert rates == pytest.approx([2e-3, 1.5e-3, 1e-3, 5e-4])
 
 
 def test_a_phase_logs_its_own_steps_and_rates(first: LambTrainer, tmp_path: Path) -> None:

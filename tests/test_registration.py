@@ -16,6 +16,7 @@ import sys
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -695,6 +696,37 @@ def test_the_inflated_loss_of_a_model_with_adapters_is_remarked_on(
         for line in caplog.messages
         if "BertForMaskedLM.accepts_loss_kwargs = False: the model ignores num_items_in_batch" in line
     ]
+
+
+def test_matrices_that_start_at_zero_are_remarked_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A trust ratio keeps them small: LoRA would seem to learn nothing."""
+    peft = pytest.importorskip("peft")
+    for model in (tiny_bert(), peft.get_peft_model(tiny_bert(), peft.LoraConfig(target_modules=["query"]))):
+        caplog.clear()
+        Trainer(model, arguments(tmp_path, learning_rate=1e-3, adam_epsilon=1e-6)).create_optimizer()
+        said = [line for line in caplog.messages if "matrices start at 0" in line]
+        assert len(said) == isinstance(model, peft.PeftModel)
+    assert ".lora_B.default.weight, and a trust ratio" in said[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base_learning_rate": 1e-2, "base_batch_size": 64},
+        {"batch_size_schedule": "0:8 2:16"},
+        {"decay_power": 0.5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_stock_trainer_ignores_no_option_of_lambs_arguments(options: dict[str, Any], tmp_path: Path) -> None:
+    """Another rate, decay or batch than was asked for; LambTrainer takes them."""
+    args = LambTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+    name = next(iter(options))
+    with one_line(ValueError, f"{name} .*: use hf_lamb.LambTrainer in place of this trainer.*leave {name} out"):
+        Trainer(tiny_bert(), args).create_optimizer()
+    if "batch_size_schedule" not in options:  # which needs data
+        assert isinstance(LambTrainer(tiny_bert(), args).create_optimizer(), Lamb)
+    Trainer(tiny_bert(), LambTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])).create_optimizer()
 
 
 @pytest.mark.parametrize(("learning_rate", "warned"), [(5e-5, True), (1e-4, False)])

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,14 @@ def test_other_kinds_of_heads_do_not_depend_on_the_split_either(make: Any, tmp_p
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
-def test_a_compute_loss_func_is_left_alone(tmp_path: Path) -> None:
-    """Its author divides by num_items_in_batch, as Trainer asks."""
+@pytest.mark.parametrize("number", [lambda items: items, lambda items: items.to("cpu"), lambda items: items.item()])
+def test_a_compute_loss_func_is_left_alone(number: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Its author divides by num_items_in_batch, as Trainer asks, which gives a tensor; trial passes must, too."""
     data = split_batch.FixedRows("mlm", 64, seed=0)
 
     def loss_of(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs["logits"].flatten(0, 1)
-        return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+        return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / number(num_items_in_batch)
 
     model = split_batch.trained_model("mlm", tmp_path / "start")
     expected = model(input_ids=data.input_ids, labels=data.labels).loss.item()

@@ -1,8 +1,10 @@
 """Protects what Trainer is used with: early stopping, loss scaling, torch.compile, LoRA, Seq2SeqTrainer, cards."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -98,6 +100,21 @@ def test_lora_adapts_its_matrices(tmp_path: Path) -> None:
     resumed = trainer(tmp_path / "out", model=lora(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_trial_passes_write_into_no_data(tmp_path: Path) -> None:
+    """Rows may lie in read-only memory, which a write to would end the process, or share their elements."""
+    ids = torch.randint(5, 20, (16, 8), dtype=torch.int64)
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    mapped = np.load(tmp_path / "ids.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        rows = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in mapped]
+    rows = [row | {"token_type_ids": torch.zeros(1, dtype=torch.int64).expand(8)} for row in rows]
+    run = trainer(tmp_path / "out")
+    run.train_dataset = run.eval_dataset = run.rows_of_a_subclass = rows
+    run.train()
+    assert run.state.global_step == 4
 
 
 class Pairs(torch.utils.data.Dataset):

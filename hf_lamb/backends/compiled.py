@@ -32,6 +32,10 @@ PART = 1 << 18
 # One more thread for each so many chunks.
 CHUNKS_PER_THREAD = 4
 
+# Of all memory that lamb.c reads and writes, whatever torch's default dtype and device are.
+FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
+INTEGERS: Any = {"dtype": torch.int64, "device": "cpu"}
+
 _POINTERS = (
     "table", "first_tensor", "progress", "of_chunks", "sums", "inverses", "step_sizes", "growths", "finite",
     "clip_factor", "lr",
@@ -98,8 +102,8 @@ class Compiled(Backend):
     def _run(self, bucket: Bucket, task: int) -> Tensor:
         """Do one task of lamb.c with all threads; return the sums, or zeros if the task computes none."""
         table, group = self._table(bucket), bucket.group
-        sums = torch.zeros(len(Sum), len(bucket.params))
-        progress = torch.zeros(table.first_tensor.numel() - 1, 4, dtype=torch.int64)
+        sums = torch.zeros(len(Sum), len(bucket.params), **FLOATS)
+        progress = torch.zeros(table.first_tensor.numel() - 1, 4, **INTEGERS)
         lr = torch.as_tensor(group["lr"], dtype=torch.float64, device="cpu")
         lowest, highest = group["min_trust_ratio"], group["max_trust_ratio"]
         finite, clip_factor = bucket.finite, bucket.clip_factor
@@ -160,12 +164,12 @@ class Compiled(Backend):
         table = Table(
             bucket,
             bucket.grads,
-            rows=torch.tensor(columns).t().contiguous(),
-            first_tensor=torch.tensor(starts),
+            rows=torch.tensor(columns, **INTEGERS).t().contiguous(),
+            first_tensor=torch.tensor(starts, **INTEGERS),
             chunks=total,
-            of_chunks=torch.empty(total, len(Sum)),
-            inverses=torch.empty(2, n),
-            moves=torch.zeros(2, n),
+            of_chunks=torch.empty(total, len(Sum), **FLOATS),
+            inverses=torch.empty(2, n, **FLOATS),
+            moves=torch.zeros(2, n, **FLOATS),
         )
         self._tables[bucket.key] = table
         return table

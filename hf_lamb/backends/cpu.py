@@ -53,7 +53,7 @@ class CPU(Backend):
         """For the largest tensor, at least for a part."""
         scratch = self._scratch.get(bucket.math_dtype)
         if scratch is None or scratch.numel() < scratch_size(bucket):
-            self._scratch[bucket.math_dtype] = torch.empty(scratch_size(bucket), dtype=bucket.math_dtype)
+            self._scratch[bucket.math_dtype] = torch.empty(scratch_size(bucket), dtype=bucket.math_dtype, device="cpu")
 
     def direction(self, bucket: Bucket) -> tuple[Tensor, Held | None]:
         """t += 1, move m and v; return the sums and, where there is scratch for all of them, the -u."""
@@ -103,8 +103,8 @@ class CPU(Backend):
                 held.append((run, minus_u))
             else:
                 start = 0
-        whole = torch.zeros(len(Sum), len(bucket.params), dtype=bucket.math_dtype)
-        whole.index_add_(1, torch.tensor(owners), torch.cat(sums, dim=1))
+        whole = torch.zeros(len(Sum), len(bucket.params), dtype=bucket.math_dtype, device="cpu")
+        whole.index_add_(1, torch.tensor(owners, device="cpu"), torch.cat(sums, dim=1))
         return whole, held if keep else None
 
     def apply(self, bucket: Bucket, held: Held | None, step_sizes: Tensor, growths: Tensor | None) -> None:

@@ -61,12 +61,13 @@ def _small_bucket(dtype: torch.dtype, device: torch.device) -> Bucket:
     group |= {"maximize": False}
     bucket = Bucket(group, finite=torch.tensor(True, device=device))
     for size in (CHUNK + 5, 7):
-        w, g, m, root_v = torch.randn(4, size, generator=generator).to(device).unbind()
+        numbers = torch.randn(4, size, generator=generator, dtype=torch.float32, device="cpu")
+        w, g, m, root_v = numbers.to(device).unbind()
         bucket.params.append(w.to(dtype))
         bucket.grads.append(g.to(dtype))
         bucket.exp_avgs.append(m.clone())
         bucket.exp_avg_sqs.append(root_v.square() + 1)
-        bucket.steps.append(torch.full((), 3.0, device=device))
+        bucket.steps.append(torch.full((), 3.0, dtype=torch.float32, device=device))
     return bucket
 
 
@@ -101,13 +102,13 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     if known is not None and same_sizes and known.pointers == pointers:
         if known.spare is None and on_gpu and not capturing:
-            known.spare = torch.empty(known.rows.shape, dtype=torch.int64, pin_memory=True)
+            known.spare = torch.empty(known.rows.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         return known
 
     first_chunks = [*accumulate((-(-size // CHUNK) for size in sizes), initial=0)]
     chunks, n = first_chunks.pop(), len(sizes)
     columns = [*(pointers[i * n : (i + 1) * n] for i in range(5)), sizes, first_chunks]
-    rows = torch.tensor(columns, dtype=torch.int64).t().contiguous()
+    rows = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
     aligned = all(pointer % 16 == 0 for pointer in pointers[: 4 * n])
     if capturing:
         if known is None or not same_sizes or known.spare is None:
@@ -123,9 +124,10 @@ def table_of(bucket: Bucket, known: Table | None) -> Table:
     if known is not None and same_sizes:
         owners = known.owners
     else:
-        of_tensors = torch.tensor([-(-size // CHUNK) for size in sizes])
-        owners = _to(torch.repeat_interleave(torch.arange(n, dtype=torch.int32), of_tensors), bucket.device)
-    spare = torch.empty(rows.shape, dtype=torch.int64, pin_memory=True) if on_gpu else None
+        of_tensors = torch.tensor([-(-size // CHUNK) for size in sizes], device="cpu")
+        numbers = torch.arange(n, dtype=torch.int32, device="cpu")
+        owners = _to(torch.repeat_interleave(numbers, of_tensors), bucket.device)
+    spare = torch.empty(rows.shape, dtype=torch.int64, device="cpu", pin_memory=True) if on_gpu else None
     return Table(pointers, sizes, chunks, owners, _to(rows, bucket.device), spare, aligned)
 
 

@@ -152,7 +152,7 @@ def check_layouts(layouts: dict[Tensor, Layout]) -> None:
         segments.setdefault(layout.reductions, []).extend(layout.segments)
     held = sum_over_processes(
         {
-            reductions: torch.tensor([segment.stop - segment.start for segment in some])
+            reductions: torch.tensor([segment.stop - segment.start for segment in some], device="cpu")
             for reductions, some in segments.items()
         }
     )

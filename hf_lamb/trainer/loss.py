@@ -220,7 +220,9 @@ class LossWeighting:
                     break
             else:  # the trial passes fail: read the source of `forward` instead
                 self._trial_mode, self._counts_tried = False, True
-                self._mean = inflates_loss(self.trainer.accelerator.unwrap_model(self.trainer.model))
+                # A compute_loss_func is given the number of labels, so that it uses it.
+                own = self.trainer.compute_loss_func is not None
+                self._mean = not own and inflates_loss(self.trainer.accelerator.unwrap_model(self.trainer.model))
                 return
             one, two = trials[trials.isfinite().all(dim=1)].float().unbind(dim=1)
             if len(one) == 0:
@@ -320,10 +322,11 @@ class LossWeighting:
         return batch
 
     def _trial_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int) -> Tensor:
-        return self._try_out(model, inputs, num_items_in_batch)[0]
+        as_trainer_gives_it = torch.tensor(num_items_in_batch, device=self.trainer.args.device)
+        return self._try_out(model, inputs, as_trainer_gives_it)[0]
 
     def _try_out(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         """Return loss and outputs of a trial pass without gradients; the loss is inf if the pass fails.
 

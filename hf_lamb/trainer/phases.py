@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["CARRY_OVER", "PreviousPhase"]
 
 CARRY_OVER = ("moments", "optimizer", "weights")
+
+
+class NoSchedule:
+    """Takes the place of a schedule that is not loaded: the checkpoint's may be of another kind."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Load nothing."""
 
 
 class PreviousPhase(NamedTuple):
@@ -54,18 +60,19 @@ class PreviousPhase(NamedTuple):
         if self.carry_over == "weights":
             return
         assert trainer.optimizer is not None
-        assert trainer.lr_scheduler is not None
         options = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
-        schedule = deepcopy(trainer.lr_scheduler.state_dict())
-        with warnings.catch_warnings():
-            # It would be the contrary of what happens: this run's layers stay, as all of its options do.
-            warnings.filterwarnings("ignore", "Lamb: this run keeps its checkpoint's layers")
-            trainer._load_optimizer_and_scheduler(self.checkpoint)
+        schedule, trainer.lr_scheduler = trainer.lr_scheduler, NoSchedule()
+        try:
+            with warnings.catch_warnings():
+                # It would be the contrary of what happens: this run's layers stay, as all of its options do.
+                warnings.filterwarnings("ignore", "Lamb: this run keeps its checkpoint's layers")
+                trainer._load_optimizer_and_scheduler(self.checkpoint)
+        finally:
+            trainer.lr_scheduler = schedule
         trainer._load_scaler(self.checkpoint)
         for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
             group.pop("split", None)
             group.update(own)
-        trainer.lr_scheduler.load_state_dict(schedule)
         if self.carry_over == "moments":
             for state in trainer.optimizer.state.values():
                 if isinstance(state.get("step"), Tensor):

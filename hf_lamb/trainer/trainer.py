@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_lamb.optim_args import loss_is_weighted
+from hf_lamb.optim_args import is_lamb_trainer, loss_is_weighted
 from hf_lamb.scaling import check_warmup, decay_factor, norm_growth_warning, scaled_learning_rate
 from hf_lamb.trainer.arguments import LambTrainingArguments, default_of
 from hf_lamb.trainer.callbacks import SkippedStepsCallback, TrustRatioCallback
@@ -472,7 +472,7 @@ class LambTrainer(Trainer):
         args, rate = self.args, self.scale_learning_rate()
         if self._made_optimizer:
             self._warn_of_default_optimizer()
-        token = loss_is_weighted.set(self.loss_weighting.active)
+        tokens = is_lamb_trainer.set(True), loss_is_weighted.set(self.loss_weighting.active)
         try:
             if rate != args.learning_rate:  # Trainer's handlers read the rate from the arguments
                 self.args = copy.copy(args)
@@ -480,7 +480,8 @@ class LambTrainer(Trainer):
             return super().create_optimizer(model)
         finally:
             self.args = args
-            loss_is_weighted.reset(token)
+            for variable, token in zip((is_lamb_trainer, loss_is_weighted), tokens, strict=True):
+                variable.reset(token)
 
     def _warn_of_default_optimizer(self) -> None:
         args = self.args

@@ -51,14 +51,16 @@ def unchanged(owner: Any, model: nn.Module, device: torch.device) -> Iterator[No
             after.callback(_put_back, buffer, buffer.detach().clone())
         if owner is not None:
             after.callback(_restore_attributes, owner, dict(vars(owner)))
-            for value in vars(owner).values():
-                after.callback(_restorer(value))
+            for name, value in vars(owner).items():
+                if name not in ("train_dataset", "eval_dataset"):
+                    after.callback(_restorer(value))
         yield
 
 
 def _put_back(buffer: Tensor, before: Tensor) -> None:
-    with torch.no_grad():
-        buffer.copy_(before)
+    if not torch.equal(buffer, before):  # one that is a user's data may lie in memory that is read-only
+        with torch.no_grad():
+            buffer.copy_(before)
 
 
 def _restore_attributes(owner: Any, before: dict[str, Any]) -> None:

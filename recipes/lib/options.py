@@ -24,15 +24,7 @@ class RecipeParser(HfArgumentParser, Parser):
     """
 
     def __init__(self, dataclass_types: Any, recipe: str, doc: str, **kwargs: Any) -> None:
-        # No abbreviations: --optim would be --optimizers where a recipe passes options on, and a typing error nothing.
-        super().__init__(
-            dataclass_types,
-            prog=f"python -m recipes.{recipe}",
-            doc=doc,
-            formatter_class=Help,
-            allow_abbrev=False,
-            **kwargs,
-        )
+        super().__init__(dataclass_types, prog=f"python -m recipes.{recipe}", doc=doc, formatter_class=Help, **kwargs)
 
 
 def parser_beside_pretraining(own: Any, recipe: str, doc: str) -> RecipeParser:
