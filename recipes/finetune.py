@@ -2,7 +2,7 @@
 
     make finetune                                                          # after `make pretrain`
     python -m recipes.finetune --task supersense --output_dir runs/supersense
-    python -m recipes.finetune --task reviews.csv --model bert-base-uncased --starts pretrained --epochs 3
+    python -m recipes.finetune --task reviews.csv --model bert-base-uncased --starts pretrained --output_dir runs/mine
 
 Both optimizers are tuned alike on a validation part; the best rates then run with fresh seeds, and the test part is
 scored beside two baselines. A study that was stopped goes on.

@@ -1,11 +1,12 @@
 """An LSTM reads images row by row, in small and in large batches: where papers about large batches begin.
 
     make lstm                                                            # scikit-learn's digits, batches 40 and 1,295
-    python -m recipes.lstm_mnist --data_dir /usr/share/datasets/fashion-mnist     # Debian: dataset-fashion-mnist
+    python -m recipes.lstm_mnist --data_dir /usr/share/datasets/fashion-mnist --output_dir runs/fashion
     python -m recipes.lstm_mnist --epochs 300 --batch_sizes 1295 --output_dir runs/lstm-longer
 
 Every optimizer is tuned as much as the others at every batch size, by the loss on a validation part; a study that was
-stopped goes on. --data_dir takes a folder with the four files of MNIST, or of anything in its format.
+stopped goes on. --data_dir takes a folder with the four files of MNIST, or of anything in its format, such as
+that of Debian's package dataset-fashion-mnist.
 """
 
 import math

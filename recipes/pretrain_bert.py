@@ -2,7 +2,7 @@
 
     python -m recipes.pretrain_bert                                                  # a tiny BERT on a laptop
     accelerate launch --num_processes 8 -m recipes.pretrain_bert --size base --corpus HUB_NAME --streaming
-    python -m recipes.pretrain_bert --optim adamw_torch_fused --learning_rate 5e-4   # everything else the same
+    python -m recipes.pretrain_bert --optim adamw_torch_fused                        # everything else the same
     python -m recipes.pretrain_bert --plan recipes/configs/bert_large_64k_32k.yaml --corpus HUB_NAME   # two phases
     python -m recipes.pretrain_bert --model_name_or_path runs/pretrain_bert/tiny-lamb --corpus my_texts/   # trains on
 
@@ -13,6 +13,7 @@ All options of `transformers.TrainingArguments` are there, with defaults that fo
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -60,7 +61,7 @@ from recipes.lib.findings import blind_loss, has_diverged
 from recipes.lib.labelled import IGNORED
 from recipes.lib.masking import MaskEpochCallback
 from recipes.lib.models import check_same_model, new_model
-from recipes.lib.options import RecipeParser, checked_options, parse_options
+from recipes.lib.options import RecipeParser, checked_options, parse_options, words_of
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -806,12 +807,16 @@ def next_commands(record: dict[str, Any], output_dir: str, tokenizer: Any) -> di
     """What one may type after the training, by what it is for; after a run that diverged, how to find a rate."""
     commands = {"see the curves": command_to_open(Path(output_dir, "report.html"))}
     if has_diverged(record["held_out_loss"], len(tokenizer)):
-        return commands | {"find a rate": f"python -m recipes.find_rate --size {record['size'] or 'tiny'}"}
-    commands["try it"] = command_to_fill_masks(output_dir, tokenizer.mask_token)
+        own = {name: record["model"][name] for name in MODEL_OPTIONS if name in record["model"]}
+        options = own | {"max_seq_length": record["max_seq_length"]} if own else {"size": record["size"]}
+        words = [*words_of(options), *(["--corpus", *record["corpus"]] if record["corpus"] != ["embedded"] else [])]
+        return commands | {"find a rate": f"python -m recipes.find_rate {shlex.join(words)}"}
+    try_it, output_dir = command_to_fill_masks(output_dir, tokenizer.mask_token), shlex.quote(output_dir)
+    commands["try it"] = try_it
     if record["size"] == "smoke":
         return commands | {"train a larger one": "make pretrain"}
     return commands | {
-        "fine-tune it": f"python -m recipes.finetune --model {output_dir}",
+        "fine-tune it": f'make finetune ARGS="--model {output_dir}"',
         "train it on": f"python -m recipes.pretrain_bert --model_name_or_path {output_dir} --corpus my_texts/",
     }
 

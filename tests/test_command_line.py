@@ -228,11 +228,16 @@ def test_a_run_in_a_log_has_no_bars_and_its_steps(
 def test_the_next_commands_exist() -> None:
     """Programs and options, after a run of any size but the smallest."""
     tokenizer = type("Tokenizer", (), {"mask_token": "[MASK]", "__len__": lambda self: 1000})()
-    commands = pretrain_bert.next_commands({"held_out_loss": 5.0, "size": "tiny"}, "out", tokenizer)
-    ours = [words for words in map(shlex.split, commands.values()) if words[2].startswith("recipes.")]
-    assert [words[2] for words in ours] == ["recipes.finetune", "recipes.pretrain_bert"]
-    for _, _, module, *words in ours:
+    commands = pretrain_bert.next_commands({"held_out_loss": 5.0, "size": "tiny"}, "an output", tokenizer)
+    make, target, arguments = shlex.split(commands["fine-tune it"])
+    assert (make, target, arguments) == ("make", "finetune", "ARGS=--model 'an output'")
+    assert "recipes.finetune --use_cpu True $(ARGS)\n" in Path(__file__).parent.with_name("Makefile").read_text()
+    for module, words in (
+        ("recipes.finetune", shlex.split(arguments.removeprefix("ARGS="))),
+        ("recipes.pretrain_bert", shlex.split(commands["train it on"])[3:]),
+    ):
         assert {word for word in words if word.startswith("--")} <= set(parser_of(module)._option_string_actions)
+        assert words[1] == "an output"
 
 
 def test_a_study_in_a_log_says_a_line_for_each_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +258,11 @@ def test_the_next_commands_stand_below_each_other() -> None:
 
 
 def test_a_run_that_diverged_is_followed_by_a_search_for_a_rate() -> None:
-    record: dict[str, Any] = {"held_out_loss": float("nan"), "size": "mini"}
+    """Of the same model and corpus."""
+    record: dict[str, Any] = {"held_out_loss": float("nan"), "max_seq_length": 64, "corpus": ["embedded"], "model": {}}
     tokenizer = type("Tokenizer", (), {"mask_token": "[MASK]", "__len__": lambda self: 1000})()
-    _, rate = pretrain_bert.next_commands(record, "out", tokenizer).values()
+    _, rate = pretrain_bert.next_commands(record | {"size": "mini"}, "out", tokenizer).values()
     assert rate == "python -m recipes.find_rate --size mini"
+    record |= {"size": None, "model": {"parameters": 1, "model_type": "roberta"}, "corpus": ["my texts", "b.txt"]}
+    _, rate = pretrain_bert.next_commands(record, "out", tokenizer).values()
+    assert rate == ("python -m recipes.find_rate --model_type roberta --max_seq_length 64 --corpus 'my texts' b.txt")

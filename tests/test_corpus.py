@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,13 +149,15 @@ class TestFiles:
 class TestHub:
     """Neither the hub nor its data sets are needed here: a stub answers."""
 
-    def rows(self, *rows: dict[str, str]) -> Callable[..., list[dict[str, str]]]:
+    def rows(self, *rows: dict[str, Any]) -> Callable[..., list[dict[str, Any]]]:
         return lambda path, config, split, streaming: list(rows) if split == "train" else []
 
     def test_rows_become_documents(self, monkeypatch: pytest.MonkeyPatch) -> None:
         datasets = pytest.importorskip("datasets")
-        monkeypatch.setattr(datasets, "load_dataset", self.rows({"text": "a"}, {"text": " "}, {"text": "b"}))
-        assert load_documents("some/set:config") == [("some/set:config 0", "a"), ("some/set:config 2", "b")]
+        monkeypatch.setattr(
+            datasets, "load_dataset", self.rows({"text": "a"}, {"text": " "}, {"text": None}, {"text": "b"})
+        )
+        assert load_documents("some/set:config") == [("some/set:config 0", "a"), ("some/set:config 3", "b")]
 
     def test_streaming_reads_no_further_than_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
@@ -164,6 +167,11 @@ class TestHub:
 
         monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
         assert next(hub_documents("some/set", column="body", streaming=True)) == ("some/set 0", "a")
+
+    def test_a_column_without_text_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", self.rows({"text": ["a"]}))
+        with one_line(ValueError, "column 'text' of 'some/set' holds list, not text: name another dataset"):
+            load_documents("some/set")
 
     def test_a_missing_column_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         datasets = pytest.importorskip("datasets")

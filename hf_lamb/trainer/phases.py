@@ -61,7 +61,8 @@ class PreviousPhase(NamedTuple):
             return
         assert trainer.optimizer is not None
         options = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
-        schedule, trainer.lr_scheduler = trainer.lr_scheduler, NoSchedule()
+        schedule, nothing = trainer.lr_scheduler, NoSchedule()
+        trainer.lr_scheduler = nothing  # type: ignore[assignment]
         try:
             with warnings.catch_warnings():
                 # It would be the contrary of what happens: this run's layers stay, as all of its options do.

@@ -29,8 +29,9 @@ def show_library_bars(shown: bool) -> None:
 
     Those of transformers are always off: each checkpoint that is written would leave one between the lines of the log.
     """
-    transformers.logging.disable_progress_bar()  # first: it turns those of huggingface_hub off, too
-    bars: Any = huggingface_hub.utils
+    bars: Any = transformers.logging
+    bars.disable_progress_bar()  # first: it turns those of huggingface_hub off, too
+    bars = huggingface_hub.utils
     (bars.enable_progress_bars if shown else bars.disable_progress_bars)()
     with suppress(ImportError):
         import datasets

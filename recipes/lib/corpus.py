@@ -80,8 +80,13 @@ def hub_documents(name: str, column: str = "text", streaming: bool = False) -> I
     for number, row in enumerate(_load_hub_dataset(name, streaming)):
         if column not in row:
             raise ValueError(f"{name!r} has no column {column!r}, only {sorted(row)}: rename one to {column!r}")
-        if row[column].strip():
-            yield Document(f"{name} {number}", row[column])
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise ValueError(
+                f"column {column!r} of {name!r} holds {type(text).__name__}, not text: name another dataset"
+            )
+        if text and text.strip():
+            yield Document(f"{name} {number}", text)
 
 
 def _load_hub_dataset(name: str, streaming: bool = False) -> Any:

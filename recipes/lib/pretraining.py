@@ -52,7 +52,7 @@ class PretrainingArguments(ModelArguments):
         default=None,
         metadata={
             "help": "Processes that tokenize the corpus; default: this one, in which the tokenizer uses all cores. "
-            "Several are left behind where the run is killed meanwhile."
+            "If the run is killed while several work, they stay."
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is masked."})
