@@ -196,7 +196,6 @@ def measure(
     seconds = steady_rounds(steps, rounds, attempts, device, most_apart)
 
     elements = sum(param.numel() for param in params)
-    least = elements * (5 * 4 + 2 * params[0].element_size())  # read w, g, m, v; write w, m, v; moments are fp32
     rows = {
         name: {
             "milliseconds_min": round(1e3 * min(seconds[name]), 3),
@@ -214,7 +213,6 @@ def measure(
         "parameters": elements,
         "largest_tensor_megabytes": round(4 * max(param.numel() for param in params) / 1e6, 1),
         "gigabytes_per_second_copy": round(copied_bytes_per_second(device, copied) / 1e9, 1),
-        "gigabytes_per_second_adamw": round(least / min(seconds[FUSED_ADAMW]) / 1e9, 1),
         "rounds": rounds,
         "steps": rows,
     }

@@ -32,7 +32,7 @@ class Look:
     ) -> None:
         self.max_norm = max_norm
         self._squares = squares
-        self._buckets = [(bucket, bucket.key, bucket.grads) for bucket in buckets]
+        self._buckets = [(bucket, bucket.key, bucket.grads, addresses(bucket.grads)) for bucket in buckets]
         # torch.compile traces neither weak references nor addresses.
         self._grads = [] if torch.compiler.is_compiling() else [grad if grad is None else ref(grad) for grad in grads]
         self._versions = [] if torch.compiler.is_compiling() else versions(grads)
@@ -43,7 +43,8 @@ class Look:
         A write that leaves their `_version` as it is cannot be seen: through `.data`, or by an all-reduce.
 
         If the gradients are where they were, their buckets get the lists of then: a backend knows by the list that its
-        table of addresses is that of this step, and during the capture of a CUDA graph it can make only one.
+        table of addresses is that of this step, and during the capture of a CUDA graph it can make only one. Copies of
+        a gradient, which layers that are no whole rows of it take, are elsewhere.
         """
         if torch.compiler.is_compiling() or len(self._grads) != len(grads):
             return None
@@ -51,13 +52,19 @@ class Look:
         now = versions(grads)
         if not all(map(operator.is_, known, grads)) or now[0] != self._versions[0]:
             return None
-        if [key for _, key, _ in self._buckets] != [bucket.key for bucket in buckets]:
+        if [key for _, key, *_ in self._buckets] != [bucket.key for bucket in buckets]:
             return None
-        for bucket, (before, _, gradients) in zip(buckets, self._buckets, strict=True):
-            if bucket is before:  # then its parameters and moments are where they were, too
+        for bucket, (before, _, gradients, places) in zip(buckets, self._buckets, strict=True):
+            # The same bucket: its parameters and moments are where they were, too.
+            if bucket is before and addresses(bucket.grads) == places:
                 gradients[:] = bucket.grads
                 bucket.grads = gradients
         return self._squares if now == self._versions else None
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where the tensors are; nothing under torch.compile, which traces no addresses."""
+    return [] if torch.compiler.is_compiling() else [*map(Tensor.data_ptr, tensors)]
 
 
 def versions(grads: Sequence[Tensor | None]) -> list[list[int]]:

@@ -155,10 +155,11 @@ class Lamb(Optimizer):
         """Restore a pickled or loaded optimizer; options that an older version did not have get their defaults."""
         super().__setstate__(state)
         self._reset()
-        shapes = self.__dict__.pop("_shapes", None)
+        shapes, had_peers = (self.__dict__.pop(name, None) for name in ("_shapes", "_had_peers"))
         if "_sharding" not in self.__dict__:
             params = (param for group in self.param_groups for param in group["params"])
             self._sharding = Sharding({param.shape for param in params} if shapes is None else shapes)
+            self._sharding.had_peers = bool(had_peers)
         for option, parameter in signature(Lamb.__init__).parameters.items():
             if parameter.default is not parameter.empty:
                 self.defaults.setdefault(option, parameter.default)  # a pickle brings the defaults of its version
@@ -169,7 +170,9 @@ class Lamb(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the sharding: a copy has other tensors, so the user must call `attach` on the copy."""
-        return {**super().__getstate__(), "_shapes": self._sharding.shapes_of_a_copy()}
+        sharding = self._sharding
+        had_peers = sharding.had_peers or sharding.peer_group is not None
+        return {**super().__getstate__(), "_shapes": sharding.shapes_of_a_copy(), "_had_peers": had_peers}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, which may have its own options.

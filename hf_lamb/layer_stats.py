@@ -52,7 +52,9 @@ def count_skipped(counts: list[Tensor], finite: Tensor) -> None:
     """Count this step in `[in all, in a row]`, which is put into the empty list at first; reads nothing back."""
     if not counts:
         counts.append(torch.zeros(2, dtype=torch.int64, device=finite.device))
+    if counts[0].device.type == "cpu" != finite.device.type:  # the model has moved since
+        counts[0] = counts[0].to(finite.device)
     total, in_a_row = counts[0].unbind()
-    skipped = finite.logical_not()
+    skipped = finite.logical_not().to(total.device)  # a part of the model on another device had a gradient
     total.add_(skipped)
     in_a_row.add_(1).mul_(skipped)

@@ -97,7 +97,7 @@ def pack(
     blocks: dict[Any, dict[int, Block]] = {}
     for index, piece in sharding.pieces(param_groups, name_of, partial(state_of, state)):
         name, w, g, m, v, step, cut, place, block, *kept = piece
-        contiguous = all(tensor.is_contiguous() for tensor in (w, g, m, v))
+        contiguous = all(map(_is_plain, (w, g, m, v)))
         key = (index, *kept, w.device, w.dtype, g.dtype, cut, contiguous)
         bucket = buckets.get(key)
         if bucket is None:
@@ -116,6 +116,18 @@ def pack(
             for index, copy in zip(later, copies.unbind(), strict=True):
                 bucket.steps[index] = copy
     return list(buckets.values()), list(blocks.values()), steps
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a kernel may read and write a tensor's memory as it is.
+
+    Not that of a subclass which is no tensor itself but holds some, such as torchao's; nor of a view that is negated
+    only when it is read, which autograd may leave as a gradient; nor of zeros without memory.
+    """
+    if torch.compiler.is_compiling():
+        return tensor.is_contiguous()
+    is_tensor = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_tensor and tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def _options(param_groups: ParamGroups, index: int, decays: bool, adapts: bool, keeps_norm: bool) -> dict[str, Any]:
@@ -156,6 +168,7 @@ def signature(
     found += [missing, [*map(Tensor.numel, params)]]
     for tensors in (params, present):
         found += [[*map(_DTYPE, tensors)], [*map(Tensor.is_contiguous, tensors)]]
+    found += [[*map(Tensor.is_neg, present)], [*map(Tensor._is_zerotensor, present)]]  # see _is_plain
     for tensors in (params, *of_state):
         found += [[*map(id, tensors)], [*map(Tensor.data_ptr, tensors)]]
     return found

@@ -55,6 +55,11 @@ def check_loadable(
                     f"because the state of {name} has {', '.join(map(str, state))}"
                 )
             check_state(state, param, "Lamb", name)
+        if "layer_adaptation" not in other:  # RAdam's, or AdamW's of transformers 4: the same state
+            raise ValueError(
+                "Lamb: convert the state dict with hf_lamb.convert_state_dict: it is another optimizer's (its groups "
+                "have no layer_adaptation), whose lr and eps do not suit LAMB"
+            )
 
 
 def warn_of_other_layers(param_groups: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:

@@ -142,6 +142,8 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
         newest = newest_checkpoint(Path(args.output_dir))
         if newest and not args.resume:
             raise ValueError(f"{args.output_dir} holds {newest.name}: add --resume, or --output_dir for another place")
+        before = written_facts(newest)
+        warnings = take_options_of(before.get("arguments", {}), args)
         with accelerator.main_process_first():
             names = ("size", "corpus", "vocab_size", "max_seq_length")
             arguments = PretrainingArguments(**{name: getattr(args, name) for name in names})
@@ -155,13 +157,43 @@ def prepare(until_the_end: ExitStack) -> tuple[Accelerator, LoopArguments, Data,
             f"{args.per_device_train_batch_size} sequences x {processes} processes; {args.max_steps:,} steps\n"
             f"{kind_of(accelerator)} on {hardware()}"
         )
-        facts = Path(newest, DATA_FILE) if newest else None
-        before = json.loads(facts.read_text()) if facts and facts.exists() else None
-        for line in [*asked_for_and_off(accelerator), *changes(before, data.facts)]:
+        for line in [*asked_for_and_off(accelerator), *warnings, *changes(before or None, data.facts)]:
             print(f"warning: {line}")
         if newest:
             print(f"resuming from {newest}, step {step_of(newest):,} of {args.max_steps:,}")
     return accelerator, args, data, stages, newest
+
+
+def written_facts(newest: Path | None) -> dict[str, Any]:
+    """What a checkpoint says of its run, or nothing."""
+    file = Path(newest, DATA_FILE) if newest else None
+    return json.loads(file.read_text()) if file and file.exists() else {}
+
+
+def take_options_of(kept: dict[str, Any], args: LoopArguments) -> list[str]:
+    """Give `args` the options that the checkpoint's optimizer keeps; a line for each that is another one.
+
+    kept: the arguments of the run that wrote it. Raises ValueError for another model.
+    """
+    for name in ("size", "max_seq_length"):
+        if kept.get(name, getattr(args, name)) != getattr(args, name):
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: the checkpoint's run had {kept[name]}: give that, or --output_dir "
+                "for another run"
+            )
+    lines = []
+    for name in ("learning_rate", "weight_decay"):
+        if kept.get(name, getattr(args, name)) != getattr(args, name):
+            lines.append(f"--{name} {getattr(args, name)}: the checkpoint's optimizer goes on with {kept[name]}")
+            setattr(args, name, kept[name])
+    constant = kept.get("batch_size_schedule") is None and args.batch_size_schedule is None
+    batch = kept.get("global_batch_size", args.global_batch_size)
+    if constant and batch != args.global_batch_size:
+        lines.append(
+            f"--global_batch_size {args.global_batch_size}: the checkpoint's run had {batch}, so this one goes on at "
+            "another place in the data; for a batch that changes give --batch_size_schedule"
+        )
+    return lines
 
 
 def check_hook(comm_hook: str, accelerator: Accelerator) -> None:
@@ -203,6 +235,8 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
     if newest:
         accelerator.load_state(str(newest))
         step = step_of(newest)
+        for group, rate in zip(lamb.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = rate * shape(schedule.last_epoch)  # not the checkpoint's where --max_steps is another one
     # None: off where stderr is no terminal; there, lines take its place
     bar = tqdm(total=args.max_steps, initial=step, disable=None if accelerator.is_local_main_process else True)
     say = partial(print, flush=True) if accelerator.is_main_process and bar.disable else lambda _: None
@@ -217,7 +251,7 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
             model.train()
             losses.append(forward_and_backward(accelerator, model, micro_batches))
             norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            rate = schedule.get_last_lr()[0]
+            rate = lamb.param_groups[0]["lr"]
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # by the GradScaler of fp16
                 schedule.step()
@@ -239,7 +273,8 @@ def train(accelerator: Accelerator, args: LoopArguments, data: Data, stages: Bat
                 metrics = evaluate(accelerator, model, held_out)
                 accelerator.log(metrics, step=step)
                 say(step_line(step, args.max_steps, metrics))
-                save_checkpoint(accelerator, Path(args.output_dir), step, data)
+                facts = data.facts | {"arguments": asdict(args)}
+                save_checkpoint(accelerator, Path(args.output_dir), step, data.tokenizer, facts)
     bar.close()
     metrics = metrics or evaluate(accelerator, model, held_out)
     weights, bare = accelerator.get_state_dict(model), accelerator.unwrap_model(model)
@@ -303,7 +338,7 @@ def newest_checkpoint(output: Path) -> Path | None:
     return max(output.glob("checkpoint-*"), key=step_of, default=None)
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path, step: int, data: Data) -> None:
+def save_checkpoint(accelerator: Accelerator, output: Path, step: int, tokenizer: Any, facts: dict[str, Any]) -> None:
     """Write a checkpoint, and rename it to checkpoint-N when every process has written its part; keep the one before.
 
     It holds the tokenizer, and the facts with which a resumed run checks that its data are the same.
@@ -315,8 +350,8 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, data: Dat
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        data.tokenizer.save_pretrained(unfinished)
-        (unfinished / DATA_FILE).write_text(json.dumps(data.facts))
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / DATA_FILE).write_text(json.dumps(facts))
         unfinished.rename(output / f"checkpoint-{step}")
         for old in set(output.glob("checkpoint-*")) - {before, output / f"checkpoint-{step}"}:
             shutil.rmtree(old)

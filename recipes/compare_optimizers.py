@@ -29,7 +29,7 @@ from torch import Tensor
 
 from recipes.lib.bert import SIZES, new_bert
 from recipes.lib.console import on_a_terminal, show_library_bars, study_command
-from recipes.lib.corpus import load_documents, split_documents
+from recipes.lib.corpus import facts_of_corpus, load_documents, split_documents
 from recipes.lib.masking import IGNORED, MaskedBlocks, masked, unigram_baseline
 from recipes.lib.optimizers import new_optimizer, rate_factor, set_rate, trust_ratios
 from recipes.lib.options import RecipeParser, parse_options
@@ -262,7 +262,7 @@ def facts_of(arguments: CompareArguments) -> Record:
     facts = {name: value for name, value in asdict(arguments).items() if name not in no_part}
     if arguments.study is not None:
         facts["carried_from"] = arguments.batch_sizes[0]
-    return facts
+    return facts | facts_of_corpus(arguments.corpus)
 
 
 def load_data(arguments: CompareArguments, device: torch.device) -> Data:

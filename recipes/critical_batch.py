@@ -37,7 +37,7 @@ from recipes.lib.processes import (
     only_run_in,
 )
 from recipes.lib.report import append_json_line, provenance
-from recipes.study.critical_report import critical_batch, draw, sentence, smoothed, table
+from recipes.study.critical_report import LAST, critical_batch, draw, sentence, smoothed, table
 from recipes.study.sweep import Record
 
 STEPS = 16  # of the largest batch, in the default window
@@ -217,6 +217,11 @@ def prepare(own: CriticalBatchArguments, checkpoint: str) -> Branches:
         raise ValueError(
             f"--tokens {own.tokens or sequences * length}: every batch must make them up in whole steps: give "
             f"{fitting}, or batches that are multiples of each other"
+        )
+    if sequences < LAST * max(own.batches):
+        raise ValueError(
+            f"--tokens {sequences * length}: give at least {LAST * max(own.batches) * length}, {LAST} steps of the "
+            "largest batch: the loss is smoothed over the last of them"
         )
     model = PretrainingArguments(
         model_name_or_path=checkpoint,

@@ -21,6 +21,7 @@ from typing import Any
 
 from recipes import pretrain_bert
 from recipes.lib.console import on_a_terminal, show_library_bars, study_command
+from recipes.lib.corpus import facts_of_corpus
 from recipes.lib.options import RecipeParser, parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
@@ -69,7 +70,8 @@ def main() -> None:
         argv, options, first_rates = options_of_trials(argv, own.optimizers)
         recipe, args = parse(argv)
         folder = Path(own.output_dir or f"runs/find_rate/{Path(args.output_dir).name.rpartition('-')[0]}")
-        study = Study(folder, search_at(recipe.global_batch_size, first_rates), options)
+        facts = options | facts_of_corpus(recipe.corpus)
+        study = Study(folder, search_at(recipe.global_batch_size, first_rates), facts)
         make_output_dir(str(folder))
         records = study.run(trials_of(study, argv, is_first), show_progress=is_first)
         if is_first:

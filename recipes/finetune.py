@@ -126,14 +126,19 @@ def facts_of(arguments: FinetuneArguments, task: Task, model: Any) -> Record:
             digest.update(weight.numpy().tobytes())
     sizes = {part: len(getattr(task, part)) for part in PARTS}
     kept = {name: value for name, value in asdict(arguments).items() if name in deciding}
-    return {**kept, "model_sha256": digest.hexdigest()[:16], "classes": len(task.labels), **sizes}
+    facts = {**kept, "model_sha256": digest.hexdigest()[:16], "classes": len(task.labels), **sizes}
+    if Path(arguments.task).suffix:  # a file of the user's own
+        facts["examples"] = task.digest
+    return facts
 
 
 def load_model(arguments: FinetuneArguments, task: Task) -> tuple[Any, Any]:
     """(tokenizer, model with a new classifier). Raises ValueError where there is none, or it reads too few tokens."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=len(task.labels))
+        model = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model, num_labels=len(task.labels), dtype=torch.float32
+        )
     except Exception as error:  # files of all kinds are read, by several libraries
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -204,10 +209,12 @@ def train_classifier(
 
 
 def fresh(model: Any, start: str, name: str) -> Any:
-    """A new model: the checkpoint's weights under a new classifier, or all weights new."""
+    """A new model in float32: the checkpoint's weights under a new classifier, or all weights new."""
     if start == "scratch":
-        return AutoModelForSequenceClassification.from_config(model.config)
-    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=model.config.num_labels)
+        return AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=model.config.num_labels, dtype=torch.float32
+    )
 
 
 @torch.no_grad()

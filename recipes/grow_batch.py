@@ -17,6 +17,7 @@ from pathlib import Path
 from hf_lamb.batch_schedule import batch_stages
 from recipes import pretrain_bert
 from recipes.lib.console import on_a_terminal, show_library_bars, study_command
+from recipes.lib.corpus import facts_of_corpus
 from recipes.lib.options import parser_beside_pretraining, words_of
 from recipes.lib.pretraining import load_data
 from recipes.lib.processes import be_one_process, free, make_output_dir
@@ -73,6 +74,7 @@ def main() -> None:
             "per_device_train_batch_size": batch // 4,
         }
         facts = {name: value for name, value in options.items() if name not in NO_PART | MODELS} | facts
+        facts |= facts_of_corpus(recipe.corpus)
         study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
         train = trials_of(study, argv)
         make_output_dir(own.output_dir)

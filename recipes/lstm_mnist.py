@@ -9,6 +9,7 @@ stopped goes on. --data_dir takes a folder with the four files of MNIST, or of a
 that of Debian's package dataset-fashion-mnist.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -95,7 +96,17 @@ def facts_of(arguments: LstmArguments, data: Split) -> Record:
     deciding = ("epochs", "hidden_size", "evaluations", "weight_decay")
     name = Path(arguments.data_dir).resolve().name if arguments.data_dir else "digits (scikit-learn)"
     sizes = [len(part) for part in data]
-    return {"data": name, "images": sizes, **{k: v for k, v in asdict(arguments).items() if k in deciding}}
+    own = {"content": digest_of(data)} if arguments.data_dir else {}  # folders of torchvision's are all named raw
+    return {"data": name, "images": sizes, **own, **{k: v for k, v in asdict(arguments).items() if k in deciding}}
+
+
+def digest_of(data: Split) -> str:
+    """The sha256 of pixels and labels."""
+    sha256 = hashlib.sha256()
+    for part in data:
+        for tensor in part:
+            sha256.update(tensor.numpy().tobytes())
+    return sha256.hexdigest()
 
 
 # -- a trial ----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from accelerate import PartialState
 from accelerate.utils.other import clean_state_dict_for_safetensors
 from safetensors.torch import load_file
 
+from hf_lamb.scaling import decay_factor
 from recipes import accelerate_loop
 from recipes.lib import processes
-from tests.helpers import on_processes, pretrain, says, torchrun
+from tests.helpers import on_processes, one_line, pretrain, says, torchrun
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--size", "smoke", "--use_cpu", "True", "--max_steps", "8", "--global_batch_size", "16"]
@@ -208,6 +209,44 @@ def test_a_run_on_another_corpus_keeps_the_tokenizer_and_says_so(
     assert "warning: other training data than the checkpoint's" in said
     assert f"resuming from {output / 'checkpoint-4'}, step 4 of 8" in said
     assert not (output / processes.LOCK).exists()
+
+
+def test_a_resumed_run_has_the_rate_of_its_own_steps_and_the_options_of_its_optimizer(
+    whole: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More steps: the last rate of the first part was zero. Another rate: the optimizer's state has the old one."""
+    shutil.copytree(whole / "checkpoint-8", tmp_path / "checkpoint-8")
+    more = ["--corpus", str(texts), "--output_dir", str(tmp_path), "--resume", "True", "--max_steps", "12"]
+    loop(monkeypatch, *more, "--learning_rate", "0.5", "--weight_decay", "0.7")
+    said = capsys.readouterr().out
+    assert "warning: --learning_rate 0.5: the checkpoint's optimizer goes on with 0.02" in said
+    assert "warning: --weight_decay 0.7: the checkpoint's optimizer goes on with 0.01" in said
+    record = json.loads((tmp_path / "results.jsonl").read_text())
+    assert (record["learning_rate"], record["weight_decay"]) == (0.02, 0.01)
+    expected = [0.02 * decay_factor(step, total_steps=12, warmup_steps=2) for step in range(8, 12)]
+    assert tracked(tmp_path)["learning_rate"] == pytest.approx(expected)
+    assert min(expected) > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--size", "tiny", "--size tiny: the checkpoint's run had smoke: give that, or --output_dir for another run"),
+        ("--max_seq_length", "16", "--max_seq_length 16: the checkpoint's run had 32: give that, or --output_dir"),
+    ],
+)
+def test_another_model_does_not_resume(
+    option: str, value: str, message: str, whole: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_line(SystemExit, message):
+        loop(monkeypatch, "--corpus", str(texts), "--output_dir", str(whole), "--resume", "True", option, value)
+
+
+def test_another_batch_is_remarked_on() -> None:
+    args = accelerate_loop.LoopArguments(global_batch_size=8)
+    (line,) = accelerate_loop.take_options_of({"global_batch_size": 16}, args)
+    assert "--global_batch_size 8: the checkpoint's run had 16, so this one goes on at another place" in line
+    assert accelerate_loop.take_options_of({"global_batch_size": 16, "batch_size_schedule": "0:16"}, args) == []
 
 
 def test_no_checkpoint_warns_of_the_tied_head(caplog: pytest.LogCaptureFixture) -> None:

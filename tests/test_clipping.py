@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_lamb import Lamb
 from hf_lamb.backends import compiled, cpu, eager, foreach
+from hf_lamb.layer_stats import count_skipped
 from tests.helpers import BACKENDS, one_line
 from tests.test_lamb_contract import NoHostSync
 
@@ -386,3 +387,34 @@ def test_a_sparse_gradient_is_refused_as_in_step() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with one_line(RuntimeError, "is sparse, which LAMB's norms do not support: use sparse=False in the embedding"):
         Lamb(embedding.parameters()).clip_grad_norm(1.0)
+
+
+@BACKENDS
+def test_clipping_first_leaves_the_step_as_it_is_where_layers_copy_their_gradients(backend: dict[str, Any]) -> None:
+    """Layers that are no whole rows of a transposed gradient; the copies that were clipped are gone at the step."""
+    results = []
+    for transposed in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(2, 8, 3, generator=generator))
+        group = {"params": [param], "param_names": ["w"], "split": [("w", (12,) * 4)]}
+        lamb = Lamb([group], lr=0.1, **backend)
+        for _ in range(4):
+            gradient = torch.randn(2, 8, 3, generator=generator)
+            param.grad = gradient.mT.contiguous().mT if transposed else gradient
+            lamb.clip_grad_norm(1e9)
+            others = [torch.full((12,), 1e3) for _ in range(64)]  # in the memory of the copies, where it is free
+            lamb.step()
+            del others
+        results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_skipped_steps_are_counted_where_the_gradients_are() -> None:
+    """A model may move after its first steps, or have a part on another device."""
+    counts: list[torch.Tensor] = []
+    count_skipped(counts, torch.tensor(False))
+    assert counts[0].tolist() == [1, 1]
+    count_skipped(counts, torch.tensor(False, device="meta"))
+    assert counts[0].is_meta
+    count_skipped(counts, torch.tensor(False))
+    assert counts[0].is_meta

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,17 @@ def test_nothing_runs_twice(study: Path, texts: Path, monkeypatch: pytest.Monkey
     compare(monkeypatch, *SMALL, "--corpus", str(texts), "--output_dir", str(study))
     assert (study / "trials.jsonl").read_bytes() == before
     assert capsys.readouterr().out == f"{len(before.splitlines())} trials\n"
+
+
+def test_other_texts_in_the_same_files_are_another_study(texts: Path, tmp_path: Path) -> None:
+    """The name of a folder does not tell; the embedded texts have nothing to tell apart."""
+    shutil.copytree(texts, tmp_path / "texts")
+    arguments = CompareArguments(corpus=[str(tmp_path / "texts")], batch_sizes=[8])
+    before = compare_optimizers.facts_of(arguments)
+    (tmp_path / "texts/more.txt").write_text("more")
+    after = compare_optimizers.facts_of(arguments)
+    assert {name for name in before if before[name] != after[name]} == {"content"}
+    assert "content" not in compare_optimizers.facts_of(CompareArguments(batch_sizes=[8]))
 
 
 def test_the_report_of_an_unfinished_study_says_so(

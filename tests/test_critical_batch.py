@@ -81,6 +81,14 @@ def test_the_critical_batch_of_a_noisy_quadratic_is_that_of_the_closed_form() ->
         assert loss == pytest.approx(closed_form(batch), rel=0.1, abs=0.003)
 
 
+@pytest.mark.parametrize("steps", [4, 6, 7, 10, 16])
+def test_the_window_holds_the_same_sequences_at_every_batch(steps: int) -> None:
+    """Also where a quarter of the steps is no whole number: a whole one of a curve that falls would favour a batch."""
+    curve = [10 - 0.1 * i for i in range(steps)]  # of the largest batch; eight times as many steps of another
+    finer = [loss for loss in curve for _ in range(8)]
+    assert smoothed(curve) == pytest.approx(smoothed(finer), abs=1e-12)
+
+
 def test_a_batch_must_not_lose_to_any_smaller_one() -> None:
     assert largest_without_loss({64: 5.0, 128: 4.9, 256: 4.905, 512: 4.95}, 0.01) == 256
     assert largest_without_loss({64: 5.0, 128: 5.02, 256: 5.005}, 0.01) == 256

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from recipes import finetune
 from recipes.finetune import FinetuneArguments, fresh, load_model
@@ -127,6 +127,47 @@ def test_files_of_three_kinds(suffix: str, tmp_path: Path) -> None:
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(TEXTS)
     assert len(parts[0]) > 6 * max(len(parts[1]), len(parts[2])) / 2
     assert [len(part) for part in parts] == [len(part) for part in load_task(str(path), "review", "stars")[2:]]
+
+
+def test_a_text_of_several_lines_stays_whole(tmp_path: Path) -> None:
+    """In a quoted cell, and with separators of lines that are none of CSV's or JSON's; however long it is."""
+    texts = [f"{number} first\nsecond\r\nthird\u2028fourth\u0085fifth" for number in range(40)] + ["word " * 40_000]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *((text, "ab"[n % 2]) for n, text in enumerate(texts))])
+    lines = [json.dumps({"text": t, "label": "ab"[n % 2]}, ensure_ascii=False) for n, t in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for name in ("rows.csv", "rows.jsonl"):
+        task = load_task(str(tmp_path / name))
+        assert sorted(x.text for part in (task.train, task.validation, task.test) for x in part) == sorted(texts)
+
+
+def test_other_examples_are_another_study(finished: Path, tmp_path: Path) -> None:
+    """Another column, or an edited file: the trials of the first would be reported as its own."""
+    rows = [{"text": text, "mood": label, "kind": "xyyx"[n % 4]} for n, (text, label) in enumerate(TEXTS)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    facts = []
+    for column in ("mood", "mood", "kind"):
+        arguments = FinetuneArguments(
+            task=str(tmp_path / "rows.json"), label_column=column, model=str(finished), max_seq_length=8
+        )
+        task = load_task(arguments.task, "text", column)
+        facts.append(finetune.facts_of(arguments, task, load_model(arguments, task)[1]))
+    assert facts[0] == facts[1]
+    assert {name for name in facts[0] if facts[0][name] != facts[2][name]} == {"examples"}
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(finished: Path, rows: Path, tmp_path: Path) -> None:
+    """As it is loaded by default, AdamW would have moments in half precision, and LAMB would not."""
+    saved = AutoModelForMaskedLM.from_pretrained(finished).to(torch.bfloat16)
+    saved.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(finished).save_pretrained(tmp_path / "half")
+    arguments = FinetuneArguments(task=str(rows), model=str(tmp_path / "half"), max_seq_length=8)
+    task = load_task(str(rows))
+    _, model = finetune.load_model(arguments, task)
+    assert finetune.facts_of(arguments, task, model)["model_sha256"]
+    for start in ("pretrained", "scratch"):
+        new = finetune.fresh(model, start, arguments.model)
+        assert {param.dtype for param in new.parameters()} == {torch.float32}
 
 
 def test_a_repeated_text_lies_in_one_part() -> None:

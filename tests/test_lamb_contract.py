@@ -283,11 +283,11 @@ def test_a_state_dict_without_newer_options_loads() -> None:
     optimizer = Lamb(params)
     optimizer.step()
     old = optimizer.state_dict()
-    for option in ("layer_adaptation", "skip_nonfinite", "max_trust_ratio"):
+    for option in ("fixed_norm", "skip_nonfinite", "max_trust_ratio"):
         del old["param_groups"][0][option]
     loaded = Lamb(params_with_grads(), max_trust_ratio=7.0)
     loaded.load_state_dict(old)
-    assert loaded.param_groups[0]["layer_adaptation"] is True
+    assert loaded.param_groups[0]["skip_nonfinite"] is True
     assert loaded.param_groups[0]["max_trust_ratio"] == 7.0
     loaded.step()
 

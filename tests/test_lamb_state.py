@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lamb import Lamb, convert_state_dict, lamb_param_groups
+from hf_lamb import Lamb, ShardingError, convert_state_dict, lamb_param_groups
 from tests.helpers import one_line
 
 
@@ -306,3 +306,34 @@ def test_what_cannot_be_taken_over_is_refused_with_the_reason(broken: Any, messa
     state_dict = broken(adamw(model).state_dict())
     with one_line(ValueError, f"^convert_state_dict: {message}"):
         convert_state_dict(state_dict, Lamb(lamb_param_groups(model)))
+
+
+def test_a_state_of_the_same_names_may_be_another_optimizers() -> None:
+    """RAdam's, or AdamW's of transformers 4: their rate would replace LAMB's, and all layers would adapt."""
+    model = model_with_grads()
+    theirs = torch.optim.RAdam(model.parameters(), lr=5e-5)
+    theirs.step()
+    assert set(next(iter(theirs.state.values()))) == {"step", "exp_avg", "exp_avg_sq"}
+    refused(
+        Lamb(model.parameters()), theirs.state_dict(), "convert_state_dict.* another optimizer's.* layer_adaptation"
+    )
+
+
+def test_a_copy_of_an_optimizer_with_peers_wants_to_know_them() -> None:
+    """Without them a stage would go on where the others skip, and the stages would part."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        lamb = Lamb([param])
+        lamb.attach(process_group=torch.distributed.group.WORLD)
+        lamb.step()
+        for copied in (copy.deepcopy(lamb), pickle.loads(pickle.dumps(copy.deepcopy(lamb)))):
+            copied.param_groups[0]["params"][0].grad = torch.ones(3)
+            with one_line(ShardingError, r"Lamb: call attach\(process_group=...\) on this copy of an optimizer"):
+                copied.step()
+            copied.attach(process_group=torch.distributed.group.WORLD)
+            copied.step()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -130,3 +130,18 @@ def test_labels_of_another_data_set_are_refused(mnist: Path) -> None:
     (mnist / FILES["test"][1]).write_bytes(idx(np.zeros(7)))
     with pytest.raises(ValueError, match=r"are the files those of one data set\?"):
         load_images(str(mnist))
+
+
+def test_more_than_ten_classes_are_refused(mnist: Path) -> None:
+    """EMNIST's letters, for example: the classifier has ten outputs."""
+    (mnist / FILES["test"][1]).write_bytes(idx(np.arange(20)))
+    with pytest.raises(ValueError, match=r"has the label 19: give images of ten classes, 0 to 9"):
+        load_images(str(mnist))
+
+
+def test_folders_of_one_name_are_told_apart(mnist: Path) -> None:
+    """torchvision's are all called raw."""
+    one = lstm_mnist.facts_of(lstm_mnist.LstmArguments(data_dir=str(mnist)), load_images(str(mnist)))
+    (mnist / FILES["test"][1]).write_bytes(idx((np.arange(20) + 1) % 10))
+    other = lstm_mnist.facts_of(lstm_mnist.LstmArguments(data_dir=str(mnist)), load_images(str(mnist)))
+    assert {name for name in one if one[name] != other[name]} == {"content"}

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
-from hf_lamb import Lamb, packing
+from hf_lamb import Lamb, lamb_param_groups, packing
 from tests.helpers import BACKENDS
 
 
@@ -195,3 +196,56 @@ def test_a_step_that_was_refused_leaves_no_half_made_buckets() -> None:
         control.step(number)
     case.step(1)
     assert all(map(torch.equal, case.params, control.params))
+
+
+# -- memory that is not what it seems ---------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_a_tensor_that_holds_others_has_no_memory_of_its_own(backend: dict[str, Any]) -> None:
+    """Such as torchao's weights: at its address there is nothing, or nothing that a kernel may read."""
+    results = []
+    for wrap in (lambda x: x, lambda x: TwoTensor(x, x.clone())):
+        param = torch.nn.Parameter(wrap(torch.ones(3, 4)))
+        lamb = Lamb([param], lr=0.1, **backend)
+        for _ in range(3):
+            param.grad = wrap(torch.full((3, 4), 0.5))
+            lamb.step()
+        value = param.detach()
+        results.append(value.a if isinstance(value, TwoTensor) else value)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+    assert not torch.equal(results[0], torch.ones(3, 4))
+
+
+@BACKENDS
+def test_a_gradient_may_be_a_view_that_is_negated_when_it_is_read(backend: dict[str, Any]) -> None:
+    """Autograd leaves one where a complex number is conjugated, maybe in some steps: its memory has the other sign."""
+    gradient = torch.arange(1.0, 9.0)
+    lazily = [
+        lambda g: g.clone(),
+        lambda g: torch._neg_view(-g),
+        lambda g: g.clone(),
+        lambda g: torch._neg_view(-g),
+    ]
+    results = []
+    for makes in ([torch.clone] * 4, lazily):
+        param = torch.nn.Parameter(torch.ones(8))
+        lamb = Lamb([param], lr=0.1, max_grad_norm=1.0, **backend)
+        for make in makes:
+            param.grad = make(gradient)
+            lamb.step()
+        results.append(param.detach())
+    assert lazily[1](gradient).is_neg()
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+@BACKENDS
+def test_a_step_is_seen_by_graphs_that_were_recorded_before_it(backend: dict[str, Any]) -> None:
+    """Their gradients would be those of other weights: torch refuses, as after a step of its own optimizers."""
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    lamb = Lamb(lamb_param_groups(layers), lr=0.1, **backend)
+    one, two = (layers(torch.randn(3, 4)).sum() for _ in range(2))
+    one.backward()
+    lamb.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        two.backward()

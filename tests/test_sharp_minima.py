@@ -75,6 +75,21 @@ def test_the_recorded_results_say_what_the_texts_say() -> None:
     assert max(record["logits_difference"] for record in dinh) < 1e-5
 
 
+def test_a_chosen_rate_on_the_edge_is_marked() -> None:
+    """A lower one might have been better."""
+    rates = {
+        (optimizer, size): sharp_minima_report.chosen_rate(RECORDS, optimizer, size)
+        for optimizer in sharp_minima_report.OPTIMIZERS
+        for size in (SMALL, LARGE)
+    }
+    for key, rate in rates.items():
+        tried = [f"{x:g}" for x in digits.RATES[key]]
+        assert rate.removesuffix(" (edge)") in tried
+        assert rate.endswith("(edge)") == (rate.removesuffix(" (edge)") in (tried[0], tried[-1]))
+    assert any("edge" in rate for rate in rates.values())
+    assert not all("edge" in rate for rate in rates.values())
+
+
 def test_results_have_their_provenance() -> None:
     for record in RECORDS:
         assert record["command"] == "python -m recipes.sharp_minima"

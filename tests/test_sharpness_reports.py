@@ -25,7 +25,7 @@ from hf_lamb.sharpness import (
 )
 from hf_lamb.sharpness.compare import Comparison, Measured, recorded_history
 from hf_lamb.sharpness.objective import Scores
-from tests.helpers import on_processes, says
+from tests.helpers import on_processes, one_line, says
 from tests.test_sharpness import digits, trained, unchanged
 
 # -- the comparison --------------------------------------------------------------------------------------------------
@@ -214,6 +214,12 @@ def test_checkpoints_of_two_tokenizers_are_refused(finished: Path, tmp_path: Pat
     with pytest.raises(SystemExit, match=r"have different tokenizers, .*: compare checkpoints that were trained with"):
         __main__.main([*arguments, "--output_dir", str(tmp_path / "report")])
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("device", ["no such device", *(["cuda"] if not torch.cuda.is_available() else [])])
+def test_a_device_that_is_not_there_is_named(device: str, finished: Path) -> None:
+    with one_line(SystemExit, f"--device {device} cannot be used .*: give cpu, or one that is there"):
+        __main__.main([str(finished), str(finished), "--data", "unread.txt", "--device", device])
 
 
 def test_a_checkpoint_without_its_head_is_refused(finished: Path, tmp_path: Path) -> None:

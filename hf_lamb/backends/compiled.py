@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hf_lamb.backends.backend import Backend
 from hf_lamb.backends.bucket import Bucket
@@ -94,10 +95,13 @@ class Compiled(Backend):
         moves[0] = step_sizes
         moves[1] = 0 if growths is None else growths
         self._run(bucket, SECOND_VISIT)
+        increment_version(bucket.params)
 
     def update(self, bucket: Bucket) -> Tensor:
         """Do both visits, part by part: the second one finds small parts in the cache."""
-        return self._run(bucket, UPDATE)
+        sums = self._run(bucket, UPDATE)
+        increment_version(bucket.params)
+        return sums
 
     def _run(self, bucket: Bucket, task: int) -> Tensor:
         """Do one task of lamb.c with all threads; return the sums, or zeros if the task computes none."""

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hf_lamb.backends.backend import Backend
 from hf_lamb.backends.bucket import Bucket
@@ -187,6 +188,7 @@ class Triton(Backend):
                 ALIGNED=table.aligned,
                 CHUNK=CHUNK,
             )
+            increment_version(bucket.params)
 
     def step_sizes(self, bucket: Bucket, sums: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step sizes and growths from sums over all processes, in one kernel."""

@@ -100,6 +100,7 @@ class Sharding:
         self.runtime: Runtime | None = None
         self.layouts: dict[Tensor, Layout] = {}
         self.peer_group: Reduction | None = zero_redundancy_group()
+        self.had_peers = False  # what this is a copy of has a peer group, which a copy cannot have
         self.cuts: list[Cut] = []
         self._attached: set[str] = set()  # the parameters in `layouts`
         self._of_blocks: dict[str, OfBlocks] = {}  # of parameters that hold several layers, by name
@@ -136,7 +137,15 @@ class Sharding:
         """Return whether this call of `step` is the first one of an optimizer step, or None if it must do nothing.
 
         DeepSpeed calls `step` several times for one optimizer step, and once with zero gradients while it starts.
+
+        Raises:
+            ShardingError: this is a copy, and the process group of the original is not attached to it.
         """
+        if self.had_peers and self.peer_group is None:
+            raise ShardingError(
+                "Lamb: call attach(process_group=...) on this copy of an optimizer that skips and clips together with "
+                "other processes: it does not know them"
+            )
         engine = deepspeed.calling_engine()
         if engine is not None:
             if deepspeed.is_trial_step(engine):

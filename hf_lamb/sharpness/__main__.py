@@ -21,6 +21,15 @@ from hf_lamb.sharpness.checkpoints import check_one_tokenizer, load_batches, loa
 from hf_lamb.sharpness.compare import recorded_history
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of torch built without it, for one
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} cannot be used ({reason}): give cpu, or one that is there") from None
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.sharpness") -> None:
     """Measure, print the table, write the report."""
     parser = parser_of(prog)
@@ -29,6 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m hf_lamb.sharp
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         plots.require_matplotlib()
+        check_device(options.device)
         small, large = (load_model(path).to(options.device) for path in (options.small, options.large))
         # Both get the same batches, with the first checkpoint's tokenizer and masks: else the losses do not compare.
         sizes = options.rows, options.batch_size, options.max_length

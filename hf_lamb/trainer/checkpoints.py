@@ -268,20 +268,13 @@ def has_lamb_options(optimizer: Any) -> bool:
 
 
 def is_of_lamb(file: Path) -> bool | None:
-    """Return whether an optimizer's file is LAMB's, from its options and state; None if that is unclear."""
+    """Return whether an optimizer's file is LAMB's, from its options; None if that is unclear."""
     try:
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         groups = saved["param_groups"]
-        state: dict[str, Any] = next(iter(saved["state"].values()), {})
     except Exception:  # there is no file, or it is damaged and Trainer will raise its own error
         return None
-    if any("layer_adaptation" in group for group in groups):
-        return True
-    foreign = any("amsgrad" in group for group in groups) or set(state) not in (
-        set(),
-        {"step", "exp_avg", "exp_avg_sq"},
-    )
-    return False if foreign else None
+    return any("layer_adaptation" in group for group in groups) if groups else None
 
 
 # -- which checkpoints are complete -----------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def _idx_images(folder: Path, images: str, labels: str) -> Images:
             f"{folder}: {images} has shape {pixels.shape}, {labels} has {classes.shape}: expected [n, rows, columns] "
             "and [n]; are the files those of one data set?"
         )
+    if classes.size and classes.max() > 9:
+        raise ValueError(f"{folder}: {labels} has the label {classes.max()}: give images of ten classes, 0 to 9")
     return Images(torch.from_numpy(pixels / np.float32(255)), torch.from_numpy(classes.astype(np.int64)))
 
 

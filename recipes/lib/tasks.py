@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -46,6 +47,11 @@ class Task(NamedTuple):
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its examples."""
+        return hashlib.sha256(json.dumps([self.train, self.validation, self.test]).encode()).hexdigest()
 
 
 def load_task(name: str, text_column: str = "text", label_column: str = "label") -> Task:
@@ -116,18 +122,22 @@ def _wordnet_glosses() -> list[Example]:
 
 def _file_examples(path: Path, text_column: str, label_column: str) -> list[Example]:
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:  # line ends inside of a cell are the cell's
+            content = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv") from None
     except OSError as error:
         raise ValueError(f"cannot read {str(path)!r} ({error.strerror}): check the path") from None
     try:
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(content.splitlines()))
+            csv.field_size_limit(max(csv.field_size_limit(), len(content)))
+            rows = list(csv.DictReader(io.StringIO(content, newline="")))
         elif path.suffix == ".json":
             rows = json.loads(content)
         else:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+    except csv.Error as error:
+        raise ValueError(f"{str(path)!r} is not CSV ({error}): write it with a library for CSV") from None
     except ValueError as error:
         raise ValueError(
             f"{str(path)!r} is not JSON ({error}): give a list of objects, or .jsonl a line each"

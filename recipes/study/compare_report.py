@@ -495,7 +495,7 @@ def protocol(search: Search, records: Sequence[Record]) -> list[str]:
         f"Not tuned: betas 0.9 and 0.999, epsilon 1e-6, weight decay {facts['weight_decay']:g} (none for biases and "
         "norms), SGD's Nesterov momentum 0.9, gradients clipped to a norm of 1, warm-up over a tenth of the steps, "
         "linear decay to zero. The seed decides weights, data order and masks, alike for all optimizers.",
-        f"Held out: {facts['eval_sequences']:,} sequences of whole documents that no run was trained on. The rates "
-        "were chosen by the loss on the same sequences.",
+        f"Held out: at most {facts['eval_sequences']:,} sequences of whole documents that no run was trained on. The "
+        "rates were chosen by the loss on the same sequences.",
         f"Commands: {commands}. Versions: {versions}.",
     ]

@@ -12,9 +12,10 @@ LAST = 4  # the smoothed loss is the mean over the last 1 / LAST of the window
 
 
 def smoothed(losses: Sequence[float]) -> float:
-    """The mean loss over the last quarter of the steps: the same sequences at every batch."""
-    last = losses[-max(1, len(losses) // LAST) :]
-    return sum(last) / len(last)
+    """The mean loss over the last quarter of the steps: the same sequences at every batch, also in parts of a step."""
+    whole, part = divmod(len(losses) / LAST, 1)
+    last = losses[len(losses) - int(whole) :]
+    return (sum(last) + (part * losses[-int(whole) - 1] if part else 0.0)) / (whole + part)
 
 
 def critical_batch(losses: dict[int, float], tolerance: float) -> int:

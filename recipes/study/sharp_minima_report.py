@@ -41,8 +41,16 @@ def digits_table(records: list[Record]) -> str:
         for size in (SMALL, LARGE):
             runs = seeds(records, optimizer, size)
             cells = [in_words([run[column] for run in runs], "accuracy" in column) for column in columns.values()]
-            rows.append([title, f"{size:,}", f"{runs[0]['rate']:g}", in_words([run["steps"] for run in runs]), *cells])
+            steps = in_words([run["steps"] for run in runs])
+            rows.append([title, f"{size:,}", chosen_rate(records, optimizer, size), steps, *cells])
     return markdown_table(("optimizer", "batch", "rate", "steps", *columns), rows)
+
+
+def chosen_rate(records: list[Record], optimizer: str, batch_size: int) -> str:
+    """The rate, and whether it lies on the edge of those that were tried."""
+    (rate,) = {run["rate"] for run in seeds(records, optimizer, batch_size)}
+    tried = RATES[optimizer, batch_size]
+    return f"{rate:g}" + (" (edge)" if rate in (min(tried), max(tried)) else "")
 
 
 def unequal_table(records: list[Record]) -> str:
