@@ -79,12 +79,12 @@ from recipes.study.run_page import draw, run_of, write_run_page
 # Sequence length, global batch, steps, warm-up steps (a share of the steps where those are given), LAMB's rate. base:
 # ALBERT's published LAMB settings, whose rate and length are not those of the plan paper-4k. base and large want a
 # corpus of their own. tiny and mini were tried on the embedded corpus; smoke is the model of compare_optimizers with a
-# rate between its two best at batch 32, and micro is that of docs/study.md with the rate of smoke by the √ rule.
+# rate between its two best at batch 32, and micro is that of docs/study.md with its best rate at batch 128.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         max_seq_length=32, global_batch_size=32, max_steps=1000, warmup_steps=100, learning_rate=2e-2, vocab_size=512
     ),
-    "micro": dict(max_seq_length=32, global_batch_size=128, max_steps=2000, warmup_steps=200, learning_rate=4e-2),
+    "micro": dict(max_seq_length=32, global_batch_size=128, max_steps=2000, warmup_steps=200, learning_rate=1.4e-2),
     "tiny": dict(max_seq_length=64, global_batch_size=64, max_steps=2400, warmup_steps=240, learning_rate=1e-2),
     "mini": dict(max_seq_length=128, global_batch_size=256, max_steps=3000, warmup_steps=300, learning_rate=1e-2),
     "base": dict(
@@ -92,7 +92,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
     "large": PLANS["paper-32k"].phases[0].options,
 }
-# AdamW's best rate is a fifth of LAMB's in docs/results.md and docs/find_rate.md, at every batch size.
+# AdamW's best rate is a fifth of LAMB's in docs/results.md, docs/find_rate.md and docs/study.md, at every batch size.
 RATE_BESIDE_LAMB = {"lamb": 1.0, "adamw_torch_fused": 0.2, "adamw_torch": 0.2, "sgd": 10.0}
 
 FEW_STEPS = 100  # evaluated and saved twice, not ten times

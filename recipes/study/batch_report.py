@@ -225,7 +225,7 @@ def budget(results: Results, records: Sequence[Record]) -> str:
         "Tuned: the peak learning rate, in factors of two, with one seed, until the best rate has a worse neighbour "
         "on either side; at one batch size all optimizers get the same number of trials. "
         f"Batch {search.settings[0]:,} starts from {starts}; the others from its best rate times the square root of "
-        f"the batch's growth. Runs so far: {runs}."
+        f"the batch's growth. Runs: {runs}."
     )
 
 
