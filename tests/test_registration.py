@@ -729,6 +729,22 @@ def test_a_stock_trainer_ignores_no_option_of_lambs_arguments(options: dict[str,
     Trainer(tiny_bert(), LambTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])).create_optimizer()
 
 
+def test_a_subclass_of_lambtrainer_may_create_its_optimizer(tmp_path: Path) -> None:
+    """With `get_optimizer_cls_and_kwargs`, as Trainer's documentation has it."""
+
+    class Own(LambTrainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(self.model.parameters(), **kwargs)
+            return self.optimizer
+
+    options = {"decay_power": 0.5, "batch_size_schedule": "0:2 1:4", "per_device_train_batch_size": 2, "max_steps": 2}
+    args = LambTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", **options)
+    run = Own(tiny_bert(), args, train_dataset=batches())
+    run.train()
+    assert run.state.global_step == 2
+
+
 @pytest.mark.parametrize(("learning_rate", "warned"), [(5e-5, True), (1e-4, False)])
 def test_a_learning_rate_made_for_adamw_is_remarked_on(
     tmp_path: Path, model, caplog: pytest.LogCaptureFixture, learning_rate: float, warned: bool

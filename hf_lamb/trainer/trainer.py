@@ -166,7 +166,11 @@ class LambTrainer(Trainer):
             self.staged.resumes_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.should_save:
             tidy(Path(output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        token = is_lamb_trainer.set(True)  # also for a subclass that creates its optimizer itself
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            is_lamb_trainer.reset(token)
 
     def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
         """Raise CheckpointError if the headers of the files show another model or optimizer; load nothing."""
