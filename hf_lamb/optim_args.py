@@ -108,7 +108,7 @@ def _typed(key: str, value: str) -> float | bool | None:
 # not warn about that.
 loss_is_weighted: ContextVar[bool] = ContextVar("loss_is_weighted", default=False)
 
-# True while LambTrainer creates its optimizer; other trainers do not know what LambTrainingArguments add.
+# True while LambTrainer trains or creates its optimizer; other trainers do not know what LambTrainingArguments add.
 is_lamb_trainer: ContextVar[bool] = ContextVar("is_lamb_trainer", default=False)
 
 

@@ -175,19 +175,20 @@ def take_options_of(kept: dict[str, Any], args: LoopArguments) -> list[str]:
 
     kept: the arguments of the run that wrote it. Raises ValueError for another model.
     """
+    kept = asdict(args) | kept  # a checkpoint of an earlier version does not say
     for name in ("size", "max_seq_length"):
-        if kept.get(name, getattr(args, name)) != getattr(args, name):
+        if kept[name] != getattr(args, name):
             raise ValueError(
                 f"--{name} {getattr(args, name)}: the checkpoint's run had {kept[name]}: give that, or --output_dir "
                 "for another run"
             )
     lines = []
     for name in ("learning_rate", "weight_decay"):
-        if kept.get(name, getattr(args, name)) != getattr(args, name):
+        if kept[name] != getattr(args, name):
             lines.append(f"--{name} {getattr(args, name)}: the checkpoint's optimizer goes on with {kept[name]}")
             setattr(args, name, kept[name])
-    constant = kept.get("batch_size_schedule") is None and args.batch_size_schedule is None
-    batch = kept.get("global_batch_size", args.global_batch_size)
+    constant = kept["batch_size_schedule"] is None and args.batch_size_schedule is None
+    batch = kept["global_batch_size"]
     if constant and batch != args.global_batch_size:
         lines.append(
             f"--global_batch_size {args.global_batch_size}: the checkpoint's run had {batch}, so this one goes on at "

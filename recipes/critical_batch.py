@@ -27,7 +27,7 @@ from hf_lamb.scaling import scaled_learning_rate
 from recipes.lib.console import on_a_terminal, show_library_bars, what_next
 from recipes.lib.masking import MaskedBlocks, MaskEpochCallback
 from recipes.lib.models import longest_sequence, new_model
-from recipes.lib.options import RecipeParser, parse_options
+from recipes.lib.options import RecipeParser, parse_options, words_of
 from recipes.lib.pretraining import Data, PretrainingArguments, changes, load_data
 from recipes.lib.processes import (
     accumulation_of,
@@ -330,18 +330,18 @@ def command_to_train_on(branches: Branches, batch: int) -> str:
     """The command that trains the checkpoint on, on the same data, at this batch and the rate of its branch."""
     run, model = branches.run, branches.model
     options = {
-        "model_name_or_path": shlex.quote(branches.checkpoint),
+        "model_name_or_path": branches.checkpoint,
         "carry_over": "moments",
-        "corpus": " ".join(map(shlex.quote, model.corpus)),
         "max_seq_length": run["max_seq_length"],
         "mlm_probability": run["mlm_probability"],
         "global_batch_size": batch,
         "base_learning_rate": f"{run['base_learning_rate']:g}",
         "base_batch_size": run["base_batch_size"],
     }
+    words = [*words_of(options), "--corpus", *model.corpus]
     if model.validation_file:
-        options["validation_file"] = " ".join(map(shlex.quote, model.validation_file))
-    return "python -m recipes.pretrain_bert " + " ".join(f"--{name} {value}" for name, value in options.items())
+        words += ["--validation_file", *model.validation_file]
+    return f"python -m recipes.pretrain_bert {shlex.join(words)}"
 
 
 def noise_scale_of(checkpoint: str) -> float | None:

@@ -70,7 +70,7 @@ def main() -> None:
         argv, options, first_rates = options_of_trials(argv, own.optimizers)
         recipe, args = parse(argv)
         folder = Path(own.output_dir or f"runs/find_rate/{Path(args.output_dir).name.rpartition('-')[0]}")
-        facts = options | facts_of_corpus(recipe.corpus)
+        facts = options | facts_of_corpus(recipe.corpus, recipe.streaming)
         study = Study(folder, search_at(recipe.global_batch_size, first_rates), facts)
         make_output_dir(str(folder))
         records = study.run(trials_of(study, argv, is_first), show_progress=is_first)

@@ -31,7 +31,10 @@ SHORT = {"vocab_size": 512, "max_seq_length": 32, "global_batch_size": 64, "max_
 MODELS = {"size", "model_type", "model_name_or_path", "config_name"}
 # What the study varies, or has one of, and the remedy for who gives it.
 DECIDED = {
-    **dict.fromkeys(("batch_size_schedule", "learning_rate", "base_learning_rate", "base_batch_size", "seed")),
+    **dict.fromkeys(
+        ("batch_size_schedule", "learning_rate", "base_learning_rate", "base_batch_size", "seed"),
+        "it is what this recipe varies",
+    ),
     "optim": "it compares batches of LAMB",
     "plan": "give its --size, --max_seq_length and --corpus",
     "num_train_epochs": "--max_steps is the length of a trial",
@@ -54,8 +57,7 @@ def main() -> None:
         own, given = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         options = given_options(given, "grow_batch")
         if decided := [name for name in DECIDED if name in options]:
-            remedy = DECIDED[decided[0]] or "it is what this recipe varies"
-            raise ValueError(f"--{decided[0]} {options[decided[0]]}: leave it out, {remedy}")
+            raise ValueError(f"--{decided[0]} {options[decided[0]]}: leave it out, {DECIDED[decided[0]]}")
         is_first = be_one_process()
         model = {} if MODELS & options.keys() else {"size": "smoke"}
         argv = [*words_of(model | SHORT), *given]
@@ -74,7 +76,7 @@ def main() -> None:
             "per_device_train_batch_size": batch // 4,
         }
         facts = {name: value for name, value in options.items() if name not in NO_PART | MODELS} | facts
-        facts |= facts_of_corpus(recipe.corpus)
+        facts |= facts_of_corpus(recipe.corpus, recipe.streaming)
         study = Study(Path(own.output_dir), search_of(["lamb"], list(NAMES), 3), facts)
         train = trials_of(study, argv)
         make_output_dir(own.output_dir)

@@ -99,7 +99,7 @@ def test_a_resumed_run_ends_bit_for_bit_alike(step: int, whole: Path, tmp_path: 
 def test_a_run_resumed_with_another_batch_says_that_it_goes_on_elsewhere_in_the_data(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Trainer says nothing: its check compares the micro-batch alone, and the accumulation decides as much."""
+    """Trainer warns of another micro-batch only. Another accumulation changes the global batch in the same way."""
     shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
     for accumulation, said in ((None, False), (1, True)):
         options = {} if accumulation is None else {"gradient_accumulation_steps": accumulation}

@@ -19,6 +19,7 @@ import torch
 from hf_lamb import Lamb
 from recipes import compare_optimizers
 from recipes.compare_optimizers import CompareArguments, Data, load_data, masked, noise_scale, train_bert
+from recipes.lib.corpus import facts_of_corpus
 from recipes.lib.optimizers import new_optimizer, rate_factor, trust_ratios
 from recipes.study import compare_report
 from recipes.study.compare_report import Cell, fitted, rows_of, steps_to, target_rows
@@ -94,6 +95,7 @@ def test_other_texts_in_the_same_files_are_another_study(texts: Path, tmp_path: 
     after = compare_optimizers.facts_of(arguments)
     assert {name for name in before if before[name] != after[name]} == {"content"}
     assert "content" not in compare_optimizers.facts_of(CompareArguments(batch_sizes=[8]))
+    assert facts_of_corpus(["a/hub-dataset"], streaming=True) == {}, "a stream is not downloaded for this"
 
 
 def test_the_report_of_an_unfinished_study_says_so(

@@ -6,8 +6,9 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -166,11 +167,8 @@ class LambTrainer(Trainer):
             self.staged.resumes_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.should_save:
             tidy(Path(output_dir))
-        token = is_lamb_trainer.set(True)  # also for a subclass that creates its optimizer itself
-        try:
+        with set_to(is_lamb_trainer, True):  # also for a subclass that creates its optimizer itself
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            is_lamb_trainer.reset(token)
 
     def check_fit(self, checkpoint: Path, optimizer: bool = True) -> None:
         """Raise CheckpointError if the headers of the files show another model or optimizer; load nothing."""
@@ -476,16 +474,14 @@ class LambTrainer(Trainer):
         args, rate = self.args, self.scale_learning_rate()
         if self._made_optimizer:
             self._warn_of_default_optimizer()
-        tokens = is_lamb_trainer.set(True), loss_is_weighted.set(self.loss_weighting.active)
         try:
             if rate != args.learning_rate:  # Trainer's handlers read the rate from the arguments
                 self.args = copy.copy(args)
                 self.args.learning_rate = rate
-            return super().create_optimizer(model)
+            with set_to(is_lamb_trainer, True), set_to(loss_is_weighted, self.loss_weighting.active):
+                return super().create_optimizer(model)
         finally:
             self.args = args
-            for variable, token in zip((is_lamb_trainer, loss_is_weighted), tokens, strict=True):
-                variable.reset(token)
 
     def _warn_of_default_optimizer(self) -> None:
         args = self.args
@@ -598,6 +594,16 @@ class LambTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             complete_model_card(self)
+
+
+@contextmanager
+def set_to(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    """Set a context variable for this block."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def set_peak(optimizer: Any, rate: float) -> None:

@@ -72,9 +72,12 @@ def content_of(corpus: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def facts_of_corpus(corpus: Sequence[str]) -> dict[str, str]:
-    """What tells texts of one's own from others in the same files; nothing of the embedded ones."""
-    return {} if list(corpus) == ["embedded"] else {"content": content_of(corpus)}
+def facts_of_corpus(corpus: Sequence[str], streaming: bool = False) -> dict[str, str]:
+    """What tells texts of one's own from others in the same files; nothing of the embedded ones, or of a stream.
+
+    To know a stream's content is to download it.
+    """
+    return {} if streaming or list(corpus) == ["embedded"] else {"content": content_of(corpus)}
 
 
 def hub_documents(name: str, column: str = "text", streaming: bool = False) -> Iterator[Document]:
